@@ -1,0 +1,139 @@
+"""Sends rows to experts: one stable sort, then one grouped product per expert layer.
+
+Shapes: T rows, K slots per row, E experts, N used slots, I input width, O output width of a linear layer.
+
+Backends of `grouped_linear`: "grouped" is one `torch.nn.functional.grouped_mm`; "loop" is one product per expert and
+serves as reference, and for shapes that grouped_mm forbids (rows must be multiples of 16 bytes).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmoe.routing import Routing
+
+Backend = Literal["auto", "grouped", "loop"]
+
+
+class Dispatch(NamedTuple):
+    """Used slots sorted by expert.
+
+    Attributes:
+        token_idx: (N,) row of each slot.
+        counts: (E,) slots per expert; they sum to N.
+        weights: (N,) combine weight of each slot, differentiable.
+    """
+
+    token_idx: Tensor
+    counts: Tensor
+    weights: Tensor
+
+
+def dispatch(routing: Routing) -> Dispatch:
+    """Sorts the used slots of a routing by expert (stable); sentinels are dropped.
+
+    Example:
+        >>> routing = Routing(experts=torch.tensor([[1, 2], [0, 1]]), weights=torch.ones(2, 2), num_experts=2)
+        >>> token_idx, counts, _ = dispatch(routing)
+        >>> token_idx.tolist(), counts.tolist()
+        ([1, 0, 1], [1, 2])
+    """
+    order = routing.experts.flatten().argsort(stable=True)  # (T*K,)
+    counts = routing.counts()  # (E,)
+    if not routing.all_used:
+        order = order[: int(counts.sum())]  # (N,)
+    slots = routing.experts.shape[1]
+    return Dispatch(order // slots, counts, routing.weights.flatten()[order])
+
+
+def combine(out: Tensor, dispatched: Dispatch, rows: int) -> Tensor:
+    """Weighted sum of the experts' outputs per row: (N, O) -> (rows, O)."""
+    weighted = out * dispatched.weights.to(out.dtype)[:, None]
+    return out.new_zeros(rows, out.shape[1]).index_add(0, dispatched.token_idx, weighted)
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """Applies linear layer e to the e-th group of rows.
+
+    Args:
+        x: (N, I) rows sorted by expert.
+        weight: (E, O, I) packed weights.
+        counts: (E,) rows per expert, summing to N.
+        bias: (E, O) packed biases, or None.
+        backend: "auto" takes grouped_mm where its rules allow.
+
+    Returns:
+        (N, O).
+    """
+    if backend == "auto":
+        backend = "grouped" if _grouped_allowed(x, weight) else "loop"
+    if backend == "loop":
+        return _loop(x, weight, counts, bias)
+    out = _grouped_mm(x, weight.transpose(1, 2), counts.cumsum(0).to(torch.int32))
+    if bias is None:
+        return out
+    return out + bias.repeat_interleave(counts, dim=0, output_size=len(x))
+
+
+def _grouped_allowed(x: Tensor, weight: Tensor) -> bool:
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    return aligned and len(x) > 0 and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def _loop(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:
+    groups: tuple[Tensor, ...] = torch.split(x, counts.tolist())
+    products = [
+        F.linear(rows, weight[e], None if bias is None else bias[e]) for e, rows in enumerate(groups) if len(rows)
+    ]
+    return torch.cat(products) if products else x.new_zeros(0, weight.shape[1]) + 0 * weight.sum()
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """grouped_mm (N, I) x (E, I, O) -> (N, O); torch.compile cannot trace it in fp32, so there it is a custom op."""
+    if torch.compiler.is_compiling() and x.dtype == torch.float32:
+        return _opaque_grouped_mm(x, weight, offsets)
+    out: Tensor = F.grouped_mm(x.contiguous(), weight, offs=offsets)
+    return out
+
+
+@torch.library.custom_op("mmoe::grouped_mm", mutates_args=())
+def _opaque_grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return F.grouped_mm(x.contiguous(), weight, offs=offsets)
+
+
+@_opaque_grouped_mm.register_fake
+def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("mmoe::grouped_mm_weight_grad", mutates_args=())
+def _opaque_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    return F.grouped_mm(x.t(), grad, offs=offsets)
+
+
+@_opaque_weight_grad.register_fake
+def _(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0], x.shape[1], grad.shape[1])
+
+
+def _opaque_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, offsets = ctx.saved_tensors  # type: ignore[attr-defined]  # FunctionCtx lacks it in torch's stubs
+    grad = grad.contiguous()
+    return (
+        _opaque_grouped_mm(grad, weight.transpose(1, 2), offsets),
+        _opaque_weight_grad(x, grad, offsets),
+        None,
+    )
+
+
+def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_opaque_grouped_mm.register_autograd(_opaque_backward, setup_context=_save_for_backward)

@@ -1,0 +1,78 @@
+"""What experts are: a module over rows sorted by expert, with packed weights of leading dimension E."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmoe.dispatch import Backend
+from mmoe.errors import UnknownName, did_you_mean
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def activation(name: str | Activation) -> Activation:
+    """An activation by name, or the given function itself.
+
+    Example:
+        >>> activation("quick_gelu")(torch.zeros(1)).item()
+        0.0
+    """
+    if not isinstance(name, str):
+        return name
+    if name not in ACTIVATIONS:
+        raise UnknownName(f"no activation named {name!r}", did_you_mean(name, ACTIVATIONS), "activation='gelu'")
+    return ACTIVATIONS[name]
+
+
+class Experts(nn.Module):
+    """E experts over sorted rows.
+
+    Attributes:
+        num_experts: E, the number of routes.
+        packed: names of the parameters whose leading dimension is the expert.
+        backend: how grouped products run; see `mmoe.dispatch.grouped_linear`.
+    """
+
+    packed: ClassVar[tuple[str, ...]] = ()
+    num_experts: int
+    backend: Backend = "auto"
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Applies expert e to the e-th group of rows.
+
+        Args:
+            x: (N, D) rows sorted by expert.
+            counts: (E,) rows per expert, summing to N.
+
+        Returns:
+            (N, D).
+        """
+        raise NotImplementedError
+
+    def packed_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that are divided among the experts, by name."""
+        return {name: value for name in self.packed if (value := getattr(self, name)) is not None}

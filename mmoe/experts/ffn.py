@@ -1,0 +1,176 @@
+"""Feed-forward experts, plain and gated, with packed weights in the layout of transformers 5.
+
+    plain:  W_down act(W_up x + b_up) + b_down          up_proj (E, F, D), down_proj (E, D, F)
+    gated:  W_down (act(W_gate x) * W_up x)             gate_up_proj (E, 2F, D) with the gate rows first
+
+Papers: Shazeer et al. 2017 (arXiv 1701.06538); gated: Shazeer 2020 (2002.05202). Shapes: N sorted rows, D width,
+F inner width, E experts. The dense twins `FFN` and `GatedFFN` serve as shared experts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmoe.dispatch import grouped_linear
+from mmoe.experts.base import Activation, Experts, activation
+from mmoe.registry import experts
+
+
+def _packed(*shape: int) -> nn.Parameter:
+    """Weights (E, out, in) or biases (E, out), initialised like E separate `nn.Linear`s with `shape[-1]` inputs."""
+    bound = 1 / math.sqrt(shape[-1])
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+def _packed_bias(num_experts: int, outputs: int, inputs: int) -> nn.Parameter:
+    bound = 1 / math.sqrt(inputs)
+    return nn.Parameter(torch.empty(num_experts, outputs).uniform_(-bound, bound))
+
+
+@experts.register("ffn")
+class FFNExperts(Experts):
+    """E two-layer perceptrons.
+
+    Args:
+        dim: D.
+        hidden_dim: F.
+        num_experts: E.
+        act: activation name or function.
+        bias: gives both layers a bias.
+        dropout: probability after the activation, in training.
+        out_dim: output width; D when None.
+
+    Example:
+        >>> FFNExperts(8, 16, 2)(torch.randn(5, 8), torch.tensor([2, 3])).shape
+        torch.Size([5, 8])
+    """
+
+    packed = ("up_proj", "up_bias", "down_proj", "down_bias")
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        *,
+        act: str | Activation = "gelu",
+        bias: bool = True,
+        dropout: float = 0.0,
+        out_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.dropout, self.act = num_experts, dropout, activation(act)
+        out = out_dim or dim
+        self.up_proj = _packed(num_experts, hidden_dim, dim)
+        self.up_bias = _packed_bias(num_experts, hidden_dim, dim) if bias else None
+        self.down_proj = _packed(num_experts, out, hidden_dim)
+        self.down_bias = _packed_bias(num_experts, out, hidden_dim) if bias else None
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Rows (N, D) sorted by expert -> (N, D)."""
+        hidden = self.act(grouped_linear(x, self.up_proj, counts, self.up_bias, self.backend))  # (N, F)
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        return grouped_linear(hidden, self.down_proj, counts, self.down_bias, self.backend)
+
+
+@experts.register("gated_ffn")
+class GatedFFNExperts(Experts):
+    """E gated perceptrons (SwiGLU with the default activation).
+
+    Args:
+        dim: D.
+        hidden_dim: F.
+        num_experts: E.
+        act: activation of the gate, by name or a function.
+        bias: gives both products a bias.
+        dropout: probability before the down projection, in training.
+
+    Example:
+        >>> GatedFFNExperts(8, 16, 2)(torch.randn(5, 8), torch.tensor([0, 5])).shape
+        torch.Size([5, 8])
+    """
+
+    packed = ("gate_up_proj", "gate_up_bias", "down_proj", "down_bias")
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        *,
+        act: str | Activation = "silu",
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.dropout, self.act = num_experts, dropout, activation(act)
+        self.gate_up_proj = _packed(num_experts, 2 * hidden_dim, dim)
+        self.gate_up_bias = _packed_bias(num_experts, 2 * hidden_dim, dim) if bias else None
+        self.down_proj = _packed(num_experts, dim, hidden_dim)
+        self.down_bias = _packed_bias(num_experts, dim, hidden_dim) if bias else None
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Rows (N, D) sorted by expert -> (N, D)."""
+        gate_up = grouped_linear(x, self.gate_up_proj, counts, self.gate_up_bias, self.backend)  # (N, 2F)
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden = F.dropout(self.act(gate) * up, self.dropout, self.training)  # (N, F)
+        return grouped_linear(hidden, self.down_proj, counts, self.down_bias, self.backend)
+
+
+class FFN(nn.Module):
+    """One dense perceptron, for shared experts: x (..., D) -> (..., D).
+
+    Args:
+        dim: D.
+        hidden_dim: F; for S shared experts of inner width F take S * F.
+        act: activation name or function.
+        bias: gives both layers a bias.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, act: str | Activation = "gelu", bias: bool = True) -> None:
+        super().__init__()
+        self.act = activation(act)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the perceptron to x (..., D)."""
+        out: Tensor = self.down_proj(self.act(self.up_proj(x)))
+        return out
+
+
+class GatedFFN(nn.Module):
+    """One dense gated perceptron, for shared experts: x (..., D) -> (..., D).
+
+    Args:
+        dim: D.
+        hidden_dim: F; for S shared experts of inner width F take S * F.
+        act: activation of the gate, by name or a function.
+        bias: gives all three products a bias.
+        gate: scales the output by sigmoid(w x), as Qwen2-MoE's shared expert does.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        act: str | Activation = "silu",
+        bias: bool = False,
+        gate: bool = False,
+    ) -> None:
+        super().__init__()
+        self.act = activation(act)
+        self.gate_up_proj = nn.Linear(dim, 2 * hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
+        self.gate = nn.Linear(dim, 1, bias=False) if gate else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the gated perceptron to x (..., D)."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(self.act(gate) * up)
+        return out if self.gate is None else out * self.gate(x).sigmoid()

@@ -1,0 +1,58 @@
+"""Null experts: routes that cost nothing, so that a token can buy less computation.
+
+    zero:  Expert(x) = 0        copy:  Expert(x) = x
+
+Paper: MoE++, Jin et al. 2024, arXiv 2410.07348 (equations 3 and 4). Null experts stand behind the real ones: with
+E real and Z null experts the router chooses among E + Z. Shapes: N sorted rows, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmoe.experts.base import Experts
+from mmoe.registry import build_experts, experts
+
+
+@experts.register("with_null")
+class WithNullExperts(Experts):
+    """Adds null experts behind real ones.
+
+    Args:
+        dim: D.
+        hidden_dim: F of the real experts.
+        num_experts: number of all routes, real and null.
+        num_null: how many of them are null.
+        kind: "zero" or "copy".
+        real: name of the real experts.
+
+    Example:
+        >>> experts = WithNullExperts(8, 16, 4, num_null=1)
+        >>> experts(torch.randn(3, 8), torch.tensor([1, 0, 0, 2]))[1:].abs().sum().item()
+        0.0
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        *,
+        num_null: int = 1,
+        kind: Literal["zero", "copy"] = "zero",
+        real: str = "ffn",
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.num_null, self.kind = num_experts, num_null, kind
+        self.real: Experts = build_experts(real, dim=dim, hidden_dim=hidden_dim, num_experts=num_experts - num_null)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Rows (N, D) sorted by expert -> (N, D); only rows of real experts are computed."""
+        counts = counts[: self.real.num_experts]
+        computed = int(counts.sum())
+        out = self.real(x[:computed], counts)
+        rest = x[computed:].to(out.dtype)
+        return torch.cat([out, rest if self.kind == "copy" else torch.zeros_like(rest)])

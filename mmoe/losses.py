@@ -1,0 +1,124 @@
+"""Router losses as plain functions of recorded routings; all return unweighted scalars.
+
+    balance:  E * sum_e f_e P_e,   f_e share of rows (or slots) sent to e,  P_e mean probability of e
+    z:        mean logsumexp(logits)^2
+    entropy:  mean entropy of the router's probabilities
+    importance:  squared coefficient of variation of the summed combine weights
+
+Papers: Switch (arXiv 2101.03961, eq. 4 to 6), GShard (2006.16668), Mixtral's released loss, ST-MoE (2202.08906, eq. 5),
+Shazeer et al. 2017 (1701.06538, eq. 6 to 7). Shapes: T rows, E experts, K slots. Padding rows count nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmoe.errors import BadInput
+from mmoe.routing import Routing
+
+Routings = Routing | Iterable[Routing]
+
+
+def _as_list(routings: Routings) -> list[Routing]:
+    found = [routings] if isinstance(routings, Routing) else list(routings)
+    if not found:
+        raise BadInput(
+            "a router loss of no routing",
+            "the model recorded no MoE layer",
+            "with mmoe.trace(model) as routing",
+        )
+    return found
+
+
+def _hits(routing: Routing, choices: Literal["all", "first"]) -> tuple[Tensor, Tensor]:
+    """How often each expert was chosen (E,), and the number of rows that count."""
+    slots = routing.experts if choices == "all" else routing.experts[:, :1]
+    ids = slots.flatten()
+    ones = torch.ones_like(ids, dtype=torch.float32)
+    hits = ones.new_zeros(routing.num_experts + 1).index_add_(0, ids, ones)[: routing.num_experts]
+    rows = len(routing.experts) if routing.valid is None else routing.valid.sum()
+    return hits, torch.as_tensor(rows, device=hits.device)
+
+
+def balance_loss(
+    routings: Routings,
+    *,
+    choices: Literal["all", "first"] = "all",
+    pool: bool = False,
+    per_slot: bool = False,
+) -> Tensor:
+    """Load-balancing loss.
+
+    Args:
+        routings: one routing or those of several layers.
+        choices: counts "all" K slots (Mixtral, DeepSeek) or the "first" only (Switch, GShard).
+        pool: True takes the means over the rows of all layers together, so that one layer can make up for another
+            (Mixtral, CLIP-MoE); False averages the losses of the layers.
+        per_slot: divides by the mean number of slots per row, so that balance gives 1 (DeepSeek) instead of K.
+
+    Returns:
+        Scalar; with uniform probabilities and balanced load it is K for all slots, 1 for the first or `per_slot`.
+
+    Example:
+        >>> uniform = Routing(
+        ...     experts=torch.tensor([[0, 1], [2, 3]]),
+        ...     weights=torch.ones(2, 2),
+        ...     num_experts=4,
+        ...     probs=torch.full((2, 4), 0.25),
+        ... )
+        >>> balance_loss(uniform).item()
+        2.0
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for routing in _as_list(routings):
+        parts.append((*_hits(routing, choices), routing.used_probs().sum(0)))
+    if pool:
+        hits, rows, probs = (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
+        parts = [(hits, rows, probs)]
+    return torch.stack([_balance(*part, per_slot=per_slot) for part in parts]).mean()
+
+
+def _balance(hits: Tensor, rows: Tensor, probs: Tensor, per_slot: bool) -> Tensor:
+    rows = rows.clamp(min=1)
+    share = hits / (hits.sum().clamp(min=1) if per_slot else rows)  # f (E,)
+    return len(hits) * (share * (probs / rows)).sum()
+
+
+def z_loss(routings: Routings) -> Tensor:
+    """Router z-loss: mean over rows of logsumexp(logits)^2, averaged over layers; keeps logits small.
+
+    Example:
+        >>> routing = Routing(
+        ...     experts=torch.tensor([[0]]),
+        ...     weights=torch.ones(1, 1),
+        ...     num_experts=1,
+        ...     logits=torch.tensor([[2.0]]),
+        ... )
+        >>> z_loss(routing).item()
+        4.0
+    """
+    losses = []
+    for routing in _as_list(routings):
+        if routing.logits is None:
+            raise BadInput("a z-loss of a router without logits", "it has no scores to keep small", "use a topk router")
+        logits = routing.logits if routing.valid is None else routing.logits[routing.valid]
+        losses.append(logits.logsumexp(-1).square().mean())
+    return torch.stack(losses).mean()
+
+
+def entropy_loss(routings: Routings) -> Tensor:
+    """Mean entropy of the routers' probabilities in nats, averaged over layers; low entropy means sharp routing."""
+    return torch.stack([routing.entropy().mean() for routing in _as_list(routings)]).mean()
+
+
+def importance_loss(routings: Routings) -> Tensor:
+    """Squared coefficient of variation of the summed combine weights per expert, averaged over layers."""
+    losses = []
+    for routing in _as_list(routings):
+        importance = routing.dense_weights().sum(0)  # (E,)
+        losses.append(importance.var(correction=0) / importance.mean().square().clamp(min=1e-10))
+    return torch.stack(losses).mean()

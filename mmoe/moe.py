@@ -1,0 +1,138 @@
+"""The mixture-of-experts layer: a router, experts and optional shared expert around one dispatch.
+
+    y = post(sum_k w_k * Expert_k(pre(x))) + shared(x)
+
+Shapes: x (..., D) -> y (..., D); inside, T rows.
+
+The layer hands each `Routing` to whoever listens (`mmoe.trace`), takes side input from its caller or from
+`with_context` around a host that calls its MLP with one argument, and lets `mmoe.override` change a decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from mmoe.dispatch import combine, dispatch
+from mmoe.errors import BadOverride
+from mmoe.experts.base import Experts
+from mmoe.routing import Context, Router, Routing
+
+Override = Callable[[Tensor, Router, Routing], Routing]
+
+
+class Recorder(Protocol):
+    """Something that wants every `Routing` of a layer."""
+
+    def add(self, layer: MoE, routing: Routing) -> None:
+        """Takes one routing decision of `layer`."""
+
+
+class MoE(nn.Module):
+    """A drop-in replacement of a feed-forward block.
+
+    Args:
+        router: decides; its `num_experts` must be the experts'.
+        experts: packed experts.
+        shared: module applied to every row and added, or None.
+        pre: module applied to the rows before the experts, or None.
+        post: module applied to the combined output, or None.
+
+    Example:
+        >>> import torch
+        >>> from mmoe import FFNExperts, TopKRouter
+        >>> moe = MoE(TopKRouter(8, 4), FFNExperts(8, 16, 4))
+        >>> moe(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared: nn.Module | None = None,
+        pre: nn.Module | None = None,
+        post: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if router.num_experts != experts.num_experts:
+            raise BadOverride(
+                f"a router over {router.num_experts} experts with {experts.num_experts} experts",
+                "both must have the same number",
+                f"build the router with num_experts={experts.num_experts}",
+            )
+        self.router, self.experts = router, experts
+        self.shared, self.pre, self.post = shared, pre, post
+        self._recorders: tuple[Recorder, ...] = ()
+        self._context: Context | None = None
+        self._override: Override | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.router.num_experts
+
+    def route(self, x: Tensor, context: Context | None = None, state: Any = None) -> Routing:
+        """Routes rows (T, D) without running experts; listeners hear of it and overrides apply."""
+        routing: Routing = self.router(x, context, state)
+        if self._override is not None:
+            routing = self._override(x, self.router, routing)
+        for recorder in self._recorders:
+            recorder.add(self, routing)
+        return routing
+
+    def forward(self, x: Tensor, context: Context | None = None, state: Any = None) -> Tensor:
+        """Applies the layer.
+
+        Args:
+            x: (..., D).
+            context: side input of the router; what `with_context` set when None.
+            state: what the router of the layer before handed on.
+
+        Returns:
+            (..., D) in the dtype of the experts' output.
+        """
+        rows = x.reshape(-1, x.shape[-1])  # (T, D)
+        context = context if context is not None else self._context
+        if context is not None:
+            context = context.flatten(x.shape[:-1])
+        routing = self.route(rows, context, state)
+        sent = dispatch(routing)
+        inputs = rows if self.pre is None else self.pre(rows)
+        out = self.experts(inputs[sent.token_idx], sent.counts)  # (N, D)
+        y = combine(out, sent, len(rows))  # (T, D)
+        if self.post is not None:
+            y = self.post(y)
+        if self.shared is not None:
+            y = y + self.shared(rows)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """MoE layers of a model by name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+@contextmanager
+def with_context(model: nn.Module, context: Context | None) -> Iterator[None]:
+    """Gives every MoE layer of a host the same side input while the host runs.
+
+    Example:
+        >>> import torch
+        >>> from mmoe import FFNExperts, TopKRouter
+        >>> host = nn.Sequential(nn.LayerNorm(8), MoE(TopKRouter(8, 4), FFNExperts(8, 16, 4)))
+        >>> with with_context(host, Context(valid=torch.ones(2, 5, dtype=torch.bool))):
+        ...     y = host(torch.randn(2, 5, 8))
+    """
+    layers = list(moe_layers(model).values())
+    before = [layer._context for layer in layers]
+    for layer in layers:
+        layer._context = context
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer._context = old

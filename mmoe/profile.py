@@ -1,0 +1,122 @@
+"""Counts parameters and floating-point operations of models with MoE layers.
+
+Active parameters are those that one token touches: all parameters outside the experts, and of the E experts of a layer
+the K that its router uses. FLOPs are counted while the model runs, so they follow the recorded routing (dropped slots,
+padding and variable K cost nothing), never the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmoe.experts.base import Experts
+from mmoe.moe import MoE, moe_layers
+from mmoe.trace import Trace, trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """Parameter counts of a model.
+
+    Attributes:
+        total: all parameters, shared ones once.
+        active: parameters that one token touches.
+        trainable: parameters with `requires_grad`.
+        routed: parameters inside routed experts.
+        routers: parameters of the routers.
+    """
+
+    total: int
+    active: int
+    trainable: int
+    routed: int
+    routers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What one call cost.
+
+    Attributes:
+        params: parameter counts.
+        flops: multiply-adds times two of the call.
+        routing: what the routers decided.
+    """
+
+    params: Params
+    flops: int
+    routing: Trace
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self.params), "flops": self.flops, "layers": self.routing.summary()}
+
+
+def count_params(model: nn.Module) -> Params:
+    """Counts parameters; works on the meta device.
+
+    Example:
+        >>> from mmoe import FFNExperts, MoE, TopKRouter
+        >>> params = count_params(MoE(TopKRouter(8, 4, top_k=1), FFNExperts(8, 16, 4, bias=False)))
+        >>> params.total, params.active
+        (1056, 288)
+    """
+    total = sum(p.numel() for p in model.parameters())
+    routed = idle = routers = 0
+    for layer in moe_layers(model).values():
+        inside = _routed_params(layer.experts)
+        routed += inside
+        idle += inside - round(inside * _share_used(layer))
+        routers += sum(p.numel() for p in layer.router.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Params(total=total, active=total - idle, trainable=trainable, routed=routed, routers=routers)
+
+
+def _routed_params(experts: Experts) -> int:
+    parts = [module for module in experts.modules() if isinstance(module, Experts)]
+    return sum(p.numel() for part in parts for p in part.packed_parameters().values())
+
+
+def _share_used(layer: MoE) -> float:
+    return min(1.0, layer.router.experts_per_token / layer.num_experts)
+
+
+def _grouped_mm_flops(
+    x_shape: torch.Size, w_shape: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """2 N I O for rows (N, I) and weights (E, I, O); 2 N I O for the weight gradient (I, N) x (N, O)."""
+    return int(2 * x_shape[0] * x_shape[1] * w_shape[-1])
+
+
+_GROUPED = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
+
+
+@torch.no_grad()
+def profile(model: nn.Module, call: Callable[..., Any], *args: Any) -> Profile:
+    """Runs `call(*args)`, which uses `model`, and counts what it cost.
+
+    Args:
+        model: holder of the MoE layers.
+        call: the model itself or one of its methods.
+        args: inputs of the call.
+
+    Example:
+        >>> from mmoe import FFNExperts, MoE, TopKRouter
+        >>> moe = MoE(TopKRouter(8, 4, top_k=1), FFNExperts(8, 16, 4))
+        >>> profile(moe, moe, torch.randn(10, 8)).flops  # 10 rows x (gate 8*4 + expert 2*8*16) x 2
+        5760
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter cannot see into the fused attention block
+    try:
+        with trace(model) as routing, FlopCounterMode(display=False, custom_mapping=_GROUPED) as counter:
+            call(*args)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return Profile(params=count_params(model), flops=int(counter.get_total_flops()), routing=routing.detach())

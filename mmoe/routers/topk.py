@@ -1,0 +1,122 @@
+"""Token-choice top-k routing with its published selection and weight policies.
+
+    logits r = W_g x,  selection: top-k of score(r) + bias + noise,  weights: from score(r) of the chosen experts
+
+Papers: Shazeer et al. 2017 (arXiv 1701.06538), Mixtral (2401.04088), DeepSeek-V3 (2412.19437, sigmoid scores and
+bias balancing). Papers differ in how weights are made; the policy is an explicit option here:
+
+| `score`   | `weights`      | weight of a chosen expert                          | used by              |
+|-----------|----------------|----------------------------------------------------|----------------------|
+| `softmax` | `renormalized` | softmax over all E, divided by the sum of the K    | Mixtral, CLIP-MoE    |
+| `softmax` | `raw`          | softmax over all E                                 | Switch, DeepSeek-V2  |
+| `softmax` | `softmax_topk` | softmax over the K chosen logits                   | Shazeer 2017, GPT-OSS|
+| `sigmoid` | `renormalized` | sigmoid, divided by the sum of the K               | DeepSeek-V3          |
+| `sigmoid` | `raw`          | sigmoid                                            | Llama 4              |
+
+Shapes: T rows, D model width, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmoe.errors import BadOverride
+from mmoe.registry import routers
+from mmoe.routing import Context, Router, Routing, finish_routing, gate_scores
+
+Score = Literal["softmax", "sigmoid"]
+Weights = Literal["renormalized", "raw", "softmax_topk"]
+
+
+@routers.register("topk")
+class TopKRouter(Router):
+    """Each token picks its K best experts.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        top_k: K.
+        score: turns logits into `probs`: "softmax" over all experts or "sigmoid" of each.
+        weights: "renormalized", "raw" or "softmax_topk"; see the table of this file.
+        scale: factor on the combine weights (DeepSeek's routed scaling factor).
+        noise: standard deviation of Gaussian noise on the selection in training; 0 turns it off.
+        bias_rate: step of the loss-free bias balancing done by `update`; 0 turns it off and keeps no bias.
+        gate_bias: gives the gate an additive bias.
+
+    Example:
+        >>> router = TopKRouter(8, 4, top_k=2)
+        >>> routing = router(torch.randn(3, 8))
+        >>> routing.weights.sum(-1).allclose(torch.ones(3))
+        True
+    """
+
+    select_bias: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        top_k: int = 2,
+        score: Score = "softmax",
+        weights: Weights = "renormalized",
+        scale: float = 1.0,
+        noise: float = 0.0,
+        bias_rate: float = 0.0,
+        gate_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise BadOverride(
+                f"top_k={top_k} with {num_experts} experts",
+                f"top_k must lie between 1 and {num_experts}",
+                f"TopKRouter({dim}, {num_experts}, top_k={max(1, min(top_k, num_experts))})",
+            )
+        self.num_experts, self.top_k = num_experts, top_k
+        self.experts_per_token = top_k
+        self.score, self.weights, self.scale, self.noise = score, weights, scale, noise
+        self.bias_rate = bias_rate
+        self.gate = nn.Linear(dim, num_experts, bias=gate_bias)
+        if bias_rate:
+            self.register_buffer("select_bias", torch.zeros(num_experts))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Raw scores: x (T, D) -> logits (T, E) in fp32."""
+        return gate_scores(self.gate, x)
+
+    def select(self, logits: Tensor, context: Context | None = None) -> Routing:
+        """Top-k of the selection scores; weights from the unbiased, noise-free scores."""
+        probs = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()  # (T, E)
+        experts = self._selection(logits, probs).topk(self.top_k, dim=-1).indices  # (T, K)
+        if self.weights == "softmax_topk":
+            weights = logits.gather(-1, experts).softmax(-1)  # (T, K)
+        else:
+            weights = probs.gather(-1, experts)  # (T, K)
+        if self.weights == "renormalized":
+            weights = weights / weights.sum(-1, keepdim=True)
+        routing = Routing(
+            experts=experts,
+            weights=weights * self.scale if self.scale != 1.0 else weights,
+            num_experts=self.num_experts,
+            logits=logits,
+            probs=probs,
+            all_used=True,
+        )
+        return finish_routing(routing, context)
+
+    def _selection(self, logits: Tensor, probs: Tensor) -> Tensor:
+        """What top-k ranks: the logits, or with bias balancing the probs plus the bias."""
+        selection = probs.detach() + self.select_bias if self.bias_rate else logits.detach()
+        if self.noise and self.training:
+            selection = selection + self.noise * torch.randn_like(selection)
+        return selection
+
+    @torch.no_grad()
+    def update(self, routing: Routing) -> None:
+        """Raises the selection bias of underloaded experts by `bias_rate` and lowers the others'."""
+        if self.bias_rate:
+            load = routing.load()
+            self.select_bias += self.bias_rate * (load.mean() - load).sign()

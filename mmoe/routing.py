@@ -1,0 +1,191 @@
+"""What a router is told (`Context`), what it decides (`Routing`), and what a router is (`Router`).
+
+Shapes: B batch, N tokens per sample, T = B*N rows, D model width, E routed experts, K slots per token.
+
+A slot that is not used holds the sentinel E: it sorts behind every expert, so counting and sorting need no mask.
+Names are contracts: `logits` are raw scores before any softmax, `probs` are what weights are made of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(kw_only=True)
+class Context:
+    """Side input of a router; every field is optional. Fields may have any leading shape with T elements.
+
+    Attributes:
+        group_ids: (T,) sample of each row; routers that choose inside a sample use it.
+        valid: (T,) bool, False for padding; padding is never routed and counts in no loss.
+        modality: (T,) integer ids of text, image, audio, ...; kept on the routing for analysis.
+        cond: (T,) bool flag of conditional rows.
+        expert_ids: (T,) or (T, K) given routes; E marks an unused slot.
+        task_ids: (T,) task of each row.
+        features: (T, C) what the router looks at when that is not x.
+    """
+
+    group_ids: Tensor | None = None
+    valid: Tensor | None = None
+    modality: Tensor | None = None
+    cond: Tensor | None = None
+    expert_ids: Tensor | None = None
+    task_ids: Tensor | None = None
+    features: Tensor | None = None
+
+    def flatten(self, shape: torch.Size) -> Context:
+        """Flattens the leading dimensions `shape` of every field to one: (*shape, ...) -> (T, ...)."""
+        rows = shape.numel()
+
+        def flat(value: Tensor) -> Tensor:
+            already = value.shape[0] == rows and value.shape[: len(shape)] != shape
+            return value if already else value.reshape(rows, *value.shape[len(shape) :])
+
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Context(**{name: flat(value) for name, value in given.items() if value is not None})
+
+
+@dataclass(kw_only=True)
+class Routing:
+    """What one router decided in one forward pass.
+
+    Attributes:
+        experts: (T, K) int64 expert of each slot; E marks an unused slot.
+        weights: (T, K) combine weights, 0 in unused slots, differentiable.
+        num_experts: E.
+        logits: (T, E) raw scores in fp32 before any softmax, or None.
+        probs: (T, E) scores in [0, 1] that the weights are made of, in fp32, or None.
+        context: the side input that the router saw, with flat fields, or None.
+        all_used: True promises that no slot holds the sentinel, which spares dispatch a device sync.
+        losses: unweighted scalar losses of this router.
+        state: what the router hands to the next layer, or None.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    num_experts: int
+    logits: Tensor | None = None
+    probs: Tensor | None = None
+    context: Context | None = None
+    all_used: bool = False
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    state: Any = None
+
+    @property
+    def valid(self) -> Tensor | None:
+        """(T,) bool, False for padding; None when every row counts."""
+        return None if self.context is None else self.context.valid
+
+    def counts(self) -> Tensor:
+        """Slots that each expert got, (E,) int64."""
+        ids = self.experts.flatten()
+        counts = ids.new_zeros(self.num_experts + 1).index_add_(0, ids, torch.ones_like(ids))
+        return counts[: self.num_experts]
+
+    def load(self) -> Tensor:
+        """Share of the used slots that each expert got, (E,) summing to 1 (all 0 without used slots)."""
+        counts = self.counts()
+        return counts / counts.sum().clamp(min=1)
+
+    def n_used(self) -> Tensor:
+        """Experts used per row, (T,) int64."""
+        return (self.experts < self.num_experts).sum(-1)
+
+    def used_probs(self) -> Tensor:
+        """`probs` of the rows that count, (T_valid, E); from the combine weights where a router has no scores."""
+        probs = self.probs if self.probs is not None else self.dense_weights()
+        return probs if self.valid is None else probs[self.valid]
+
+    def dense_weights(self) -> Tensor:
+        """Combine weight of every expert for every row, (T, E) fp32."""
+        table = self.weights.new_zeros(len(self.weights), self.num_experts + 1, dtype=torch.float32)
+        table = table.scatter_add(1, self.experts, self.weights.float())  # (T, E + 1)
+        return table[:, : self.num_experts]
+
+    def importance(self) -> Tensor:
+        """Mean probability of each expert over the rows that count, (E,)."""
+        return self.used_probs().mean(0)
+
+    def entropy(self) -> Tensor:
+        """Entropy of each counted row's probabilities in nats, (T_valid,); probabilities are normalised first."""
+        probs = self.used_probs()
+        probs = probs / probs.sum(-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
+        entropy: Tensor = torch.special.entr(probs).sum(-1)
+        return entropy
+
+    def detach(self) -> Routing:
+        """The same routing without its graph."""
+
+        def detached(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: detached(v) for k, v in value.items()}
+            return value.detach() if isinstance(value, Tensor) else value
+
+        return replace(self, **{f.name: detached(getattr(self, f.name)) for f in fields(self)})
+
+
+class Router(nn.Module):
+    """Decides which experts see a row and with which weight. Subclasses state what they are.
+
+    A router with scores implements `scores` (x to raw logits) and `select` (logits to a `Routing`), so that tools can
+    change the scores in between (switch experts off, steer). A router without scores overrides `forward`.
+
+    Attributes:
+        trainable: it has parameters that receive a gradient from the combine weights.
+        causal_safe: the route of a row does not depend on rows behind it in the sequence.
+        batch_dependent: the route of a row depends on other rows.
+        num_experts: E.
+        experts_per_token: experts that a row uses on average; makes the active parameter count.
+    """
+
+    trainable: ClassVar[bool] = True
+    causal_safe: ClassVar[bool] = True
+    batch_dependent: ClassVar[bool] = False
+    num_experts: int
+    experts_per_token: float
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Raw scores in fp32: x (T, D) -> logits (T, E)."""
+        raise NotImplementedError(f"{type(self).__name__} computes no scores")
+
+    def select(self, logits: Tensor, context: Context | None = None) -> Routing:
+        """Chooses experts and weights from raw scores (T, E)."""
+        raise NotImplementedError(f"{type(self).__name__} selects without scores")
+
+    def forward(self, x: Tensor, context: Context | None = None, state: Any = None) -> Routing:
+        """Routes rows.
+
+        Args:
+            x: (T, D) rows.
+            context: side input with flat fields, or None.
+            state: what the router of the layer before handed on, or None.
+        """
+        features = x if context is None or context.features is None else context.features
+        return self.select(self.scores(features), context)
+
+    def update(self, routing: Routing) -> None:
+        """Optional step outside autograd after an optimiser step (for example bias balancing); nothing by default."""
+
+
+def gate_scores(gate: nn.Linear, x: Tensor) -> Tensor:
+    """Applies a gate in the precision of its own weight, outside autocast, and returns fp32 logits (T, E)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.linear(x.to(gate.weight.dtype), gate.weight, gate.bias).float()
+
+
+def finish_routing(routing: Routing, context: Context | None) -> Routing:
+    """Notes the context on a routing and takes its padding rows out (sentinel, weight 0)."""
+    if context is None or context.valid is None:
+        return replace(routing, context=context)
+    padding = ~context.valid[:, None]
+    return replace(
+        routing,
+        experts=routing.experts.masked_fill(padding, routing.num_experts),
+        weights=routing.weights.masked_fill(padding, 0.0),
+        context=context,
+        all_used=False,
+    )
