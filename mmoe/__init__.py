@@ -50,6 +50,8 @@ _HOME = {
     "build_router": "registry",
     "list_experts": "registry",
     "list_routers": "registry",
+    "sites": "surgery",
+    "upcycle": "surgery",
     "MmoeError": "errors",
 }
 

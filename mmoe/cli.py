@@ -41,7 +41,7 @@ _HELP = {
     "train": "Train a model with a recipe.",
     "eval": "Measure a model on a data set.",
     "recipe": "List, copy, check and compare recipes.",
-    "convert": "Make a model from another one: upcycle, or read the authors' weights.",
+    "convert": "Make a model from another one or from the authors' weights.",
     "bench": "Measure speed, active parameters and quality of a model.",
     "demo": "Open the gallery in a browser.",
     "tour": "Walk through the zoo in a few minutes.",

@@ -69,8 +69,11 @@ def grouped_linear(
         backend: "auto" takes grouped_mm where its rules allow.
 
     Returns:
-        (N, O).
+        (N, O), under autocast in its dtype as `nn.Linear` does.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if backend == "auto":
         backend = "grouped" if _grouped_allowed(x, weight) else "loop"
     if backend == "loop":
@@ -89,9 +92,11 @@ def _grouped_allowed(x: Tensor, weight: Tensor) -> bool:
 def _loop(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:
     groups: tuple[Tensor, ...] = torch.split(x, counts.tolist())
     products = [
-        F.linear(rows, weight[e], None if bias is None else bias[e]) for e, rows in enumerate(groups) if len(rows)
+        F.linear(rows, weight[e], None if bias is None else bias[e])
+        for e, rows in enumerate(groups)
+        if len(rows) or not len(x)  # without any row the empty products keep the graph: DDP wants all gradients
     ]
-    return torch.cat(products) if products else x.new_zeros(0, weight.shape[1]) + 0 * weight.sum()
+    return torch.cat(products)
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

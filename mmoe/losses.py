@@ -34,6 +34,11 @@ def _as_list(routings: Routings) -> list[Routing]:
     return found
 
 
+def _mean(values: Tensor) -> Tensor:
+    """Mean that is 0, not NaN, where no row counts."""
+    return values.sum() / max(values.numel(), 1)
+
+
 def _hits(routing: Routing, choices: Literal["all", "first"]) -> tuple[Tensor, Tensor]:
     """How often each expert was chosen (E,), and the number of rows that count."""
     slots = routing.experts if choices == "all" else routing.experts[:, :1]
@@ -77,6 +82,13 @@ def balance_loss(
     for routing in _as_list(routings):
         parts.append((*_hits(routing, choices), routing.used_probs().sum(0)))
     if pool:
+        widths = sorted({len(hits) for hits, _, _ in parts})
+        if len(widths) > 1:
+            raise BadInput(
+                f"a pooled balance loss over layers with {' and '.join(map(str, widths))} experts",
+                "only layers with the same number of experts can be pooled",
+                "balance_loss(routings, pool=False)",
+            )
         hits, rows, probs = (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
         parts = [(hits, rows, probs)]
     return torch.stack([_balance(*part, per_slot=per_slot) for part in parts]).mean()
@@ -106,13 +118,13 @@ def z_loss(routings: Routings) -> Tensor:
         if routing.logits is None:
             raise BadInput("a z-loss of a router without logits", "it has no scores to keep small", "use a topk router")
         logits = routing.logits if routing.valid is None else routing.logits[routing.valid]
-        losses.append(logits.logsumexp(-1).square().mean())
+        losses.append(_mean(logits.logsumexp(-1).square()))
     return torch.stack(losses).mean()
 
 
 def entropy_loss(routings: Routings) -> Tensor:
     """Mean entropy of the routers' probabilities in nats, averaged over layers; low entropy means sharp routing."""
-    return torch.stack([routing.entropy().mean() for routing in _as_list(routings)]).mean()
+    return torch.stack([_mean(routing.entropy()) for routing in _as_list(routings)]).mean()
 
 
 def importance_loss(routings: Routings) -> Tensor:

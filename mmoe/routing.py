@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmoe.errors import BadInput
+
 
 @dataclass(kw_only=True)
 class Context:
-    """Side input of a router; every field is optional. Fields may have any leading shape with T elements.
+    """Side input of a router; every field is optional, and (T, ...) or shaped like x: (B, N, ...) where x is (B, N, D).
 
     Attributes:
         group_ids: (T,) sample of each row; routers that choose inside a sample use it.
@@ -38,15 +40,32 @@ class Context:
     features: Tensor | None = None
 
     def flatten(self, shape: torch.Size) -> Context:
-        """Flattens the leading dimensions `shape` of every field to one: (*shape, ...) -> (T, ...)."""
-        rows = shape.numel()
+        """Brings every field to rows (T, ...) for x of shape (*shape, D).
 
-        def flat(value: Tensor) -> Tensor:
-            already = value.shape[0] == rows and value.shape[: len(shape)] != shape
-            return value if already else value.reshape(rows, *value.shape[len(shape) :])
+        A field may have the leading dimensions `shape` or others in the same order, such as (T,) or (B, H * W) for
+        (B, H, W).
 
+        Raises:
+            BadInput: a field does not fit, for example (B, N) where x is (N, B, D).
+        """
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Context(**{name: flat(value) for name, value in given.items() if value is not None})
+        return Context(**{name: _flat(name, value, shape) for name, value in given.items() if value is not None})
+
+
+_INNER_DIMS = {"features": (1,), "expert_ids": (1, 0)}
+
+
+def _flat(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    rows = shape.numel()
+    for inner in _INNER_DIMS.get(name, (0,)):
+        lead = value.shape[: max(value.ndim - inner, 0)]
+        if lead.numel() == rows and (len(lead) != len(shape) or lead == shape):
+            return value.reshape(rows, *value.shape[len(lead) :])
+    raise BadInput(
+        f"context field '{name}' of shape {tuple(value.shape)} for rows of shape {tuple(shape)}",
+        "its leading dimensions must be those of x, or flat",
+        f"Context({name}=...) with leading shape {tuple(shape)}",
+    )
 
 
 @dataclass(kw_only=True)
@@ -108,24 +127,29 @@ class Routing:
 
     def importance(self) -> Tensor:
         """Mean probability of each expert over the rows that count, (E,)."""
-        return self.used_probs().mean(0)
+        probs = self.used_probs()
+        return probs.sum(0) / max(len(probs), 1)
 
     def entropy(self) -> Tensor:
         """Entropy of each counted row's probabilities in nats, (T_valid,); probabilities are normalised first."""
         probs = self.used_probs()
-        probs = probs / probs.sum(-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
-        entropy: Tensor = torch.special.entr(probs).sum(-1)
-        return entropy
+        tiny = torch.finfo(probs.dtype).tiny
+        probs = probs / probs.sum(-1, keepdim=True).clamp(min=tiny)
+        return -(probs * probs.clamp(min=tiny).log()).sum(-1)  # torch.special.entr has an infinite gradient at 0
 
     def detach(self) -> Routing:
         """The same routing without its graph."""
+        return replace(self, **{f.name: _detached(getattr(self, f.name)) for f in fields(self)})
 
-        def detached(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {k: detached(v) for k, v in value.items()}
-            return value.detach() if isinstance(value, Tensor) else value
 
-        return replace(self, **{f.name: detached(getattr(self, f.name)) for f in fields(self)})
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Context):
+        return replace(value, **{f.name: _detached(getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    return type(value)(map(_detached, value)) if type(value) in (list, tuple) else value
 
 
 class Router(nn.Module):

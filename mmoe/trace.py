@@ -82,11 +82,12 @@ class Trace(Sequence[Routing]):
         return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
     def entropy(self) -> Tensor:
-        """Mean entropy of the router's probabilities per layer in nats, (L,)."""
+        """Mean entropy of the router's probabilities per layer in nats, (L,); 0 where no row counts."""
         values: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         for name, routing in zip(self.names, self, strict=True):
             values[name].append(routing.entropy().detach().cpu())
-        return torch.stack([torch.cat(v).mean() for v in values.values()]) if values else torch.zeros(0)
+        rows = [torch.cat(found) for found in values.values()]
+        return torch.stack([row.sum() / max(len(row), 1) for row in rows]) if rows else torch.zeros(0)
 
     def summary(self) -> list[dict[str, Any]]:
         """Per layer: name, experts, slots per row, load, max/mean load, dead experts and entropy, as plain data."""
@@ -102,7 +103,7 @@ class Trace(Sequence[Routing]):
                 {
                     "layer": name,
                     "num_experts": num_experts,
-                    "experts_per_token": round(used.float().mean().item(), 3),
+                    "experts_per_token": round(used.sum().item() / max(len(used), 1), 3),
                     "load": [round(share, 4) for share in load.tolist()],
                     "max_over_mean": round(load.max().item() * num_experts, 3),
                     "dead": (load == 0).nonzero().flatten().tolist(),

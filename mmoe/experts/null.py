@@ -8,13 +8,16 @@ E real and Z null experts the router chooses among E + Z. Shapes: N sorted rows,
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from mmoe.errors import BadOverride, did_you_mean
 from mmoe.experts.base import Experts
 from mmoe.registry import build_experts, experts
+
+Kind = Literal["zero", "copy"]
 
 
 @experts.register("with_null")
@@ -42,10 +45,16 @@ class WithNullExperts(Experts):
         num_experts: int,
         *,
         num_null: int = 1,
-        kind: Literal["zero", "copy"] = "zero",
+        kind: Kind = "zero",
         real: str = "ffn",
     ) -> None:
         super().__init__()
+        if kind not in get_args(Kind):
+            raise BadOverride(f"kind={kind!r}", did_you_mean(kind, get_args(Kind)), "kind='zero'")
+        if not 0 <= num_null < num_experts:
+            raise BadOverride(
+                f"num_null={num_null} of {num_experts} experts", "at least one expert must be real", "num_null=1"
+            )
         self.num_experts, self.num_null, self.kind = num_experts, num_null, kind
         self.real: Experts = build_experts(real, dim=dim, hidden_dim=hidden_dim, num_experts=num_experts - num_null)
 

@@ -47,7 +47,15 @@ class FixedRouter(Router):
                 "it reads them from the context",
                 "moe(x, Context(expert_ids=ids))",
             )
-        experts = context.expert_ids.reshape(len(x), -1).long()  # (T, K)
+        experts = context.expert_ids.long()
+        if experts.ndim == 1:
+            experts = experts[:, None]  # (T, K)
+        if bool(((experts < 0) | (experts > self.num_experts)).any()):
+            raise BadInput(
+                f"routes from {int(experts.min())} to {int(experts.max())} with {self.num_experts} experts",
+                f"ids must lie between 0 and {self.num_experts}, which marks an unused slot",
+                f"Context(expert_ids=ids.clamp(0, {self.num_experts}))",
+            )
         used = experts < self.num_experts  # (T, K)
         weights = used / used.sum(-1, keepdim=True).clamp(min=1)
         routing = Routing(experts=experts, weights=weights.to(x.dtype), num_experts=self.num_experts)

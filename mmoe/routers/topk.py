@@ -18,12 +18,12 @@ Shapes: T rows, D model width, E experts, K slots.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from mmoe.errors import BadOverride
+from mmoe.errors import BadOverride, did_you_mean
 from mmoe.registry import routers
 from mmoe.routing import Context, Router, Routing, finish_routing, gate_scores
 
@@ -75,6 +75,9 @@ class TopKRouter(Router):
                 f"top_k must lie between 1 and {num_experts}",
                 f"TopKRouter({dim}, {num_experts}, top_k={max(1, min(top_k, num_experts))})",
             )
+        for option, value, known in (("score", score, get_args(Score)), ("weights", weights, get_args(Weights))):
+            if value not in known:
+                raise BadOverride(f"{option}={value!r}", did_you_mean(value, known), f"{option}={known[0]!r}")
         self.num_experts, self.top_k = num_experts, top_k
         self.experts_per_token = top_k
         self.score, self.weights, self.scale, self.noise = score, weights, scale, noise
@@ -108,8 +111,10 @@ class TopKRouter(Router):
         return finish_routing(routing, context)
 
     def _selection(self, logits: Tensor, probs: Tensor) -> Tensor:
-        """What top-k ranks: the logits, or with bias balancing the probs plus the bias."""
-        selection = probs.detach() + self.select_bias if self.bias_rate else logits.detach()
+        """What top-k ranks: the logits, or with bias balancing the probs plus the bias; a logit of -inf stays last."""
+        selection = logits.detach()
+        if self.bias_rate:
+            selection = (probs.detach() + self.select_bias).masked_fill(selection == -torch.inf, -torch.inf)
         if self.noise and self.training:
             selection = selection + self.noise * torch.randn_like(selection)
         return selection

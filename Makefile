@@ -1,0 +1,71 @@
+# Needs git, make and Python 3.11 or newer. Every target installs what it needs into .venv first (once).
+#   make demo PYTHON=python3.12       use another Python        make demo ARGS="--port 8000"      pass options on
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export GRADIO_ANALYTICS_ENABLED ?= False
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo tour bench test lint browser constraints clean distclean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP)  ## open the gallery in a browser
+	@$(BIN)/mmoe demo $(ARGS)
+
+tour: $(STAMP)  ## walk through the zoo in a few minutes
+	@$(BIN)/mmoe tour $(ARGS)
+
+bench: $(STAMP)  ## measure the models on this machine
+	@$(BIN)/mmoe bench $(ARGS)
+
+test: $(STAMP)  ## run the tests; ARGS="-m slow" runs the slow ones
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(STAMP)  ## check format, style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+browser:  ## install Debian's chromium for the browser tests, where there is none
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	command -v apt-get >/dev/null || { echo "error: no chromium and no apt-get; install chromium by hand" >&2; exit 1; }; \
+	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	$$sudo apt-get update -qq && \
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium
+
+install: $(STAMP)  ## install everything into .venv
+
+# The stamp is written last, so an interrupted install is taken up again. A package that was being unpacked when the
+# install was killed has no INSTALLER file yet; without its .dist-info pip sees that it has to be installed again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo "error: '$(PYTHON)' is missing or older than Python 3.11; try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	{ echo "error: '$(PYTHON)' has no venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@[ -e $(STAMP) ] || echo "Installing into $(VENV): once, some minutes, about 6 GB."
+	@if [ -d $(VENV) ] && ! $(BIN)/python -m pip --version >/dev/null 2>&1; then rm -rf $(VENV); fi
+	@[ -d $(VENV) ] || $(PYTHON) -m venv $(VENV)
+	@for info in $(VENV)/lib/python*/site-packages/*.dist-info; do \
+	[ -e "$$info/INSTALLER" ] || rm -rf "$$info"; done
+	@$(BIN)/python -m pip install $(if $(wildcard $(STAMP)),-q) -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+constraints: $(STAMP)  ## write the releases in .venv to constraints.txt
+	@{ echo "# Releases that the tests run with, made by 'make constraints' from what is in .venv."; \
+	echo "# To move to newer ones: .venv/bin/pip install --upgrade PACKAGE, make test lint, make constraints."; \
+	echo "# Use it with pip's -c option. The variable PIP_CONSTRAINT would replace a constraint of the system."; \
+	$(BIN)/python -m pip freeze --exclude-editable; } > constraints.new
+	@mv constraints.new constraints.txt
+	@touch $(STAMP)
+
+clean:  ## remove caches and builds; distclean removes .venv too
+	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache constraints.new
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf $(VENV)

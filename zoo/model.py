@@ -1,0 +1,163 @@
+"""`Model`: an `nn.Module` that knows its card, prepares plain inputs, predicts, and saves itself to load alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import mmoe
+from mmoe.atomic import atomic_path
+from mmoe.errors import Refused
+from mmoe.profile import Params, count_params
+from zoo.card import Card
+from zoo.weights import LoadReport
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenView:
+    """How the rows of some layers' routings map back to an input, for pictures of routing.
+
+    Rows are sample by sample: `prefix` rows that belong to no place (class token), then a grid of patches or `length`
+    tokens.
+
+    Attributes:
+        layers: pattern of layer names.
+        modality: "image", "text", "audio", ...
+        prefix: leading rows of each sample to leave out.
+        grid: rows and columns of patches.
+        length: rows of each sample for sequences.
+        tokens: shown text of each token per sample; samples may be shorter than `length`.
+    """
+
+    layers: str
+    modality: str
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+    length: int | None = None
+    tokens: tuple[tuple[str, ...], ...] = ()
+
+    def of_sample(self, rows: torch.Tensor, sample: int) -> torch.Tensor:
+        """Rows (T, ...) of a routing -> the patches or tokens of one sample."""
+        inside = self.grid[0] * self.grid[1] if self.grid is not None else self.length or 0
+        found = rows.unflatten(0, (-1, self.prefix + inside))[sample, self.prefix :]
+        return found if self.grid is not None or not self.tokens else found[: len(self.tokens[sample])]
+
+
+class Model(nn.Module):
+    """Base of the models of the zoo.
+
+    A family sets `family` and `config_class`, builds itself from a config alone, and implements `preprocess`, `predict`
+    and `forward`. What its preprocessing needs besides the config it gives in `preprocessing` and takes back there.
+
+    Attributes:
+        family: folder of the family in the zoo.
+        config_class: frozen dataclass of options.
+        card: what is known about the model, or None for one built by hand.
+        config: the options it was built with.
+        load_report: what loading its weights did, or None with random weights.
+    """
+
+    family: ClassVar[str]
+    config_class: ClassVar[type]
+    card: Card | None = None
+    load_report: LoadReport | None = None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Everything that turns raw inputs into tensors, as plain data; it is saved beside the weights."""
+        raise NotImplementedError
+
+    @preprocessing.setter
+    def preprocessing(self, values: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def num_params(self) -> Params:
+        """Parameter counts, total and active."""
+        return count_params(self)
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Writes a folder that `zoo.load(folder)` reads alone: config, weights, preprocessing and card.
+
+        Args:
+            folder: made when it is not there; files in it are replaced one by one, the config last.
+            dtype: type of the saved floating-point tensors; as they are when None.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        with atomic_path(folder / "model.safetensors") as temporary:
+            save_file(self._saved_state(dtype), temporary, metadata={"format": "pt"})
+        _write_json(folder / "preprocess.json", self.preprocessing)
+        if self.card is not None:
+            _write_json(folder / "card.json", self.card.as_dict())
+        _write_json(
+            folder / "config.json",
+            {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(self.config)},
+        )
+        return folder
+
+    def _saved_state(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        if self.device.type == "meta":
+            raise Refused(
+                "save a model on the meta device", "it has shapes but no values", "zoo.load(name, device='cpu')"
+            )
+        state = {}
+        for name, value in self.state_dict().items():
+            target = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            state[name] = value.detach().to("cpu", target, copy=True).contiguous()
+        return state
+
+    def push(self, repo_id: str, *, private: bool = False, folder: str | Path | None = None) -> str:
+        """Saves and uploads to the Hugging Face hub (needs `hf auth login`).
+
+        Args:
+            repo_id: "org/name"; made when it is not there.
+            private: for a repository that is made now.
+            folder: where to save first; a temporary folder when None.
+
+        Returns:
+            Address of the repository.
+
+        Raises:
+            Offline: there is no network.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        from zoo.weights import require_online
+
+        require_online(f"cannot push to {repo_id!r}", f"hf upload {repo_id} FOLDER")
+        api = HfApi()
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            api.upload_folder(repo_id=repo_id, folder_path=self.save(folder or temporary))
+        return str(url)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,83 @@
+"""Finds cards by name and by filters, without torch."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+from mmoe.errors import UnknownModel, did_you_mean, nearest
+from zoo.card import Card, read_cards
+
+
+@cache
+def _cards() -> dict[str, Card]:
+    files = sorted(Path(__file__).parent.glob("*/card.yaml"))
+    return {card.name: card for file in files for card in read_cards(file)}
+
+
+def list_models(
+    pattern: str = "*",
+    *,
+    task: str | None = None,
+    modality: str | None = None,
+    family: str | None = None,
+    license: str | None = None,
+    weights: str | None = None,
+) -> list[Card]:
+    """Cards that match all given filters, sorted by name.
+
+    Args:
+        pattern: shell pattern on the name.
+        task: a task that the model can do.
+        modality: a modality that the model takes.
+        family: family name.
+        license: shell pattern on the licence of code and weights, or "commercial" for models none of whose parts
+            forbids commercial use or has an unknown licence.
+        weights: "bundled" for models that come with weights, "any" for models with weights from anywhere.
+
+    >>> all(card.bundled for card in list_models(weights="bundled"))
+    True
+    """
+    cards = (card for _, card in sorted(_cards().items()))
+    return [
+        card
+        for card in cards
+        if fnmatchcase(card.name, pattern)
+        and (task is None or task in card.tasks)
+        and (modality is None or modality in card.modalities)
+        and (family is None or family == card.family)
+        and (license is None or _has_licence(card, license))
+        and (weights is None or (card.bundled if weights == "bundled" else bool(card.weights)))
+    ]
+
+
+def _has_licence(card: Card, wanted: str) -> bool:
+    if wanted != "commercial":
+        return fnmatchcase(card.licence.lower(), wanted.lower())
+    parts = [card.licence, *(c["licence"] for c in card.components), *(w.licence for w in card.weights.values())]
+    return not any("-NC" in part.upper() or part == "unknown" for part in parts)
+
+
+def card(name: str) -> Card:
+    """The card of a model; a name may carry a weights tag ("clip_moe_tiny.emoji").
+
+    Raises:
+        UnknownModel: no card has this name; the message names the nearest ones.
+
+    >>> card("clip_moe_vit_l14").params["total"]
+    1202429441
+    """
+    cards = _cards()
+    found = cards.get(name) or cards.get(name.partition(".")[0])
+    if found is not None:
+        return found
+    if "/" in name:
+        raise UnknownModel(
+            f"no model named {name!r}",
+            "it looks like a hub repository or a folder that is not there",
+            f"zoo.load('hf-hub:{name}')",
+        )
+    near = nearest(name, cards)
+    stem = (near[0] if near else name).split("_")[0]
+    raise UnknownModel(f"no model named {name!r}", did_you_mean(name, cards), f"mmoe list '{stem}*'")
