@@ -1,0 +1,130 @@
+"""Augmentation of drawings with transparency, for a whole batch at once on tensors.
+
+One affine warp, one colour matrix per picture, a random background under the transparent parts, blur or sharpening,
+and a cut-out. Shapes: n pictures, S pixels per side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_LUMA = torch.tensor([0.299, 0.587, 0.114])
+_HUE_AXIS = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+
+
+def on_background(pixels: Tensor, colour: Tensor | float = 1.0) -> Tensor:
+    """Lays RGBA pictures over a background.
+
+    Args:
+        pixels: (n, 4, S, S) uint8.
+        colour: white, or (n, 3, 1, 1) in [0, 1].
+
+    Returns:
+        (n, 3, S, S) floats in [0, 1].
+    """
+    rgba = pixels.float() / 255
+    alpha = rgba[:, 3:]
+    return rgba[:, :3] * alpha + colour * (1 - alpha)
+
+
+def augment(pixels: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+    """Random variants of drawings.
+
+    Args:
+        pixels: (n, 4, S, S) uint8 RGBA.
+        generator: source of all randomness.
+        strength: scales warps and colour changes; 0 leaves them out.
+
+    Returns:
+        (n, 3, S, S) floats in [0, 1].
+
+    Example:
+        >>> augment(torch.zeros(2, 4, 64, 64, dtype=torch.uint8), torch.Generator()).shape
+        torch.Size([2, 3, 64, 64])
+    """
+    draw = _Draw(len(pixels), generator)
+    rgba = pixels.float() / 255
+    rgba = _warp(torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1), draw, strength)  # premultiplied
+    colour, alpha = rgba[:, :3], rgba[:, 3:]
+    background = _background(draw)
+    drawing = _recolour(colour, alpha, draw, strength)
+    image = _soften(drawing + background * (1 - alpha), draw)
+    return _cut_out(image, background, draw)
+
+
+class _Draw:
+    """Random numbers per picture."""
+
+    def __init__(self, n: int, generator: torch.Generator) -> None:
+        self.n, self.generator = n, generator
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(self.n, *shape, generator=self.generator) * (high - low) + low
+
+    def normal(self, scale: float) -> Tensor:
+        return torch.randn(self.n, generator=self.generator) * scale
+
+    def chance(self, probability: float) -> Tensor:
+        return torch.rand(self.n, generator=self.generator) < probability
+
+
+def _warp(rgba: Tensor, draw: _Draw, strength: float) -> Tensor:
+    """Rotation, scale, aspect, shear and shift in one resampling."""
+    angle, shear = draw.normal(0.12 * strength), draw.normal(0.06 * strength)
+    scale = draw.uniform(-0.18 * strength, 0.18 * strength).exp()
+    aspect = draw.uniform(-0.09 * strength, 0.09 * strength).exp()
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    rotation = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
+    stretch = torch.stack([scale * aspect, shear, zero, scale / aspect], dim=1).view(-1, 2, 2)
+    shift = draw.uniform(-0.09 * strength, 0.09 * strength, 2, 1)
+    theta = torch.cat([rotation @ stretch, shift], dim=2)  # (n, 2, 3)
+    grid = F.affine_grid(theta, list(rgba.shape), align_corners=False)
+    return F.grid_sample(rgba, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _background(draw: _Draw) -> Tensor:
+    """White for most, light grey or any colour for some: (n, 3, 1, 1)."""
+    grey = draw.uniform(0.7, 1.0, 1).expand(-1, 3)
+    coloured = torch.where(draw.chance(0.5)[:, None], draw.uniform(0.0, 1.0, 3), grey)
+    return torch.where(draw.chance(0.3)[:, None], coloured, 1.0)[:, :, None, None]
+
+
+def _recolour(colour: Tensor, alpha: Tensor, draw: _Draw, strength: float) -> Tensor:
+    """Saturation, hue, brightness and channel gains as one matrix per picture, then a contrast shift."""
+    k = 0.8 * strength
+    saturation = torch.where(draw.chance(0.1), 0.0, draw.uniform(-0.5 * k, 0.4 * k).exp()).view(-1, 1, 1)
+    hue = draw.normal(0.15 * k).view(-1, 1, 1)
+    brightness = draw.uniform(-0.25 * k, 0.25 * k).exp().view(-1, 1, 1)
+    identity = torch.eye(3)
+    turned = hue.cos() * identity + (1 - hue.cos()) / 3 + hue.sin() * _HUE_AXIS  # rotation around the grey axis
+    greyed = saturation * identity + (1 - saturation) * _LUMA.expand(3, 3)
+    gains = 1 + draw.uniform(-0.12 * k, 0.12 * k, 3, 1)
+    matrix = greyed @ turned * brightness * gains  # (n, 3, 3)
+    recoloured = torch.bmm(matrix, colour.flatten(2)).view_as(colour)
+    recoloured = recoloured + draw.uniform(-0.12 * k, 0.12 * k, 1, 1, 1) * alpha
+    return torch.minimum(recoloured.clamp(min=0), alpha)
+
+
+def _soften(image: Tensor, draw: _Draw) -> Tensor:
+    """Blurs or sharpens a fifth of the pictures."""
+    weight = torch.where(draw.chance(0.2), draw.uniform(-1.0, 1.0), 0.0)
+    touched = weight.nonzero().flatten()
+    if len(touched):
+        part = image[touched]
+        blurred = F.avg_pool2d(F.pad(part, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        image[touched] = torch.lerp(part, blurred, weight[touched].view(-1, 1, 1, 1)).clamp(0, 1)
+    return image
+
+
+def _cut_out(image: Tensor, background: Tensor, draw: _Draw) -> Tensor:
+    """Covers a rectangle of some pictures with their background."""
+    places = (torch.arange(image.shape[-1]) + 0.5) / image.shape[-1]
+    height, width = draw.uniform(0.1, 0.45, 1), draw.uniform(0.1, 0.45, 1)
+    rows = (places - draw.uniform(0.0, 1.0, 1)).abs() < height / 2  # (n, S)
+    columns = (places - draw.uniform(0.0, 1.0, 1)).abs() < width / 2
+    hole = rows[:, None, :, None] & columns[:, None, None, :] & draw.chance(0.15)[:, None, None, None]
+    return torch.where(hole, background, image)

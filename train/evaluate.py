@@ -1,0 +1,91 @@
+"""Retrieval of emoji by name and of names by emoji, and how a model uses its experts.
+
+Shapes: n concepts, C embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmoe.trace import trace
+from train.augment import on_background
+from train.data.emoji import EmojiSet
+from zoo.clip_moe.model import ClipMoE
+
+RANKS = (1, 5, 10)
+
+
+@torch.no_grad()
+def image_features(model: ClipMoE, emoji: EmojiSet, style: str, indices: Sequence[int] | None = None) -> Tensor:
+    """Normalised features of the pictures of one style, (n, C)."""
+    pixels = emoji.pixels(style) if indices is None else emoji.pixels(style)[list(indices)]
+    mean, std = (torch.tensor(model.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    size = model.preprocessing["image_size"]
+    features = []
+    for part in pixels.split(256):
+        image = on_background(part)
+        if image.shape[-1] != size:
+            image = torch.nn.functional.interpolate(image, (size, size), mode="bicubic", antialias=True)
+        batch = ((image - mean) / std).to(model.device, model.dtype)
+        features.append(model.encode_image(batch, normalize=True).float().cpu())
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def text_features(model: ClipMoE, texts: Sequence[str]) -> Tensor:
+    """Normalised features of texts, (n, C)."""
+    ids = model.tokenizer(list(texts)).to(model.device)
+    return torch.cat([model.encode_text(part, normalize=True).float().cpu() for part in ids.split(512)])
+
+
+def recall(similarity: Tensor, ranks: Sequence[int] = RANKS) -> dict[str, float]:
+    """Share of rows whose own column is among the best k, for square similarities (n, n); ties count against it.
+
+    Example:
+        >>> recall(torch.tensor([[2.0, 1.0], [3.0, 3.0]]), ranks=(1,))
+        {'R@1': 0.5}
+    """
+    own = similarity.diagonal()[:, None]
+    rank = (similarity >= own).sum(1)
+    return {f"R@{k}": round((rank <= k).float().mean().item(), 4) for k in ranks}
+
+
+def retrieval(
+    model: ClipMoE, emoji: EmojiSet, style: str, indices: Sequence[int], template: str = "{}"
+) -> dict[str, dict[str, float]]:
+    """Recall of names for pictures and of pictures for names, among the given concepts.
+
+    Args:
+        model: in eval mode.
+        emoji: the data.
+        style: drawing style of the pictures.
+        indices: concepts that make up the gallery; each is a query too.
+        template: sentence around the name.
+    """
+    images = image_features(model, emoji, style, indices)
+    texts = text_features(model, [template.format(emoji.concepts[i].name) for i in indices])
+    similarity = texts @ images.t()  # (n texts, n pictures)
+    return {"text_to_image": recall(similarity), "image_to_text": recall(similarity.t())}
+
+
+def evaluate(model: ClipMoE, emoji: EmojiSet) -> dict[str, dict[str, dict[str, float]]]:
+    """Retrieval on the held-out style of seen concepts, and on held-out concepts in every style."""
+    style = emoji.held_out_style
+    results = {f"seen_{style}": retrieval(model, emoji, style, emoji.seen)}
+    results[f"seen_{style}_sentence"] = retrieval(model, emoji, style, emoji.seen, "a picture of {}")
+    for other in emoji.styles:
+        results[f"held_out_{other}"] = retrieval(model, emoji, other, emoji.held_out)
+    return results
+
+
+@torch.no_grad()
+def expert_use(model: ClipMoE, emoji: EmojiSet) -> list[dict[str, Any]]:
+    """Load, max/mean load, dead experts and entropy of every mixture over all seen concepts in the held-out style."""
+    with trace(model) as routing:
+        image_features(model, emoji, emoji.held_out_style, emoji.seen)
+        text_features(model, [emoji.concepts[i].name for i in emoji.seen])
+    return routing.summary()

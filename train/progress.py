@@ -1,0 +1,61 @@
+"""Progress of long work: a bar with ETA on a terminal, a line now and then elsewhere, nothing with MMOE_QUIET=1."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import TracebackType
+
+from rich import progress as rich_progress
+
+
+class Progress:
+    """Counts steps of a task.
+
+    Args:
+        name: what is being done.
+        total: number of steps.
+        done: steps that were done before.
+        quiet: shows nothing.
+        every: seconds between lines where there is no terminal.
+    """
+
+    def __init__(self, name: str, total: int, done: int = 0, *, quiet: bool = False, every: float = 15.0) -> None:
+        self.name, self.total, self.done, self.every = name, total, done, every
+        self.quiet = quiet or os.environ.get("MMOE_QUIET", "") not in ("", "0")
+        self._bar: rich_progress.Progress | None = None
+        self._started = self._printed = time.monotonic()
+        self._first = done
+
+    def __enter__(self) -> Progress:
+        if not self.quiet and sys.stderr.isatty():
+            columns = (
+                rich_progress.TextColumn("{task.description}"),
+                rich_progress.BarColumn(),
+                rich_progress.MofNCompleteColumn(),
+                rich_progress.TimeRemainingColumn(),
+                rich_progress.TextColumn("{task.fields[note]}"),
+            )
+            self._bar = rich_progress.Progress(*columns, console=rich_progress.Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(self.name, total=self.total, completed=self.done, note="")
+        return self
+
+    def update(self, done: int, **values: float) -> None:
+        """Sets how many steps are done and the values shown beside."""
+        self.done = done
+        note = "  ".join(f"{key} {value:.3f}" for key, value in values.items())
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+        elif not self.quiet and (now - self._printed > self.every or done == self.total):
+            rate = (done - self._first) / max(1e-9, now - self._started)
+            print(f"{self.name}: {done}/{self.total}  {rate:.1f} steps/s  {note}", file=sys.stderr, flush=True)
+            self._printed = now
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
