@@ -53,6 +53,11 @@ _HOME = {
     "sites": "surgery",
     "upcycle": "surgery",
     "MmoeError": "errors",
+    "load_bars": "figures",
+    "load_heatmap": "figures",
+    "patch_overlay": "figures",
+    "save_figure": "figures",
+    "token_strip": "figures",
 }
 
 __all__ = [*_HOME, "__version__"]

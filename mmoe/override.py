@@ -21,7 +21,7 @@ from mmoe.routing import Router, Routing
 
 @contextmanager
 def override(model: nn.Module, hooks: Override | Mapping[str, Override]) -> Iterator[None]:
-    """Replaces routing decisions inside the block.
+    """Replaces routing decisions inside the block; an override inside another one replaces it on the layers it names.
 
     Args:
         model: holder of MoE layers.

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmoe.experts.base import Experts
-from mmoe.moe import MoE, moe_layers
+from mmoe.moe import moe_layers
 from mmoe.trace import Trace, trace
 
 
@@ -68,23 +68,20 @@ def count_params(model: nn.Module) -> Params:
         (1056, 288)
     """
     total = sum(p.numel() for p in model.parameters())
-    routed = idle = routers = 0
-    for layer in moe_layers(model).values():
-        inside = _routed_params(layer.experts)
-        routed += inside
-        idle += inside - round(inside * _share_used(layer))
-        routers += sum(p.numel() for p in layer.router.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Params(total=total, active=total - idle, trainable=trainable, routed=routed, routers=routers)
+    layers = moe_layers(model).values()
+    routers = sum(p.numel() for p in nn.ModuleList(layer.router for layer in layers).parameters())
+    used: dict[Experts, float] = {}  # layers may share their experts
+    for layer in layers:
+        used[layer.experts] = used.get(layer.experts, 0.0) + layer.router.experts_per_token / layer.num_experts
+    routed = {experts: _routed_params(experts) for experts in used}
+    idle = sum(count - round(count * min(1.0, used[experts])) for experts, count in routed.items())
+    return Params(total=total, active=total - idle, trainable=trainable, routed=sum(routed.values()), routers=routers)
 
 
 def _routed_params(experts: Experts) -> int:
     parts = [module for module in experts.modules() if isinstance(module, Experts)]
     return sum(p.numel() for part in parts for p in part.packed_parameters().values())
-
-
-def _share_used(layer: MoE) -> float:
-    return min(1.0, layer.router.experts_per_token / layer.num_experts)
 
 
 def _grouped_mm_flops(
@@ -94,7 +91,17 @@ def _grouped_mm_flops(
     return int(2 * x_shape[0] * x_shape[1] * w_shape[-1])
 
 
-_GROUPED = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
+def _attention_flops(
+    q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Scores and weighted sum of queries (..., N, C), keys (..., M, C) and values (..., M, O): 2 N M (C + O) each."""
+    return int(2 * q_shape.numel() // q_shape[-1] * k_shape[-2] * (k_shape[-1] + v_shape[-1]))
+
+
+_NOT_IN_TORCH = {
+    torch.ops.aten._grouped_mm: _grouped_mm_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+}
 
 
 @torch.no_grad()
@@ -115,7 +122,7 @@ def profile(model: nn.Module, call: Callable[..., Any], *args: Any) -> Profile:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter cannot see into the fused attention block
     try:
-        with trace(model) as routing, FlopCounterMode(display=False, custom_mapping=_GROUPED) as counter:
+        with trace(model) as routing, FlopCounterMode(display=False, custom_mapping=_NOT_IN_TORCH) as counter:
             call(*args)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -1,7 +1,8 @@
 """Augmentation of drawings with transparency, for a whole batch at once on tensors.
 
-One affine warp, one colour matrix per picture, a random background under the transparent parts, blur or sharpening,
-and a cut-out. Shapes: n pictures, S pixels per side.
+One affine warp that also makes every drawing fill the frame alike, one colour matrix per picture, darker contours,
+fewer colours, a random background under the transparent parts, blur or sharpening, and a cut-out. Contours and colours
+are what drawing styles differ in. Shapes: n pictures, S pixels per side.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+GREY, CONTOURS, POSTERISE = 0.15, 0.25, 0.15  # shares of the pictures
 _LUMA = torch.tensor([0.299, 0.587, 0.114])
 _HUE_AXIS = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
 
@@ -52,7 +54,8 @@ def augment(pixels: Tensor, generator: torch.Generator, strength: float = 1.0) -
     colour, alpha = rgba[:, :3], rgba[:, 3:]
     background = _background(draw)
     drawing = _recolour(colour, alpha, draw, strength)
-    image = _soften(drawing + background * (1 - alpha), draw)
+    image = _fewer_colours(drawing + background * (1 - alpha), draw)
+    image = _soften(_contours(image, draw), draw)
     return _cut_out(image, background, draw)
 
 
@@ -73,17 +76,33 @@ class _Draw:
 
 
 def _warp(rgba: Tensor, draw: _Draw, strength: float) -> Tensor:
-    """Rotation, scale, aspect, shear and shift in one resampling."""
+    """Rotation, scale, aspect, shear and shift in one resampling; drawings then fill 0.7 to 1.05 of the frame."""
     angle, shear = draw.normal(0.12 * strength), draw.normal(0.06 * strength)
-    scale = draw.uniform(-0.18 * strength, 0.18 * strength).exp()
+    size, centre = _extent(rgba[:, 3])
+    scale = size / draw.uniform(1 - 0.3 * strength, 1 + 0.05 * strength)
     aspect = draw.uniform(-0.09 * strength, 0.09 * strength).exp()
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     rotation = torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
     stretch = torch.stack([scale * aspect, shear, zero, scale / aspect], dim=1).view(-1, 2, 2)
-    shift = draw.uniform(-0.09 * strength, 0.09 * strength, 2, 1)
+    shift = centre + draw.uniform(-0.09 * strength, 0.09 * strength, 2, 1)
     theta = torch.cat([rotation @ stretch, shift], dim=2)  # (n, 2, 3)
     grid = F.affine_grid(theta, list(rgba.shape), align_corners=False)
     return F.grid_sample(rgba, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _extent(alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Larger side of each drawing as a share of the frame (n,), and its centre in [-1, 1] (n, 2, 1) as x, y."""
+    places = (torch.arange(alpha.shape[-1]) + 0.5) / alpha.shape[-1] * 2 - 1
+    spans = []
+    for inside in (alpha.amax(1) > 0.1, alpha.amax(2) > 0.1):  # columns (x), rows (y): (n, S)
+        low = torch.where(inside, places, 1.0).amin(1)
+        high = torch.where(inside, places, -1.0).amax(1)
+        spans.append((low, high))
+    (left, right), (top, bottom) = spans
+    size = torch.maximum(right - left, bottom - top) / 2
+    empty = size <= 0
+    centre = torch.stack([left + right, top + bottom], dim=1)[:, :, None] / 2
+    return torch.where(empty, 1.0, size), torch.where(empty[:, None, None], 0.0, centre)
 
 
 def _background(draw: _Draw) -> Tensor:
@@ -96,7 +115,7 @@ def _background(draw: _Draw) -> Tensor:
 def _recolour(colour: Tensor, alpha: Tensor, draw: _Draw, strength: float) -> Tensor:
     """Saturation, hue, brightness and channel gains as one matrix per picture, then a contrast shift."""
     k = 0.8 * strength
-    saturation = torch.where(draw.chance(0.1), 0.0, draw.uniform(-0.5 * k, 0.4 * k).exp()).view(-1, 1, 1)
+    saturation = torch.where(draw.chance(GREY), 0.0, draw.uniform(-0.5 * k, 0.4 * k).exp()).view(-1, 1, 1)
     hue = draw.normal(0.15 * k).view(-1, 1, 1)
     brightness = draw.uniform(-0.25 * k, 0.25 * k).exp().view(-1, 1, 1)
     identity = torch.eye(3)
@@ -107,6 +126,23 @@ def _recolour(colour: Tensor, alpha: Tensor, draw: _Draw, strength: float) -> Te
     recoloured = torch.bmm(matrix, colour.flatten(2)).view_as(colour)
     recoloured = recoloured + draw.uniform(-0.12 * k, 0.12 * k, 1, 1, 1) * alpha
     return torch.minimum(recoloured.clamp(min=0), alpha)
+
+
+def _contours(image: Tensor, draw: _Draw) -> Tensor:
+    """Darkens the edges of some pictures, as a drawing with outlines has them."""
+    weight = torch.where(draw.chance(CONTOURS), draw.uniform(0.0, 1.0), 0.0)
+    touched = weight.nonzero().flatten()
+    if len(touched):
+        part = image[touched]
+        edges = (F.max_pool2d(part, 3, 1, 1) + F.max_pool2d(-part, 3, 1, 1)).amax(1, keepdim=True)
+        image[touched] = part * (1 - weight[touched].view(-1, 1, 1, 1) * edges)
+    return image
+
+
+def _fewer_colours(image: Tensor, draw: _Draw) -> Tensor:
+    """Rounds the colours of some pictures to 3 to 6 levels, which takes shading away."""
+    levels = draw.uniform(2.0, 6.0, 1, 1, 1).floor()
+    return torch.where(draw.chance(POSTERISE)[:, None, None, None], (image * levels).round() / levels, image)
 
 
 def _soften(image: Tensor, draw: _Draw) -> Tensor:

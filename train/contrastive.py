@@ -36,7 +36,9 @@ class StageConfig(BaseModel):
 
     Attributes:
         steps: optimiser steps.
-        batch_size: pairs per step over all processes.
+        batch_size: concepts per step over all processes.
+        both_styles: every concept of a batch comes in all training styles, against one caption; False draws one.
+        text_length: captions are cut to this many tokens.
         lr: peak learning rate of AdamW; linear warm-up, then cosine to 1 % of it.
         muon_lr: peak learning rate of Muon for the matrices of the blocks; None leaves them to AdamW.
         weight_decay: of matrices and embeddings; biases, norms, positions and the logit scale have none.
@@ -51,7 +53,9 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(gt=0)
-    batch_size: int = Field(default=256, gt=1)
+    batch_size: int = Field(default=128, gt=1)
+    both_styles: bool = True
+    text_length: int = Field(default=16, gt=2)
     lr: float = Field(gt=0)
     muon_lr: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -111,16 +115,17 @@ def batch_stream(
 
 
 def make_batch(
-    model: ClipMoE, emoji: EmojiSet, pairs: Sequence[tuple[int, int]], seed: int, strength: float
+    model: ClipMoE, emoji: EmojiSet, pairs: Sequence[tuple[int, int]], config: StageConfig, seed: int
 ) -> dict[str, Tensor]:
-    """Augmented pixels and random captions of pairs."""
-    generator = torch.Generator().manual_seed(seed)
+    """Augmented pixels, one or all styles of each concept, and one random caption per concept."""
     draw = random.Random(seed)
-    styles = [emoji.pixels(style) for style in emoji.training_styles]
-    pixels = torch.stack([styles[style][concept] for style, concept in pairs])  # (B, 4, 64, 64)
-    image = augment(pixels, generator, strength)
+    styles = emoji.training_pixels  # (styles, n, 4, 64, 64)
+    drawn, concepts = torch.tensor(pairs).t()
+    pixels = styles[:, concepts].flatten(0, 1) if config.both_styles else styles[drawn, concepts]  # (V*B, 4, 64, 64)
+    image = augment(pixels, torch.Generator().manual_seed(seed), config.strength)
     mean, std = (torch.tensor(model.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-    text = model.tokenizer([emoji.concepts[concept].caption(draw) for _, concept in pairs])
+    captions = [emoji.concepts[concept].caption(draw) for concept in concepts.tolist()]
+    text = model.tokenizer(captions, context_length=config.text_length)
     return {"image": ((image - mean) / std).to(model.dtype), "text": text}
 
 
@@ -190,7 +195,7 @@ class ContrastiveRun:
         torch.manual_seed(seed)
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         whole = len(pairs) // ranks * ranks
-        batch = make_batch(self.model, self.emoji, pairs[:whole][rank::ranks], seed + rank, self.config.strength)
+        batch = make_batch(self.model, self.emoji, pairs[:whole][rank::ranks], self.config, seed + rank)
         batch = {key: value.to(self.accelerator.device) for key, value in batch.items()}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -203,8 +208,9 @@ class ContrastiveRun:
         )
         for optimizer in self.optimizers:
             optimizer.step()
-        with torch.no_grad():
-            self.model.clip.logit_scale.clamp_(0, math.log(100))
+        scale = self.model.clip.logit_scale
+        if scale.requires_grad:
+            scale.data.clamp_(0, math.log(100))
         return float(loss.detach())
 
     def save(self) -> None:

@@ -57,6 +57,7 @@ class Card:
         weights: sets of weights by tag; the first is the default.
         metrics: measured numbers, each with data, value, provenance ("paper" or "ours") and command.
         routing: measured use of the experts, with the command.
+        lineage: how a model was made from others: source, options and command.
         examples: inputs that the demo offers.
         notes: things to know before use.
     """
@@ -77,6 +78,7 @@ class Card:
     weights: Mapping[str, Weights] = field(default_factory=dict)
     metrics: tuple[Mapping[str, Any], ...] = ()
     routing: Mapping[str, Any] = field(default_factory=dict)
+    lineage: Mapping[str, Any] = field(default_factory=dict)
     examples: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mmoe.errors import BadOverride, nearest
 
@@ -43,7 +43,8 @@ def make_config(config_class: type[C], values: Mapping[str, Any], model: str) ->
         if not _fits(value, hints[key]):
             raise BadOverride(
                 f"{key}={value!r} does not fit {model}",
-                f"{key} is {_words(hints[key])}, not {type(value).__name__}",
+                f"{key} is {_words(hints[key])}"
+                + ("" if get_origin(hints[key]) is Literal else f", not {type(value).__name__}"),
                 f"mmoe info {model}",
             )
     return config_class(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
@@ -53,6 +54,8 @@ def _fits(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -65,6 +68,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     names = ["None" if option is NoneType else getattr(option, "__name__", str(option)) for option in options]
     return " or ".join(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ def read_image(source: Any, background: tuple[int, int, int] = (255, 255, 255)) 
     """A picture as RGB; transparency is laid over `background` and the camera's rotation applied.
 
     Args:
-        source: path, PIL image, or array (H, W), (H, W, 3) or (H, W, 4) of uint8 or of floats in [0, 1].
+        source: path, PIL image, or array (H, W), (H, W, 3) or (H, W, 4) of integers in [0, 255] or floats in [0, 1].
 
     Raises:
-        BadInput: no such file, not a picture, a broken one, or one of more than 50 megapixels.
+        BadInput: no such file, not a picture, a broken one, one of more than 50 megapixels, or numbers out of range.
 
     >>> read_image(np.zeros((4, 6, 3), dtype=np.uint8)).size
     (6, 4)
@@ -32,6 +33,23 @@ def read_image(source: Any, background: tuple[int, int, int] = (255, 255, 255)) 
     return _flatten(_from_array(np.asarray(source)), background)
 
 
+def as_seen(source: Any, resize_mode: str = "shortest") -> Image.Image:
+    """The square part of a picture that a model gets to see, at full resolution: what its grid of patches covers.
+
+    Args:
+        source: as for `read_image`.
+        resize_mode: of the model's preprocessing: "shortest" crops the middle, "longest" pads with black, "squash"
+            distorts, which leaves the picture as it is here.
+
+    >>> as_seen(np.zeros((40, 60, 3), dtype=np.uint8)).size
+    (40, 40)
+    """
+    image = read_image(source)
+    if resize_mode == "shortest":
+        return ImageOps.fit(image, (min(image.size),) * 2)
+    return ImageOps.pad(image, (max(image.size),) * 2) if resize_mode == "longest" else image
+
+
 def _open(path: Path) -> Image.Image:
     asked, fix = f"cannot read the picture '{path}'", "give a PNG, JPEG or WebP file"
     if not path.exists():
@@ -39,7 +57,7 @@ def _open(path: Path) -> Image.Image:
     if path.is_dir():
         raise BadInput(asked, "it is a folder", fix)
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width} x {image.height}"
                 raise BadInput(asked, f"it has {size} pixels; the limit is {MAX_PIXELS // 10**6} megapixels", fix)
@@ -59,13 +77,24 @@ def _from_array(array: np.ndarray) -> Image.Image:
             "a picture is (H, W), (H, W, 3) or (H, W, 4)",
             "give a path, a PIL image or such an array",
         )
-    if array.dtype != np.uint8:
-        array = (np.clip(array.astype(np.float64), 0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(array)
+    if array.dtype.kind not in "uifb":
+        raise BadInput(f"cannot read a picture from an array of {array.dtype}", "it holds no numbers", "array / 255")
+    top = 255 if array.dtype.kind in "ui" else 1
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= top):  # also for NaN
+        kind = "integers" if top == 255 else "floats"
+        raise BadInput(
+            f"cannot read a picture from numbers between {low:g} and {high:g}",
+            f"{kind} of a picture lie between 0 and {top}",
+            "array / 255" if 1 < high <= 255 else "scale the array first",
+        )
+    return Image.fromarray((array * (255 / top)).round().astype(np.uint8))
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # 16-bit grey, which convert() would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")

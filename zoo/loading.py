@@ -16,9 +16,21 @@ from zoo.card import Card
 from zoo.config import make_config
 from zoo.model import FORMAT, Model
 from zoo.registry import card, list_models
-from zoo.weights import LoadReport, State, load_state, locate, read_state, require_online, split_hub
+from zoo.weights import (
+    WEIGHTS,
+    LoadReport,
+    State,
+    hub_errors,
+    load_state,
+    locate,
+    online,
+    read_state,
+    require_online,
+    split_hub,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES |= {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SOURCES = ("bundled:", "hf-hub:", "pypi:")
 
 
@@ -36,7 +48,7 @@ class _Origin:
 
 def load(
     name: str | Path,
-    weights: bool | str = True,
+    weights: bool | str | Path = True,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
@@ -49,12 +61,14 @@ def load(
 
     Args:
         name: a card's name ("clip_moe_tiny"), one with a weights tag ("clip_moe_vit_l14.sharegpt4v"),
-            "hf-hub:org/repo[@revision]", or a folder that `Model.save` wrote.
-        weights: True for the card's default, False for random ones, a tag, or a file.
+            "hf-hub:org/repo[@revision]", or a folder that `Model.save` wrote (as "./clip_moe_tiny" where it has the
+            name of a card).
+        weights: True for the card's default, False for random ones, a tag, or a file in our layout or the authors'.
         device: "auto" takes CUDA, then MPS, then CPU; "meta" builds shapes only, without weights.
         dtype: "fp32", "bf16", "fp16" or a torch dtype; fp32 when None.
-        router: registered router, as a name, "name:key=value" or a mapping: it replaces the model's own and starts
-            fresh, which the load report shows.
+        router: registered router, as a name, "name:key=value" or a mapping, in place of the model's own. It takes over
+            the tensors of the weights that fit it by name and shape (a trained gate serves top-1 as well as top-2),
+            the others start fresh: the load report lists them as missing.
         experts: the same for experts.
         allow_missing: patterns of tensor names that may be missing in the weights or left over.
         overrides: options of the family's config.
@@ -74,11 +88,13 @@ def load(
     with torch.device(device):
         model = origin.model_class(config)
     model.card = origin.card
-    model.to(_pick_dtype(dtype))
+    model.to(pick_dtype(dtype))
     if origin.folder is not None:
-        model.preprocessing = _read_json(origin.folder / "preprocess.json")
+        _restore_preprocessing(model, origin.folder / "preprocess.json")
+    if not isinstance(weights, (bool, str, Path)):
+        raise BadOverride(f"weights={weights!r}", "it is True, False, a tag or a file", f"zoo.load({str(name)!r})")
     if weights is not False and device.type != "meta":
-        state, source = _weights(origin, weights, config)
+        state, source = _weights(origin, weights, model)
         fresh = [pattern for key in swapped for pattern in _fresh_patterns(key)]
         model.load_report = load_state(model, state, source, allow_missing=[*allow_missing, *fresh])
     return model.eval()
@@ -88,10 +104,20 @@ def _fresh_patterns(swapped: str) -> list[str]:
     return [f"{swapped}.*", f"*.{swapped}.*"]
 
 
+def _restore_preprocessing(model: Model, path: Path) -> None:
+    values = _read_json(path)
+    try:
+        model.preprocessing = values
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFile(
+            f"cannot read '{path}'", f"{type(error).__name__}: {error}", "save the model again"
+        ) from error
+
+
 def _find(name: str) -> _Origin:
     if name.startswith("hf-hub:"):
         return _from_folder(_hub_folder(name.removeprefix("hf-hub:")), name)
-    if Path(name).expanduser().is_dir():
+    if Path(name).expanduser().is_dir() and not any(found.name == name for found in list_models()):
         return _from_folder(Path(name).expanduser(), name)
     if name.startswith((".", "/", "~")):
         raise BadInput(
@@ -106,10 +132,14 @@ def _find(name: str) -> _Origin:
 
 def _from_folder(folder: Path, label: str) -> _Origin:
     saved = _read_json(folder / "config.json")
-    if saved.get("format") != FORMAT:
+    if not {"family", "format", "config"} <= set(saved):
+        raise CorruptFile(
+            f"cannot load the folder '{folder}'", "its config.json was not written by model.save(folder)", "mmoe list"
+        )
+    if saved["format"] != FORMAT:
         raise CorruptFile(
             f"cannot load the folder '{folder}'",
-            f"its format is {saved.get('format')}, this version reads {FORMAT}",
+            f"its format is {saved['format']}, this version reads {FORMAT}",
             "pip install --upgrade mmoe",
         )
     card_file = folder / "card.json"
@@ -123,19 +153,21 @@ def _from_folder(folder: Path, label: str) -> _Origin:
 
 
 def _hub_folder(reference: str) -> Path:
+    """The repository's newest state where there is network, what is in the cache otherwise."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repo, revision, _ = split_hub(reference)
+    asked, files = f"cannot fetch the model {repo!r}", ["*.json", WEIGHTS]
+    if online():
+        with hub_errors(asked, repo):
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):
-        require_online(f"cannot fetch the model {repo!r}", f"hf download {repo} --local-dir FOLDER")
-    try:
-        return Path(snapshot_download(repo, revision=revision))
-    except HfHubHTTPError as error:
-        first = str(error).strip().splitlines()[0]
-        raise BadInput(f"cannot fetch the model {repo!r}", first, f"look at https://huggingface.co/{repo}") from error
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
+    except (OSError, ValueError):
+        folder = Path()
+    if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
+        require_online(asked, f"hf download {repo} --local-dir FOLDER")
+    return folder
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -172,54 +204,76 @@ def family_class(family: str) -> type[Model]:
     return found
 
 
-def _weights(origin: _Origin, weights: bool | str, config: Any) -> tuple[State, str]:
+def _weights(origin: _Origin, weights: bool | str | Path, model: Model) -> tuple[State, str]:
     """State dict in our layout, and what to call it in the report."""
+    if isinstance(weights, Path):
+        return _convert_foreign(read_state(locate(str(weights))), str(weights), model)
     if isinstance(weights, str) and (weights.startswith(_SOURCES) or Path(weights).suffix or "/" in weights):
-        return read_state(locate(weights)), weights
+        return _convert_foreign(read_state(locate(weights)), weights, model)
     if origin.folder is not None:
         if isinstance(weights, str):
             raise BadOverride(
                 f"weights={weights!r} for a folder", "a folder holds one set of weights", f"zoo.load('{origin.folder}')"
             )
-        path = origin.folder / "model.safetensors"
+        path = origin.folder / WEIGHTS
         return read_state(locate(str(path))), str(path)
     assert origin.card is not None
     tag, entry = origin.card.find_weights(weights if isinstance(weights, str) else origin.tag)
     state = read_state(locate(entry.source, entry.sha256))
     label = f"{origin.card.name}.{tag} ({entry.source})"
-    if not entry.original:
+    return _convert_foreign(state, label, model) if entry.original else (state, label)
+
+
+def _convert_foreign(state: State, label: str, model: Model) -> tuple[State, str]:
+    """A state dict without any of our names goes through the family's converter."""
+    if set(state) & set(model.state_dict()):
         return state, label
-    convert = import_module(f"zoo.{origin.card.family}.convert")
+    convert = import_module(f"zoo.{model.family}.convert")
     found, state = convert.from_original(state)
     wrong = [
-        f"{key}: {getattr(found, key)} in the file, {getattr(config, key)} asked"
+        f"{key}: {getattr(found, key)} in the file, {getattr(model.config, key)} asked"
         for key in convert.SHOWN_BY_TENSORS
-        if getattr(found, key) != getattr(config, key)
+        if getattr(found, key) != getattr(model.config, key)
     ]
     if wrong:
-        raise LoadMismatch(f"the weights {label} are of another model", "\n".join(wrong), "mmoe convert from-original")
-    return state, label
+        raise LoadMismatch(
+            f"the weights {label} are of another model",
+            "\n".join(wrong),
+            f"mmoe convert from-original {model.family} FILE --out DIR",
+        )
+    return state, f"{label}, converted from the authors' layout"
 
 
 def _pick_device(device: str | torch.device) -> torch.device:
-    if device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise BadInput(f"no device {str(device)!r}", "devices are cpu, cuda, mps, meta", "device='auto'") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next((kind for kind, available in there.items() if available), "cpu"))
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise BadInput(f"no device {str(device)!r}", "devices are cpu, cuda, mps, meta", "device='auto'") from error
+    if not there.get(found.type, True):
+        raise BadInput(f"no device {str(device)!r}", f"this machine or this torch has no {found.type}", "device='auto'")
+    return found
 
 
-def _pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
+def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """The type that a name such as "bf16" or "bfloat16" stands for; fp32 for None.
+
+    Raises:
+        BadOverride: it is no type of parameters.
+
+    >>> pick_dtype("bf16")
+    torch.bfloat16
+    """
     if dtype is None:
         return torch.float32
-    if dtype not in DTYPES:
-        raise BadOverride(f"no dtype {dtype!r}", did_you_mean(dtype, DTYPES), "dtype='bf16'")
-    return DTYPES[dtype]
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None:
+        raise BadOverride(f"no dtype {dtype!r}", did_you_mean(str(dtype), DTYPES), "dtype='bf16'")
+    if not found.is_floating_point:
+        raise BadOverride(f"no model in {found}", "parameters are floating-point numbers", "dtype='bf16'")
+    return found
 
 
 __all__ = ["LoadReport", "family_class", "load"]

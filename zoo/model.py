@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from mmoe.atomic import atomic_path
 from mmoe.errors import Refused
 from mmoe.profile import Params, count_params
 from zoo.card import Card
-from zoo.weights import LoadReport
+from zoo.weights import WEIGHTS, LoadReport, hub_errors, require_online
 
 FORMAT = 1
 
@@ -101,22 +102,26 @@ class Model(nn.Module):
         """Writes a folder that `zoo.load(folder)` reads alone: config, weights, preprocessing and card.
 
         Args:
-            folder: made when it is not there; files in it are replaced one by one, the config last.
+            folder: made when it is not there. Its files are replaced only after all new ones are written, so that
+                a full disk leaves the old model.
             dtype: type of the saved floating-point tensors; as they are when None.
 
         Returns:
             The folder.
         """
-        folder = Path(folder)
-        with atomic_path(folder / "model.safetensors") as temporary:
-            save_file(self._saved_state(dtype), temporary, metadata={"format": "pt"})
-        _write_json(folder / "preprocess.json", self.preprocessing)
+        folder, state = Path(folder), self._saved_state(dtype)
+        config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(self.config)}
+        data = {"config.json": config, "preprocess.json": self.preprocessing}
         if self.card is not None:
-            _write_json(folder / "card.json", self.card.as_dict())
-        _write_json(
-            folder / "config.json",
-            {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(self.config)},
-        )
+            data["card.json"] = self.card.as_dict()
+        with ExitStack() as written:  # the files take their names when it closes, the last one first
+            for name, values in data.items():
+                temporary = written.enter_context(atomic_path(folder / name))
+                temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary = written.enter_context(atomic_path(folder / WEIGHTS))
+            save_file(state, temporary, metadata={"format": "pt"})
+        if self.card is None:
+            (folder / "card.json").unlink(missing_ok=True)
         return folder
 
     def _saved_state(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -148,16 +153,11 @@ class Model(nn.Module):
 
         from huggingface_hub import HfApi
 
-        from zoo.weights import require_online
-
         require_online(f"cannot push to {repo_id!r}", f"hf upload {repo_id} FOLDER")
         api = HfApi()
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            api.upload_folder(repo_id=repo_id, folder_path=self.save(folder or temporary))
+        with hub_errors(f"cannot push to {repo_id!r}", repo_id), tempfile.TemporaryDirectory() as temporary:
+            saved = self.save(folder or temporary)
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            files = ["config.json", "preprocess.json", "card.json", WEIGHTS]
+            api.upload_folder(repo_id=repo_id, folder_path=saved, allow_patterns=files)
         return str(url)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

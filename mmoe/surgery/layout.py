@@ -136,16 +136,17 @@ def recognize(module: nn.Module, named_ffn: bool = False) -> Layout | str | None
     layers = [children[name] for name in names]
     if not all(_is_linear(layer) for layer in layers):
         return why_not(module) if named_ffn else None
-    layout = _fit(names, layers, getattr(module, "gate_last", None))
+    wrong = why_not_weights(layers)  # before sizes, which quantised weights do not have
+    layout = None if wrong else _fit(names, layers, getattr(module, "gate_last", None))
     if layout is None:
-        return None
+        return wrong
     extra = {name: child for name, child in children.items() if name not in names and not isinstance(child, _HARMLESS)}
     act_name, act = _activation(module, extra)
     extra.pop(act_name, None)
     if extra or _num_inputs(module) > 1:
         return why_not(module, extra)
     inner, outer = _functional_dropout(module)
-    return why_not_weights(layers) or replace(layout, act=act, dropout=inner, out_dropout=outer)
+    return replace(layout, act=act, dropout=inner, out_dropout=outer)
 
 
 def _sequential(module: nn.Sequential, children: dict[str, nn.Module]) -> Layout | str | None:
@@ -154,14 +155,16 @@ def _sequential(module: nn.Sequential, children: dict[str, nn.Module]) -> Layout
     linears = [(name, child) for name, child in steps if _is_linear(child)]
     if len(linears) != 2:
         return None
-    layout = _fit(tuple(name for name, _ in linears), [child for _, child in linears], None)
+    layers = [child for _, child in linears]
+    wrong = why_not_weights(layers)
+    layout = None if wrong else _fit(tuple(name for name, _ in linears), layers, None)
     if layout is None or layout.gated:
-        return None
+        return wrong
     middle = [child for _, child in steps[1:-1]]
     whole = len(steps) == 3 and steps[0] == linears[0] and steps[-1] == linears[1]
     if not whole or _has_state(middle[0]):
         return why_not(module, {name: child for name, child in steps if not _is_linear(child)})
-    return why_not_weights([child for _, child in linears]) or replace(layout, act=_named(middle[0]))
+    return replace(layout, act=_named(middle[0]))
 
 
 def _has_state(module: Any) -> bool:
@@ -258,8 +261,9 @@ def maps_width_to_itself(module: nn.Module) -> bool:
 def why_not_weights(layers: list[Any]) -> str | None:
     """Why weights cannot be packed, or None."""
     dtypes = {layer.weight.dtype for layer in layers}
-    if not all(dtype.is_floating_point for dtype in dtypes):
-        return f"its weights are quantised ({dtypes.pop()}); load the model in a floating-point type"
+    for dtype in dtypes:
+        if not dtype.is_floating_point:
+            return f"its weights are quantised ({dtype}); load the model in a floating-point type"
     if len(dtypes) > 1:
         return f"its layers have different types ({', '.join(sorted(map(str, dtypes)))}); move the model to one dtype"
     return None
@@ -271,8 +275,12 @@ def why_not(module: nn.Module, extra: Mapping[str, nn.Module] | None = None) -> 
     inside = [child for child in module.modules() if child is not module]
     if any(hasattr(child, "base_layer") for child in inside):
         return "its layers carry adapters; merge them first (peft: model.merge_and_unload())"
-    norms = [name for name, child in children.items() if "norm" in type(child).__name__.lower()]
-    others = sorted((name for name in children if name not in norms), key=lambda name: "att" not in name)
+    kept = [
+        name
+        for name, child in children.items()
+        if "norm" in type(child).__name__.lower() or (name in _ACT_NAMES and _has_state(child))
+    ]
+    others = sorted((name for name in children if name not in kept), key=lambda name: "att" not in name)
     beside = others and extra and _has_state(extra[others[0]])
     if any(isinstance(child, nn.modules.conv._ConvNd) for child in inside) and not (beside and "att" in others[0]):
         return "it convolves feature maps, and experts take rows (..., D); a transformer host works"
@@ -283,11 +291,9 @@ def why_not(module: nn.Module, extra: Mapping[str, nn.Module] | None = None) -> 
         )
     if _num_inputs(module) > 1:
         return "its forward takes more than one input (a residual, say); a host that adds the residual outside works"
-    if norms and not others:
-        return (
-            f"it has a norm inside (`{norms[0]}`) that packed experts have no place for; a host built without it works "
-            "(timm: scale_mlp=False)"
-        )
+    if kept and not any(_has_state(children[name]) for name in others):
+        free = "a host built without it works (timm: scale_mlp=False)"
+        return f"`{kept[0]}` stands between its layers, and packed experts have no place for it; {free}"
     names = ", ".join(children) or type(module).__name__
     return f"its parts ({names}) are no structure known here; nn.Sequential(Linear, activation, Linear) works"
 
@@ -319,7 +325,7 @@ def prove(module: nn.Module, layout: Layout) -> Layout | str:
     if want.is_meta or not want.isfinite().all():
         hidden = layout.gate_last is None or layout.act is None
         return "its gate order or activation shows only with real weights; load them first" if hidden else layout
-    tensors = {name: value.detach() for name, value in module.named_parameters()}
+    tensors = dict(module.named_parameters())
     with torch.no_grad(), _no_autocast(x.device):
         tried = [(_error(want, _formula(x, option, tensors)), option) for option in _options(layout)]
     gap, best = min(tried, key=lambda pair: pair[0])

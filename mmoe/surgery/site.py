@@ -321,6 +321,11 @@ def get_site(model: nn.Module, name: str) -> Site:
     Raises:
         Refused: there is a block of this name that cannot be read.
         UnknownName: there is none.
+
+    Example:
+        >>> from mmoe import FFN
+        >>> get_site(nn.ModuleDict({"ffn": FFN(8, 16)}), "ffn").kind
+        'dense'
     """
     found, refused = _search(model)
     if name in refused:

@@ -5,7 +5,8 @@
 Papers: Komatsuzaki et al. 2022, arXiv 2212.05055 (every expert a copy of the model's own block); several sources:
 Zhang et al. 2024, arXiv 2409.19291, section 3 (CLIP-MoE: expert e from the e-th dense model, all else from the first).
 With copies and combine weights that sum to 1 the new model computes what the dense one did, to rounding, so training
-goes on from there. No capacity limit is set: tokens are never dropped.
+goes on from there. As long as all experts of a layer agree, such weights pass no gradient of the task to the router:
+the copies drift apart first, by the different tokens they get. No capacity limit is set: tokens are never dropped.
 Shapes: E experts, F inner width, D model width.
 """
 

@@ -125,6 +125,11 @@ class EmojiSet:
             self._sheets[style] = cells.permute(0, 2, 4, 1, 3).flatten(0, 1)[: len(self)].contiguous()
         return self._sheets[style]
 
+    @cached_property
+    def training_pixels(self) -> Tensor:
+        """Pictures of the training styles, (styles, n, 4, 64, 64) uint8 RGBA."""
+        return torch.stack([self.pixels(style) for style in self.training_styles])
+
     def image(self, index: int, style: str) -> Image.Image:
         """One picture as PIL, RGBA with transparent background."""
         return Image.fromarray(self.pixels(style)[index].permute(1, 2, 0).numpy(), "RGBA")

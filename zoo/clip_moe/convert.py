@@ -16,10 +16,10 @@ import open_clip
 import torch
 from torch import Tensor
 
-from mmoe.errors import LoadMismatch, Refused, UnknownModel, UnknownWeights, did_you_mean
+from mmoe.errors import BadOverride, LoadMismatch, Refused, UnknownModel, UnknownWeights, did_you_mean, nearest
 from mmoe.surgery import upcycle as upcycle_host
 from zoo.clip_moe.model import ClipMoE, ClipMoEConfig
-from zoo.weights import State, collapse, locate, read_state
+from zoo.weights import State, collapse, load_state, locate, read_state
 
 SHOWN_BY_TENSORS = (
     "embed_dim",
@@ -117,6 +117,12 @@ def to_original(state: Mapping[str, Tensor]) -> State:
     return original
 
 
+def assumed(config: ClipMoEConfig) -> dict[str, Any]:
+    """Options that `from_original` cannot read from a file."""
+    found: dict[str, Any] = {"activation": config.activation}
+    return {"top_k": config.top_k, **found} if config.num_experts else found
+
+
 def _moe_blocks(state: Mapping[str, Tensor]) -> list[str]:
     return [name.removesuffix(".gate.weight") for name in state if name.endswith(".gate.weight")]
 
@@ -205,10 +211,30 @@ def stretch_positions(table: Tensor, keep: int = 20, *, half_math: bool = False)
     return torch.cat([table[:keep], inside, beyond]).float()
 
 
-def lengthen(dense: ClipMoE, keep: int = 20, *, half_math: bool = False) -> ClipMoE:
-    """A dense CLIP with a stretched text context and Long-CLIP's second position table."""
+def lengthen(dense: ClipMoE, keep: int = 20, *, context_length: int | None = None, half_math: bool = False) -> ClipMoE:
+    """A dense CLIP with a stretched text context and Long-CLIP's second position table.
+
+    Args:
+        dense: a text tower of n tokens.
+        keep: rows that stay; the new length is 4n - 3 keep.
+        context_length: the new length, in place of `keep`.
+        half_math: as for `stretch_positions`.
+
+    Raises:
+        BadOverride: no number of rows to keep gives this length.
+    """
+    length = dense.config.context_length
+    if context_length is not None:
+        keep, rest = divmod(4 * length - context_length, 3)
+        if rest or not 0 <= keep < length - 1:
+            possible = sorted((4 * length - 3 * k for k in range(length - 1)), key=lambda n: abs(n - context_length))
+            raise BadOverride(
+                f"context_length={context_length} from texts of {length} tokens",
+                f"a stretch keeps k rows and gives {4 * length} - 3k tokens",
+                f"context_length={possible[0]}",
+            )
     state = dense.state_dict()
-    stretched = stretch_positions(state["clip.positional_embedding"], keep, half_math=half_math)
+    stretched = stretch_positions(dense.clip.positions(length).detach(), keep, half_math=half_math)
     state["clip.positional_embedding"] = stretched
     state["clip.positional_embedding_res"] = stretched.clone()
     model = ClipMoE(replace(dense.config, context_length=len(stretched), position_split=keep))
@@ -247,7 +273,7 @@ def upcycle(
         raise Refused("upcycle a model that is a mixture already", "its MLPs are experts", "give a dense CLIP")
     count = len(sources) if sources is not None else num_experts
     layers = moe_layers if moe_layers is not None else max(dense.config.vision_layers, dense.config.text_layers)
-    config = replace(dense.config, num_experts=count, top_k=min(top_k, count), moe_layers=layers, **options)
+    config = replace(dense.config, num_experts=count, top_k=top_k, moe_layers=layers, **options)
     hosts = None if sources is None else [_strip(source) for source in sources]
     host, _ = upcycle_host(dense.clip, count, top_k=config.top_k, layers=config.moe_layers, sources=hosts, noise=noise)
     state = {f"clip.{name}": value for name, value in host.state_dict().items()}
@@ -256,6 +282,19 @@ def upcycle(
     model.preprocessing = dense.preprocessing
     model.card = None
     return model.eval()
+
+
+@torch.no_grad()
+def difference(dense: ClipMoE, mixture: ClipMoE, samples: int = 2) -> float:
+    """Largest difference of two models' features on random pictures and texts, relative to the largest feature."""
+    config = dense.config
+    image = torch.randn(samples, 3, config.image_size, config.image_size)
+    text = torch.randint(config.vocab_size - 2, (samples, config.context_length))
+    text[:, 0] = config.vocab_size - 2
+    for row, end in zip(text, torch.randint(2, config.context_length, (samples,)).tolist(), strict=True):
+        row[end], row[end + 1 :] = config.vocab_size - 1, 0
+    pairs = [(model.encode_image(image), model.encode_text(text)) for model in (dense, mixture)]
+    return max(float((b - a).abs().max() / a.abs().max()) for a, b in zip(*pairs, strict=True))
 
 
 def _strip(state: Mapping[str, Tensor]) -> State:
@@ -288,10 +327,35 @@ def from_open_clip(name: str) -> ClipMoE:
             did_you_mean(architecture, names),
             "python -c 'import open_clip; print(open_clip.list_models())'",
         )
-    model = ClipMoE(_open_clip_config(architecture, known)).eval()
-    if tag:
-        _load_pretrained(model, architecture, tag)
+    config = _open_clip_config(architecture, known)
+    if not tag:
+        return ClipMoE(config).eval()
+    pretrained = _pretrained(architecture, tag)
+    activation = "quick_gelu" if pretrained.get("quick_gelu") else "gelu"  # ViT-B-32/openai is a quick_gelu model
+    values = {key: pretrained[key] for key in ("interpolation", "resize_mode") if pretrained.get(key)}
+    values |= {f"image_{key}": tuple(pretrained[key]) for key in ("mean", "std") if pretrained.get(key)}
+    model = ClipMoE(replace(config, activation=activation, **values)).eval()
+    repository = pretrained["hf_hub"].strip("/")
+    source = f"hf-hub:{repository}/open_clip_model.safetensors"
+    _, state = from_original(read_state(locate(source)))
+    load_state(model, state, source)
     return model
+
+
+def open_clip_tags(architecture: str) -> list[str]:
+    """Weights that open_clip knows for an architecture."""
+    tags: list[str] = open_clip.list_pretrained_tags_by_model(architecture)
+    return tags
+
+
+def open_clip_licence(architecture: str, tag: str = "") -> tuple[str, str]:
+    """Licence and source of open_clip's weights, of its code without a tag; "unknown" where only their page says it."""
+    if not tag:
+        return "MIT", "https://github.com/mlfoundations/open_clip"
+    if tag == "openai":
+        return "MIT", "https://github.com/openai/CLIP"
+    repository = _pretrained(architecture, tag)["hf_hub"].strip("/")
+    return "unknown", f"https://huggingface.co/{repository}"
 
 
 def _open_clip_config(architecture: str, known: Mapping[str, Any]) -> ClipMoEConfig:
@@ -330,10 +394,12 @@ def _open_clip_config(architecture: str, known: Mapping[str, Any]) -> ClipMoECon
     )
 
 
-def _load_pretrained(model: ClipMoE, architecture: str, tag: str) -> None:
-    pretrained = open_clip.get_pretrained_cfg(architecture, tag)
+def _pretrained(architecture: str, tag: str) -> Mapping[str, Any]:
+    """open_clip's entry for pretrained weights: where they are and what they were trained with."""
+    pretrained: Mapping[str, Any] = open_clip.get_pretrained_cfg(architecture, tag)
     if not pretrained:
         tags = open_clip.list_pretrained_tags_by_model(architecture)
+        tags = list(dict.fromkeys([*nearest(tag, tags), *tags]))
         raise UnknownWeights(
             f"open_clip has no weights {tag!r} for {architecture!r}",
             f"it has: {', '.join(tags) or 'none'}",
@@ -345,8 +411,4 @@ def _load_pretrained(model: ClipMoE, architecture: str, tag: str) -> None:
             f"they are not on the hub but at {pretrained.get('url')}",
             "download the file and pass it with --source",
         )
-    repository = pretrained["hf_hub"].strip("/")
-    _, state = from_original(read_state(locate(f"hf-hub:{repository}/open_clip_model.safetensors")))
-    model.load_state_dict(state)
-    values = {key: list(pretrained[key]) for key in ("mean", "std") if pretrained.get(key)}
-    model.preprocessing = {**model.preprocessing, **values}
+    return pretrained

@@ -37,6 +37,9 @@ from zoo.images import read_image
 from zoo.model import Model, TokenView
 
 BYTE_TOKENS, SPECIAL_TOKENS = 512, 2
+_SIZES = ("embed_dim", "image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers")
+_LEAST = {name: 1 for name in (*_SIZES, "vision_heads", "text_heads", "context_length")}
+_LEAST |= {"num_experts": 0, "moe_layers": 0, "vocab_size": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class ClipMoEConfig:
         context_length: longest text in tokens.
         position_split: rows below it come from the first position table, others from the second; None has one table.
         activation: "quick_gelu" (OpenAI) or "gelu".
+        image_pool: "tok" takes the class token (CLIP), "avg" the mean of the patches.
         num_experts: E; 0 is the dense CLIP.
         top_k: K.
         moe_layers: the last n blocks of each tower are mixtures, clipped to the tower's depth.
@@ -83,6 +87,7 @@ class ClipMoEConfig:
     context_length: int = 248
     position_split: int | None = 20
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    image_pool: Literal["tok", "avg"] = "tok"
     num_experts: int = 4
     top_k: int = 2
     moe_layers: int = 24
@@ -109,6 +114,16 @@ class ClipMoEConfig:
                 f"top_k must lie between 1 and {self.num_experts}",
                 f"top_k={min(2, self.num_experts)}",
             )
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise BadOverride(f"{name}={value}", f"it must be at least {least}", f"{name}={least}")
+        for width, heads in ((self.vision_width, self.vision_heads), (self.text_width, self.text_heads)):
+            heads = heads or max(1, width // 64)
+            if width % heads:
+                raise BadOverride(
+                    f"{heads} heads in a tower of width {width}", "heads must share the width evenly", "vision_heads=1"
+                )
         if self.image_size % self.patch_size:
             raise BadOverride(
                 f"image_size={self.image_size} with patch_size={self.patch_size}",
@@ -183,6 +198,7 @@ class LongTextCLIP(CLIP):
                 mlp_ratio=config.vision_mlp_ratio,
                 patch_size=config.patch_size,
                 image_size=config.image_size,
+                pool_type=config.image_pool,
             ),
             text_cfg=CLIPTextCfg(
                 context_length=config.context_length,
@@ -379,6 +395,12 @@ class ClipMoE(Model):
         batch = {}
         if images is not None:
             many = images if isinstance(images, (list, tuple)) else [images]
+            if not many:
+                raise BadInput(
+                    "cannot prepare an empty list of pictures",
+                    "the list is empty",
+                    "model.predict('fox.png', ['a fox'])",
+                )
             background = tuple(self._preprocessing["background"])
             pictures = [self.image_transform(read_image(image, background)) for image in many]
             batch["image"] = torch.stack(pictures).to(self.device, self.dtype)
@@ -418,11 +440,16 @@ class ClipMoE(Model):
             template: a sentence with {} for the label.
 
         Raises:
-            BadInput: no label is given, or one is empty.
+            BadInput: no label is given, one is empty, or the template has no place for it.
         """
         labels = [labels] if isinstance(labels, str) else list(labels)
         if not labels or not all(label.strip() for label in labels):
-            raise BadInput("classify without labels", "give at least one label that is not empty", "'a fox' 'a pizza'")
+            wrong = "one label is empty" if labels else "there are none"
+            raise BadInput(
+                "cannot compare a picture with no text", wrong, "model.predict('fox.png', ['a fox', 'a dog'])"
+            )
+        if "{}" not in template:
+            raise BadInput(f"cannot use the template {template!r}", "it has no {} for the label", "'a photo of {}'")
         batch = self.preprocess(images, [template.replace("{}", label) for label in labels])
         out = self(**batch)
         logits = out.logits_per_image.float()
@@ -442,7 +469,8 @@ class ClipMoE(Model):
         """Features and similarities, and the training loss where asked for.
 
         Args:
-            image: (B, 3, H, W) pixels.
+            image: (B, 3, H, W) pixels. For the loss it may hold several pictures of each text, as whole batches one
+                behind the other (V*B, 3, H, W); the contrastive loss is then the mean over the V batches.
             text: (B, N) token ids.
             text_short: (B, N) token ids of short captions for the optional second contrastive loss.
             return_loss: computes the contrastive loss over all processes plus the weighted balance losses.
@@ -460,7 +488,9 @@ class ClipMoE(Model):
         if not return_loss:
             return output
         smoothing = self.config.label_smoothing
-        losses = {"contrastive": contrastive_loss(image_features, text_features, scale, smoothing)}
+        batches = image_features.split(len(text))
+        contrast = [contrastive_loss(images, text_features, scale, smoothing) for images in batches]
+        losses = {"contrastive": torch.stack(contrast).mean()}
         total = losses["contrastive"]
         routings = {
             "balance_image": (image_routing, 1.0),
@@ -469,7 +499,8 @@ class ClipMoE(Model):
         if text_short is not None:
             with trace(self.clip.transformer) as short_routing:
                 short_features = self.encode_text(text_short)
-            losses["contrastive_short"] = contrastive_loss(image_features, short_features, scale, smoothing)
+            contrast = [contrastive_loss(images, short_features, scale, smoothing) for images in batches]
+            losses["contrastive_short"] = torch.stack(contrast).mean()
             total = total + self.config.short_coef * losses["contrastive_short"]
             routings["balance_short"] = (short_routing, self.config.text_balance_scale)
         if self.config.num_experts and self.config.balance_coef:
@@ -486,7 +517,7 @@ class ClipMoE(Model):
             found.append(TokenView(layers="clip.visual.*", modality="image", prefix=1, grid=self.grid))
         if "text" in batch:
             text = self.clip.cut(batch["text"])
-            words = [[self.tokenizer.decoder[i] for i in row] for row in text.tolist()]
+            words = [[self.tokenizer.decoder[i].replace("</w>", "") for i in row] for row in text.tolist()]
             ends = (text.argmax(-1) + 1).tolist()
             kept = tuple(tuple(row[:end]) for row, end in zip(words, ends, strict=True))
             found.append(TokenView(layers="clip.transformer.*", modality="text", length=text.shape[1], tokens=kept))

@@ -1,0 +1,209 @@
+"""The gallery's shell: models on the left, the chosen one's tabs on the right, all built from cards.
+
+Every family has a page with the tabs Try, Routing, Ablate and Card; the page of the chosen model is shown. What is
+special to a family is in `demos/<family>.py`; see `demos/family.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+import zoo
+from demos import look, panels
+from demos.family import Family, Shell, family, message_area
+from demos.store import ModelStore
+from zoo.assets import asset
+from zoo.card import Card
+
+ANY = "any"
+MAX_UPLOAD = "20mb"
+CLEAN_EVERY, KEEP = 600, 3600  # seconds
+
+
+@dataclass
+class _Side:
+    """Components of the list of models."""
+
+    picker: gr.Radio
+    status: gr.HTML
+    unload: gr.Button
+    fetch: gr.Button
+    message: gr.HTML
+
+
+@dataclass
+class _Page:
+    """Components of a family's page that the choice of a model changes."""
+
+    family: Family
+    column: gr.Column
+    card: gr.Markdown
+
+
+def build(
+    selected: str | None = None,
+    *,
+    store: ModelStore | None = None,
+    make_family: Callable[[str, list[Card], ModelStore], Family] = family,
+) -> gr.Blocks:
+    """The gallery.
+
+    Args:
+        selected: name of the model that is chosen first, or of its family; the first bundled one when None.
+        store: holds the models in memory.
+        make_family: page of a family by its name, cards and the models in memory.
+
+    Raises:
+        UnknownModel: no card has this name.
+    """
+    cards = zoo.list_models()
+    first = choose(selected)
+    store = store or ModelStore()
+    with gr.Blocks(title="mmoe gallery", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP)) as app:
+        with gr.Row(elem_classes="layout", equal_height=False):
+            with gr.Column(scale=0, min_width=260, elem_classes="side"):
+                side = _draw_side(cards, first, store)
+            with gr.Column(scale=1, min_width=300, elem_classes="main"):
+                head = gr.HTML(look.head(first), elem_id="head")
+                shell = Shell(store, side.picker)
+                shell.after_job.append(lambda event: _then_status(event, store, side))
+                names = list(dict.fromkeys(card.family for card in cards))
+                of_family = {name: [card for card in cards if card.family == name] for name in names}
+                pages = [_draw_page(make_family(name, of_family[name], store), shell, first) for name in names]
+        _wire_models(shell, side, head, pages)
+    app.queue(max_size=32)
+    return app
+
+
+def choose(selected: str | None) -> Card:
+    """The card of a model, the first bundled one of a family, or the first bundled one of all."""
+    if selected is not None and selected not in {card.family for card in zoo.list_models()}:
+        return zoo.card(selected)
+    cards = zoo.list_models(family=selected)
+    return next((card for card in cards if card.bundled), cards[0])
+
+
+def launch_options() -> dict[str, Any]:
+    """What gradio takes at `launch`, the look above all; files of the server are out of reach but for the examples."""
+    return {
+        "theme": look.theme(),
+        "css": look.CSS,
+        "footer_links": ["api"],
+        "run_history": False,
+        "show_error": False,
+        "max_file_size": MAX_UPLOAD,
+        "allowed_paths": [str(asset("examples"))],
+        "ssr_mode": False,
+        "quiet": True,
+    }
+
+
+def _draw_side(cards: list[Card], first: Card, store: ModelStore) -> _Side:
+    """The list of models and what is in memory; on a narrow screen it is folded behind a button."""
+    gr.HTML(look.BRAND, js_on_load=look.BRAND_JS, elem_classes="brand-row")
+    with gr.Column(elem_id="models"):
+        picker = _draw_picker(cards, first)
+        status = gr.HTML(_status(store), elem_classes="picker-status", elem_id="status")
+        with gr.Row():
+            unload = gr.Button("Unload", size="sm", min_width=90, elem_id="unload")
+            fetch = gr.Button("Fetch and load", size="sm", min_width=110, visible=not first.bundled, elem_id="fetch")
+        return _Side(picker, status, unload, fetch, message_area())
+
+
+def _draw_picker(cards: list[Card], first: Card) -> gr.Radio:
+    """The list of models, with menus for task and modality."""
+    tasks = sorted({task for card in cards for task in card.tasks})
+    kinds = sorted({kind for card in cards for kind in card.modalities})
+    with gr.Accordion("Filter", open=False):
+        task = gr.Dropdown([ANY, *tasks], value=ANY, label="Task")
+        kind = gr.Dropdown([ANY, *kinds], value=ANY, label="Takes")
+    picker = gr.Radio(_choices(cards), value=first.name, label="Models", elem_classes="picker", elem_id="picker")
+
+    def models(task: str, modality: str, model: str) -> Any:
+        found = zoo.list_models(task=_wanted(task), modality=_wanted(modality))
+        return gr.Radio(_choices(found), value=model if model in [card.name for card in found] else None)
+
+    gr.on([task.input, kind.input], models, [task, kind, picker], picker, api_name="models", show_progress="hidden")
+    return picker
+
+
+def _wanted(choice: str | None) -> str | None:
+    return None if choice in (None, ANY) else choice
+
+
+def _choices(cards: list[Card]) -> list[tuple[str, str]]:
+    """Models for the list: name, sizes and where the weights are, a line each."""
+    return [(f"{card.name}\n{look.sizes(card)}\n{look.weights_chip(card)[0]}", card.name) for card in cards]
+
+
+def _draw_page(one: Family, shell: Shell, first: Card) -> _Page:
+    """The tabs of a family."""
+    shown = one.name == first.family
+    with gr.Column(visible=shown, elem_classes="page") as column, gr.Tabs():
+        with gr.Tab("Try"):
+            sources = one.draw(shell)
+        with gr.Tab("Routing") as tab:
+            panels.routing_panel(tab, one, shell, sources)
+        with gr.Tab("Ablate") as tab:
+            panels.ablate_panel(tab, one, shell, sources)
+        with gr.Tab("Card"):
+            text = gr.Markdown(panels.card_text(first if shown else one.cards[0]), elem_classes="card-text")
+    return _Page(one, column, text)
+
+
+def _wire_models(shell: Shell, side: _Side, head: gr.HTML, pages: list[_Page]) -> None:
+    """Choosing, fetching and unloading a model."""
+    store = shell.store
+
+    def select(note: Any, model: str | None) -> tuple[Any, ...]:
+        """Shows a model's page: its head, where it is, and its card."""
+        if model is None:  # the filter took it off the list; the page stays
+            return tuple(gr.skip() for _ in range(3 + 2 * len(pages)))
+        card = zoo.card(model)
+        updates: list[Any] = []
+        for page in pages:
+            own = page.family.name == card.family
+            updates += [gr.Column(visible=own), panels.card_text(card) if own else gr.skip()]
+        return look.head(card), _status(store), gr.Button(visible=not card.bundled), *updates
+
+    def load(note: Any, model: str) -> str:
+        """Loads a model, and fetches its weights when they are not here."""
+        with store.use(model, note, fetch=True):
+            return _status(store)
+
+    def drop(note: Any, model: str) -> str:
+        """Frees the memory of a model."""
+        store.unload(model)
+        return _status(store)
+
+    changed = [head, side.status, side.fetch, *(part for page in pages for part in (page.column, page.card))]
+    common = {"names": ["model"], "message": side.message}
+    skip = [gr.skip()]
+    shell.on(
+        side.picker.input,
+        select,
+        [side.picker],
+        changed,
+        api_name="select_model",
+        blank=skip * len(changed),
+        heavy=False,
+        show_progress="hidden",
+        **common,
+    )
+    shell.on(side.fetch.click, load, [side.picker], [side.status], api_name="load", blank=skip, **common)
+    shell.on(side.unload.click, drop, [side.picker], [side.status], api_name="unload", blank=skip, **common)
+
+
+def _then_status(event: Any, store: ModelStore, side: _Side) -> None:
+    event.then(lambda: _status(store), None, side.status, api_visibility="private", show_progress="hidden", queue=False)
+
+
+def _status(store: ModelStore) -> str:
+    """Which models are in memory."""
+    sizes: Mapping[str, float] = store.sizes()
+    held = "".join(f"<br>{look.escape(one)}, {size:,.0f} MB" for one, size in sizes.items())
+    return f"In memory:{held}" if sizes else "In memory: none. A model loads on its first run."

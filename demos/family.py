@@ -1,0 +1,254 @@
+"""What a family of models gives the gallery, and the shell that pages are built with.
+
+A family needs no file here: `Family` feeds pictures and texts to `model.predict` in the order of the card's modalities
+and shows the labels with their probabilities. What is special to a family goes into `demos/<family>.py` as a subclass
+named `Page`; the panels for routing, ablation and the card then work with its inputs.
+
+    parameters   names of the inputs in the API
+    defaults     values that are filled in, so that one click gives a result
+    draw         draws the Try tab and returns the components that hold the inputs, in that order
+    read         values of these components -> plain inputs of the model; raises MmoeError for what cannot be used
+    predict      model, inputs -> numbers by name, for the Try tab and for comparisons
+    batch        model, inputs -> what the model sees, for `model.views`
+    picture      model, inputs -> the picture as the model sees it, or None
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from demos import look
+from demos.record import as_seen
+from demos.store import ModelStore, Note, quiet
+from mmoe.errors import BadInput, MmoeError
+from zoo.assets import asset
+from zoo.card import Card
+from zoo.images import read_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from zoo.model import Model, TokenView
+
+log = logging.getLogger("mmoe.demo")
+HEAVY = "heavy"
+MAX_TEXTS, MAX_CHARACTERS = 100, 1000
+
+
+@dataclass
+class Shell:
+    """What a page is built with.
+
+    Attributes:
+        store: models in memory.
+        model: component whose value is the chosen model's name.
+        after_job: functions that each add a follow-up to the event of a heavy job.
+    """
+
+    store: ModelStore
+    model: gr.components.Component
+    after_job: list[Callable[[Any], None]] = field(default_factory=list)
+
+    def on(
+        self,
+        triggers: Any,
+        work: Callable[..., Any],
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        *,
+        api_name: str,
+        names: Sequence[str],
+        message: gr.HTML,
+        blank: Sequence[Any] | None = None,
+        heavy: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Calls `work(note, *inputs)` on an event; `note(text, share)` shows progress.
+
+        An error becomes a card in `message`, and the outputs are cleared.
+
+        Args:
+            triggers: an event or several.
+            work: returns one value per output (a tuple for several).
+            inputs: components.
+            outputs: components.
+            api_name: name of the endpoint.
+            names: of the inputs in the API.
+            message: first output, an error card or empty.
+            blank: what clears each output; None for each by default.
+            heavy: waits for other heavy jobs.
+            options: of the event.
+        """
+        blank = [None] * len(outputs) if blank is None else list(blank)
+        events = triggers if isinstance(triggers, list) else [triggers]
+        event = gr.on(
+            events,
+            _endpoint(work, names, blank, heavy),
+            list(inputs),
+            [message, *outputs],
+            api_name=api_name,
+            api_description=inspect.getdoc(work) or False,
+            concurrency_limit=1 if heavy else None,
+            concurrency_id=HEAVY if heavy else None,
+            **options,
+        )
+        for follow in self.after_job if heavy else []:
+            follow(event)
+        return event
+
+
+def _endpoint(work: Callable[..., Any], names: Sequence[str], blank: list[Any], heavy: bool) -> Callable[..., Any]:
+    """A handler with named parameters (the API shows them) that turns errors into cards."""
+
+    def handler(*args: Any) -> list[Any]:
+        progress = args[-1] if heavy else None
+        note = quiet if progress is None else (lambda text, share: progress(share, desc=text))
+        try:
+            result = work(note, *args[: len(names)])
+        except MmoeError as error:
+            return [look.message(error), *blank]
+        except Exception:  # whatever it is: the visitor gets a sentence, the server's log the traceback
+            log.exception("the job %s failed", work.__qualname__)
+            error = MmoeError("this did not work", "an unexpected error; the server's log has it", "try another input")
+            return [look.message(error), *blank]
+        return ["", *(result if len(blank) > 1 else [result])]
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in names]
+    if heavy:
+        parameters.append(inspect.Parameter("progress", kind, default=gr.Progress()))
+    handler.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    handler.__name__ = work.__name__
+    return handler
+
+
+def message_area() -> gr.HTML:
+    """Where error cards appear; takes no room when there is none."""
+    return gr.HTML("", elem_classes="message")
+
+
+def picture_input(label: str = "Picture", **options: Any) -> gr.Image:
+    """An upload whose file reaches the handler as it is, so that `read_image` says what is wrong with it."""
+    component = gr.Image(
+        label=label, type="filepath", format="png", sources=["upload", "clipboard"], image_mode=None, **options
+    )
+    component.preprocess = lambda payload: None if payload is None else payload.path  # gradio's would decode it
+    return component
+
+
+def read_picture(path: str | None) -> Image.Image:
+    """An uploaded picture.
+
+    Raises:
+        BadInput: there is none, or it cannot be read; the message names the file but no folder of the server.
+    """
+    if not path:
+        raise BadInput("there is no picture", "nothing was uploaded or picked", "upload one or press an example")
+    try:
+        return read_image(path)
+    except BadInput as error:
+        name = path.replace("\\", "/").rsplit("/", 1)[-1]
+        raise BadInput(f"cannot read the picture '{name}'", error.wrong, error.fix) from error
+
+
+def read_texts(text: str | None, what: str = "label") -> list[str]:
+    """Texts of a box, one per line or separated by commas, each once.
+
+    >>> read_texts("a fox, a cat\\na fox")
+    ['a fox', 'a cat']
+    """
+    pieces = [piece.strip() for line in (text or "").splitlines() for piece in line.split(",")]
+    found = list(dict.fromkeys(piece for piece in pieces if piece))
+    if not found:
+        raise BadInput(f"there is no {what}", "the box is empty", "a fox, a cat")
+    if len(found) > MAX_TEXTS:
+        raise BadInput(f"{len(found)} {what}s at once", f"at most {MAX_TEXTS} fit", f"leave {MAX_TEXTS} of them")
+    longest = max(found, key=len)
+    if len(longest) > MAX_CHARACTERS:
+        raise BadInput(
+            f"a {what} of {len(longest)} characters", f"at most {MAX_CHARACTERS} fit", f"shorten '{longest[:40]}...'"
+        )
+    return found
+
+
+class Family:
+    """A family of models as the gallery sees it; see the head of this file.
+
+    Args:
+        cards: of its models.
+        store: models in memory.
+    """
+
+    def __init__(self, cards: Sequence[Card], store: ModelStore) -> None:
+        self.cards = list(cards)
+        self.store = store
+        self.name = cards[0].family
+        known = ("image", "text")
+        self.parameters: tuple[str, ...] = tuple(one for one in cards[0].modalities if one in known)
+        filled = {"image": str(asset("examples/fox.png")), "text": "a fox\na cat\na pizza"}
+        self.defaults: tuple[Any, ...] = tuple(filled[name] for name in self.parameters)
+
+    def draw(self, shell: Shell) -> list[gr.components.Component]:
+        """Draws the Try tab: an input per modality, a button, probabilities."""
+        message = message_area()
+        with gr.Row():
+            with gr.Column():
+                components = [self._input(name) for name in self.parameters]
+                run = gr.Button("Run", variant="primary")
+            result = gr.Label(label="Result")
+        inputs = [shell.model, *components]
+        names = ["model", *self.parameters]
+        shell.on(run.click, self.run, inputs, [result], api_name=f"{self.name}_predict", names=names, message=message)
+        return components
+
+    def run(self, note: Note, model: str, *values: Any) -> dict[str, float]:
+        """Runs a model on plain inputs: numbers by name."""
+        inputs = self.read(*values)
+        with self.store.use(model, note) as loaded:
+            return self.predict(loaded.model, inputs)
+
+    def _input(self, name: str) -> gr.components.Component:
+        value = self.defaults[self.parameters.index(name)]
+        if name == "image":
+            return picture_input(value=value, height=280)
+        return gr.Textbox(value, label="Texts", lines=4, info="One per line, or separated by commas.")
+
+    def read(self, *values: Any) -> tuple[Any, ...]:
+        """Values of the components -> plain inputs."""
+        read = {"image": read_picture, "text": read_texts}
+        return tuple(read[name](value) for name, value in zip(self.parameters, values, strict=True))
+
+    def predict(self, model: Model, inputs: tuple[Any, ...]) -> dict[str, float]:
+        """Numbers by name."""
+        result = model.predict(*inputs)
+        return dict(result.top(len(result.labels)))
+
+    def batch(self, model: Model, inputs: tuple[Any, ...]) -> Any:
+        """What the model sees."""
+        return model.preprocess(*inputs)
+
+    def views(self, model: Model) -> list[TokenView]:
+        """How the rows of the routings map to patches and tokens, shown on the inputs that are filled in."""
+        return model.views(self.batch(model, self.read(*self.defaults)))
+
+    def picture(self, model: Model, inputs: tuple[Any, ...]) -> Image.Image | None:
+        """The picture as the model sees it."""
+        by_name = dict(zip(self.parameters, inputs, strict=True))
+        mode = model.preprocessing.get("resize_mode", "squash")
+        return as_seen(by_name["image"], mode) if "image" in by_name else None
+
+
+def family(name: str, cards: Sequence[Card], store: ModelStore) -> Family:
+    """The family's own page, or the one that every model has."""
+    if find_spec(f"demos.{name}") is None:
+        return Family(cards, store)
+    page: type[Family] = import_module(f"demos.{name}").Page
+    return page(cards, store)

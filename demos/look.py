@@ -1,0 +1,234 @@
+"""How the gallery looks: theme, style sheet, and the small pieces of HTML that pages are made of.
+
+Colours keep a contrast of at least 4.5 to 1 in light and dark. Fonts are the system's, so a page asks nobody else for
+anything. Every piece escapes what it is given.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from mmoe.errors import MmoeError
+
+if TYPE_CHECKING:
+    from zoo.card import Card
+
+FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+
+
+def theme() -> gr.Theme:
+    """Blue on slate, with system fonts."""
+    base = gr.themes.Default(
+        primary_hue="blue", secondary_hue="blue", neutral_hue="slate", radius_size="md", font=FONT, font_mono=MONO
+    )
+    return base.set(
+        button_primary_background_fill="#1d4ed8",
+        button_primary_background_fill_hover="#1e40af",
+        button_primary_background_fill_dark="#1d4ed8",
+        button_primary_background_fill_hover_dark="#2563eb",
+        button_primary_text_color="#ffffff",
+        button_primary_text_color_dark="#ffffff",
+        color_accent="#1d4ed8",
+        body_text_color_subdued="#475569",
+        body_text_color_subdued_dark="#a8b4c6",
+        block_info_text_color="#475569",
+        block_info_text_color_dark="#a8b4c6",
+        block_title_text_color="#334155",
+        block_title_text_color_dark="#e2e8f0",
+        block_label_text_color="#334155",
+        block_label_text_color_dark="#e2e8f0",
+        input_placeholder_color="#5b6779",
+        input_placeholder_color_dark="#94a3b8",
+        link_text_color="#1d4ed8",
+        link_text_color_dark="#93c5fd",
+    )
+
+
+CSS = """
+.dark { --color-accent: #7db3fd; }
+.gradio-container { max-width: 1240px !important; margin: 0 auto; }
+.or, .upload-text .or { color: var(--body-text-color-subdued) !important; }
+footer, footer a, footer button { color: var(--body-text-color-subdued) !important; }
+:is(button, a, input, textarea, [role=tab], [tabindex]):focus-visible {
+  outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
+.message:not(:has(.error-card)) { display: none !important; }
+.error-card { border: 1px solid #b45309; border-left-width: 5px; border-radius: 8px; padding: 10px 14px;
+  background: #fffbeb; color: #451a03; overflow-wrap: anywhere; }
+.error-card strong { color: inherit; }
+.error-card pre { margin: 4px 0 0; white-space: pre-wrap; font: inherit; color: inherit; background: none; }
+.error-card code { color: inherit; background: #fef3c7; padding: 1px 5px; border-radius: 4px; }
+.dark .error-card { background: #2b1d07; color: #fde9c8; border-color: #d97706; }
+.dark .error-card code { background: #45300c; }
+.page-head h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 2px; overflow-wrap: anywhere; }
+.page-head p { margin: 0 0 8px; color: var(--body-text-color-subdued); max-width: 75ch; }
+.chips { display: flex; flex-wrap: wrap; gap: 6px; }
+.chip { font-size: .8rem; line-height: 1.5; padding: 1px 9px; border-radius: 999px; white-space: nowrap;
+  background: #e2e8f0; color: #1e293b; }
+.chip.good { background: #d1fae5; color: #064e3b; }
+.chip.warn { background: #fef3c7; color: #78350f; }
+.dark .chip { background: #334155; color: #f1f5f9; }
+.dark .chip.good { background: #064e3b; color: #d1fae5; }
+.dark .chip.warn { background: #5b3a06; color: #fef3c7; }
+.hint p { margin: 0; font-size: .875rem !important; color: var(--body-text-color-subdued) !important; }
+.section h2 { font-size: 1.1rem; margin: 2px 0 2px; }
+.section p { margin: 0; color: var(--body-text-color-subdued); }
+.brand { display: flex; align-items: center; justify-content: space-between; font-weight: 700; font-size: 1.15rem; }
+.brand button { font: inherit; font-size: .875rem; font-weight: 500; padding: 5px 14px; border-radius: 8px;
+  border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); color: inherit; }
+.layout { flex-wrap: nowrap !important; gap: 24px; align-items: flex-start; }
+.side { position: sticky; top: 12px; width: 260px; flex: none !important; }
+.main { min-width: 0 !important; }
+@media (min-width: 900px) { .brand button { display: none; } }
+@media (max-width: 899.9px) {
+  .layout { flex-direction: column; gap: 10px; }
+  .side { position: static; width: 100%; }
+  .main { width: 100%; }
+  #models:not(.open) { display: none; }
+}
+.captioned > label[data-testid=block-label] { position: static !important; border: 0; border-radius: 0; width: 100%;
+  background: none; padding: 7px 10px; box-shadow: none; }
+.bottom-row { align-items: flex-end; }
+.card-text table { border: 0; display: block; overflow-x: auto; }
+.card-text :is(th, td) { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important;
+  padding: 5px 18px 5px 0 !important; text-align: left; vertical-align: top; font-size: .9rem; }
+.card-text th { color: var(--body-text-color-subdued); font-weight: 500; }
+.picker .wrap { flex-direction: column; }
+.picker label { align-items: flex-start; width: 100%; box-sizing: border-box; }
+.picker label span { white-space: pre-line; font-size: .82rem; line-height: 1.4; min-width: 0;
+  overflow-wrap: anywhere; }
+.picker label span::first-line { font-weight: 650; font-size: .95rem; }
+.picker label input { margin-top: 4px; flex: none; }
+.picker-status { font-size: .85rem; color: var(--body-text-color-subdued); }
+"""
+
+
+BRAND = """<div class="brand"><span>mmoe gallery</span>
+<button type="button" aria-expanded="false" aria-controls="models">Models</button></div>"""
+BRAND_JS = """
+const button = element.querySelector('button');
+const open = wanted => {
+  const list = document.getElementById('models');
+  if (list) { list.classList.toggle('open', wanted); button.setAttribute('aria-expanded', String(wanted)); }
+};
+button.addEventListener('click', () => open(button.getAttribute('aria-expanded') !== 'true'));
+document.addEventListener('change', event => { if (event.target.closest('#picker')) open(false); });
+"""
+
+
+def message(error: MmoeError) -> str:
+    """A card that says what was asked, what is wrong and what works."""
+    fix = f"<div>Try: <code>{escape(error.fix)}</code></div>" if error.fix else ""
+    wrong = f"<pre>{escape(error.wrong)}</pre>" if error.wrong else ""
+    asked = escape(error.asked[:1].upper() + error.asked[1:])
+    return f'<div class="error-card" role="alert"><strong>{asked}</strong>{wrong}{fix}</div>'
+
+
+def chip(text: str, kind: str = "") -> str:
+    """A small label; kind is "", "good" or "warn"."""
+    return f'<span class="chip {escape(kind)}">{escape(text)}</span>'
+
+
+def weights_chip(card: Card) -> tuple[str, str]:
+    """Where a model's weights are: text and kind for `chip`."""
+    if card.bundled:
+        return "bundled", "good"
+    return ("needs download", "warn") if card.weights else ("no weights", "warn")
+
+
+def short_count(number: float) -> str:
+    """A parameter count for people.
+
+    >>> short_count(5_492_097), short_count(1_202_429_441), short_count(950)
+    ('5.5M', '1.2B', '950')
+    """
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def sizes(card: Card) -> str:
+    """Active and total parameters in words."""
+    total, active = card.params.get("total", 0), card.params.get("active", 0)
+    return f"{short_count(active)} of {short_count(total)} parameters active"
+
+
+def head(card: Card) -> str:
+    """The top of a model's page: name, summary, and the facts one wants first."""
+    moe = card.moe
+    facts = [chip(*weights_chip(card)), chip(sizes(card))]
+    if moe:
+        facts.append(chip(f"{moe['experts']} experts in each of {moe['layers']} layers, {moe['top_k']} per token"))
+    facts.append(chip(f"licence {card.licence}"))
+    return (
+        f'<header class="page-head"><h1>{escape(card.name)}</h1><p>{escape(card.summary)}</p>'
+        f'<div class="chips">{"".join(facts)}</div></header>'
+    )
+
+
+def section(title: str, text: str = "") -> str:
+    """A heading with a sentence below."""
+    return f'<div class="section"><h2>{escape(title)}</h2>{f"<p>{escape(text)}</p>" if text else ""}</div>'
+
+
+def hint(text: str) -> str:
+    """A quiet sentence."""
+    return f'<div class="hint"><p>{escape(text)}</p></div>' if text else ""
+
+
+GRID_TEMPLATE = """<div class="tiles" role="group" aria-label="${label}">{{#each items}}
+<button type="button" class="tile" data-id="{{id}}" title="{{name}}">
+<img src="{{src}}" alt="" width="64" height="64"><span class="tile-name">{{name}}</span>
+<span class="tile-note">{{note}}</span>{{#if mark}}<span class="tile-mark">{{mark}}</span>{{/if}}</button>{{/each}}
+</div><p class="tiles-empty">{{empty}}</p>"""
+GRID_CSS = """
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(${width}px, 1fr)); gap: 8px; }
+.tile { display: flex; flex-direction: column; align-items: center; gap: 1px; padding: 6px 4px; min-width: 0;
+  border: 1px solid var(--border-color-primary); border-radius: 8px; background: var(--background-fill-primary);
+  color: var(--body-text-color); cursor: pointer; font: inherit; }
+.tile:hover { border-color: var(--color-accent); }
+.tile img { width: ${picture}px; height: ${picture}px; margin: 0; background: #fff; border-radius: 6px; padding: 3px;
+  object-fit: contain; }
+.tile-name { font-size: .78rem; line-height: 1.25; text-align: center; overflow-wrap: anywhere; max-width: 100%;
+  display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; }
+.tile-note { font-size: .78rem; line-height: 1.25; color: var(--body-text-color-subdued);
+  font-variant-numeric: tabular-nums; }
+.tile-note:empty, .tiles-empty:empty { display: none; }
+.tile-mark { font-size: .7rem; line-height: 1.4; padding: 0 6px; border-radius: 999px; background: #fef3c7;
+  color: #78350f; }
+.tiles-empty { color: var(--body-text-color-subdued); margin: 6px 0; font-size: .875rem; }
+"""
+GRID_JS = """
+element.addEventListener('click', event => {
+  const tile = event.target.closest('button[data-id]');
+  if (tile) { props.value = tile.dataset.id; trigger('select'); }
+});
+"""
+
+
+def tiles(items: list[dict[str, str]], *, label: str, empty: str = "", size: int = 64, **options: Any) -> gr.HTML:
+    """A grid of pictures that are buttons; its value is the id of the one that was pressed, its event `select`.
+
+    Args:
+        items: each with id, name, src, note and mark.
+        label: for screen readers.
+        empty: shown when there are none.
+        size: of the pictures in pixels.
+        options: of the component.
+    """
+    return gr.HTML(
+        "",
+        html_template=GRID_TEMPLATE,
+        css_template=GRID_CSS,
+        js_on_load=GRID_JS,
+        items=items,
+        label=label,
+        empty=empty,
+        picture=size,
+        width=size + 32,
+        **options,
+    )

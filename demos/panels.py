@@ -1,0 +1,373 @@
+"""Panels that every model has: Routing, Ablate and Card. They work with the inputs of the family's Try tab.
+
+Each panel draws itself into the open tab and wires itself; nothing of a visitor is kept outside `gr.State`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from demos import look, record
+from demos.family import Family, Shell, message_area
+from mmoe.errors import BadInput
+from zoo.card import Card
+
+Note = Callable[[str, float], None]
+KEEP_SECONDS = 3600
+
+
+def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) -> None:
+    """The Routing tab: who handled which patch and token, layer by layer, and how even the load is.
+
+    Opening the tab runs the model when the inputs changed; the slider only draws again.
+    """
+    panel = _RoutingPanel(family, shell)
+    message = message_area()
+    state = gr.State(None, time_to_live=KEEP_SECONDS)
+    with gr.Row(elem_classes="panel-head"):
+        about = gr.HTML(look.hint("The picture and the texts of the Try tab, as the routers saw them."), scale=4)
+        again = gr.Button("Run again", size="sm", scale=0, min_width=110)
+    depth = gr.Slider(1, 2, 1, step=1, label="Layer", elem_id=f"{family.name}-depth", buttons=[])
+    with gr.Row():
+        picture = gr.Image(
+            label="Patches by first expert",
+            type="pil",
+            format="png",
+            alt_text="Picture with tinted patches",
+            interactive=False,
+            buttons=["fullscreen"],
+            elem_id=f"{family.name}-overlay",
+            elem_classes="captioned",
+            min_width=270,
+        )
+        texts = gr.Image(
+            label="Tokens by first expert",
+            type="pil",
+            format="png",
+            alt_text="Tokens tinted by expert",
+            interactive=False,
+            buttons=["fullscreen"],
+            elem_id=f"{family.name}-tokens",
+            elem_classes="captioned",
+            min_width=270,
+        )
+    with gr.Row():
+        bars = gr.Plot(label="Load in this layer", min_width=270, elem_classes="captioned")
+        heatmap = gr.Plot(label="Load in all layers", min_width=270, elem_classes="captioned")
+    table = gr.Dataframe(
+        headers=record.NUMBERS_HEADER,
+        datatype="str",
+        label="Numbers",
+        interactive=False,
+        wrap=True,
+        elem_id=f"{family.name}-numbers",
+        buttons=["copy"],
+    )
+    whole = [state, about, depth, picture, texts, bars, heatmap, table]
+    blank = [None, "", gr.skip(), None, None, None, None, None]
+    inputs = [state, depth, shell.model, *sources]
+    names = ["state", "layer", "model", *family.parameters]
+    name = f"{family.name}_routing"
+    shell.on(tab.select, panel.show, inputs, whole, api_name=f"{name}_open", names=names, message=message, blank=blank)
+    shell.on(again.click, panel.run, inputs[1:], whole, api_name=name, names=names[1:], message=message, blank=blank)
+    shell.on(
+        depth.input,
+        panel.draw,
+        [state, depth],
+        [picture, texts, bars],
+        api_name=f"{name}_layer",
+        names=["state", "layer"],
+        message=message,
+        heavy=False,
+        trigger_mode="always_last",
+        show_progress="hidden",
+    )
+
+
+@dataclass
+class _RoutingPanel:
+    """Work of the Routing tab."""
+
+    family: Family
+    shell: Shell
+
+    def show(self, note: Note, state: Any, depth: int, model: str, *values: Any) -> tuple[Any, ...]:
+        """Routing of the inputs; nothing is done when it is shown already."""
+        if state is not None and state["key"] == (model, values):
+            return tuple(gr.skip() for _ in range(8))
+        return self.run(note, depth, model, *values)
+
+    def run(self, note: Note, depth: int, model: str, *values: Any) -> tuple[Any, ...]:
+        """Runs a model and shows where each patch and token went, with load and entropy of every layer."""
+        inputs = self.family.read(*values)
+        with self.shell.store.use(model, note) as loaded:
+            note("Running with the routers recorded", 0.6)
+            _, found = record.record_routing(
+                loaded.model,
+                lambda: self.family.predict(loaded.model, inputs),
+                self.family.batch(loaded.model, inputs),
+                self.family.picture(loaded.model, inputs),
+                model,
+            )
+        note("Drawing", 0.8)
+        depth = min(max(int(depth), 1), found.depth)
+        slider = gr.Slider(maximum=max(found.depth, 2), value=depth, interactive=found.depth > 1)
+        state = {"key": (model, values), "record": found}
+        return (state, _about(found), slider, *self._layer(found, depth), heatmap(found), record.numbers(found))
+
+    def draw(self, note: Note, state: Any, depth: int) -> tuple[Any, ...]:
+        """Another layer of the routing that this session recorded last."""
+        if state is None:
+            raise BadInput("there is no routing to show", "nothing was run yet", 'press "Run again"')
+        return self._layer(state["record"], int(depth))
+
+    def _layer(self, found: record.RoutingRecord, depth: int) -> tuple[Any, ...]:
+        from mmoe.figures import load_bars
+
+        bars = load_bars(record.loads(found, depth), title="Share of tokens per expert")
+        return record.overlay(found, depth), record.token_lines(found, depth), bars
+
+
+def heatmap(found: record.RoutingRecord) -> Any:
+    """Figure of all layers by experts."""
+    from mmoe.figures import load_heatmap
+
+    return load_heatmap(found.trace, names=[found.names[layer] for layer in found.trace.layers])
+
+
+def _about(found: record.RoutingRecord) -> str:
+    rows = found.summary
+    uneven = max(rows, key=lambda row: row["max_over_mean"])
+    unused, slots = sum(len(row["dead"]) for row in rows), sum(row["num_experts"] for row in rows)
+    return look.hint(
+        f"{found.model}: each token goes to {rows[0]['experts_per_token']:g} of {rows[0]['num_experts']} experts; "
+        f"colours show the one with the largest weight. Most uneven here: {found.names[uneven['layer']]}, whose "
+        f"busiest expert has {uneven['max_over_mean']:.1f} times its even share. Experts this input did not use: "
+        f"{f'{unused} of {slots}' if unused else 'none'}."
+    )
+
+
+SWITCH_TEMPLATE = """<p class="caption">${caption}</p><div class="switches"><table>
+<thead><tr><th scope="row">expert</th>
+${Array.from({length: experts}, (_, e) => `<th scope="col">${e}</th>`).join('')}</tr></thead>
+<tbody>${rows.length > 1 ? `<tr class="all"><th scope="row">all layers</th>
+${Array.from({length: experts}, (_, e) => `<td><input type="checkbox" data-all="${e}"
+ aria-label="expert ${e} off in all layers"></td>`).join('')}</tr>` : ''}
+${rows.map(row => `<tr><th scope="row">${row.name}</th>${Array.from({length: experts}, (_, e) => e < row.experts
+ ? `<td><input type="checkbox" data-layer="${row.layer}" data-expert="${e}" aria-label="expert ${e} off in ${row.name}">
+</td>` : '<td></td>').join('')}</tr>`).join('')}</tbody></table></div>"""
+SWITCH_CSS = """
+.switches { overflow: auto; max-height: 420px; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; margin: 0; }
+table, th, td { border: 0 !important; }
+.caption { margin: 0 0 6px; font-size: .875rem; color: var(--body-text-color-subdued); }
+th, td { padding: 4px 6px; text-align: center; border-bottom: 1px solid var(--border-color-primary) !important; }
+th { font-weight: 500; white-space: nowrap; }
+th[scope=row] { text-align: left; padding-left: 0; }
+tr.all th { font-weight: 650; }
+input { width: 19px; height: 19px; accent-color: var(--color-accent); cursor: pointer; margin: 2px; }
+"""
+SWITCH_JS = """
+const boxes = query => [...element.querySelectorAll(query)];
+element.addEventListener('change', event => {
+  const box = event.target;
+  if (box.dataset.all !== undefined)
+    boxes(`input[data-layer][data-expert="${box.dataset.all}"]`).forEach(one => { one.checked = box.checked; });
+  boxes('input[data-all]').forEach(one => {
+    const column = boxes(`input[data-layer][data-expert="${one.dataset.all}"]`);
+    one.checked = column.every(other => other.checked);
+    one.indeterminate = !one.checked && column.some(other => other.checked);
+  });
+  const off = {};
+  boxes('input[data-layer]:checked').forEach(one => (off[one.dataset.layer] ??= []).push(+one.dataset.expert));
+  props.value = JSON.stringify(off);
+});
+"""
+
+
+def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) -> None:
+    """The Ablate tab: tick experts off, run again, compare."""
+    panel = _AblatePanel(family, shell)
+    message = message_area()
+    shown = gr.State("", time_to_live=KEEP_SECONDS)
+    with gr.Row():
+        with gr.Column(scale=4, min_width=270):
+            switches = gr.HTML(
+                "{}",
+                html_template=SWITCH_TEMPLATE,
+                css_template=SWITCH_CSS,
+                js_on_load=SWITCH_JS,
+                rows=[],
+                experts=0,
+                caption="Ticked experts are off; the router chooses among the others.",
+                label="Experts to switch off",
+                elem_id=f"{family.name}-switches",
+                container=True,
+                padding=True,
+            )
+            run = gr.Button("Run without them", variant="primary", elem_id=f"{family.name}-ablate")
+        with gr.Column(scale=6, min_width=270):
+            verdict = gr.HTML(
+                look.hint("Here come the results with all experts, without the ticked ones, and the change.")
+            )
+            with gr.Row():
+                before = gr.Label(label="All experts on", num_top_classes=5, min_width=140)
+                after = gr.Label(
+                    label="Without the ticked ones", num_top_classes=5, min_width=140, elem_id=f"{family.name}-after"
+                )
+            table = gr.Dataframe(
+                headers=["", "before, %", "after, %", "change, points"],
+                datatype=["str", "number", "number", "number"],
+                label="Difference",
+                interactive=False,
+                elem_id=f"{family.name}-difference",
+                buttons=["copy"],
+            )
+    name = f"{family.name}_ablate"
+    shell.on(
+        tab.select,
+        panel.layers,
+        [shown, shell.model],
+        [switches, shown],
+        api_name=f"{family.name}_layers",
+        names=["shown", "model"],
+        message=message,
+        blank=[gr.skip(), gr.skip()],
+    )
+    shell.on(
+        run.click,
+        panel.run,
+        [switches, shell.model, *sources],
+        [verdict, before, after, table],
+        api_name=name,
+        names=["switched_off", "model", *family.parameters],
+        message=message,
+        blank=["", None, None, None],
+    )
+
+
+@dataclass
+class _AblatePanel:
+    """Work of the Ablate tab."""
+
+    family: Family
+    shell: Shell
+
+    def layers(self, note: Note, shown: str, model: str) -> tuple[Any, ...]:
+        """Layers of a model and the number of experts in each, as rows for the table of switches."""
+        if shown == model:
+            return gr.skip(), gr.skip()
+        from mmoe.moe import moe_layers
+
+        with self.shell.store.use(model, note) as loaded:
+            sizes = {name: layer.router.num_experts for name, layer in moe_layers(loaded.model).items()}
+            names = record.layer_names(list(sizes), self.family.views(loaded.model))
+        rows = [{"layer": layer, "name": names[layer], "experts": size} for layer, size in sizes.items()]
+        return gr.HTML("{}", rows=rows, experts=max(sizes.values())), model
+
+    def run(self, note: Note, switched_off: str, model: str, *values: Any) -> tuple[Any, ...]:
+        """Runs a model twice, with all experts and without some.
+
+        `switched_off` is JSON from layer names or patterns to experts, such as {"clip.visual.*": [0, 2]}.
+        """
+        import mmoe
+
+        off = read_switches(switched_off)
+        inputs = self.family.read(*values)
+        with self.shell.store.use(model, note) as loaded:
+            note("Running with all experts", 0.5)
+            before = self.family.predict(loaded.model, inputs)
+            note("Running without some", 0.8)
+            with mmoe.override(loaded.model, {layer: mmoe.switch_off(experts) for layer, experts in off.items()}):
+                after = self.family.predict(loaded.model, inputs)
+        return look.hint(_verdict(before, after, off)), before, after, _differences(before, after)
+
+
+def read_switches(text: str | None) -> dict[str, list[int]]:
+    """JSON from layers to experts -> mapping; layers without experts are left out.
+
+    Raises:
+        BadInput: it is no such mapping, or nothing is switched off.
+
+    >>> read_switches('{"clip.visual.*": [2, 0], "clip.transformer.*": []}')
+    {'clip.visual.*': [0, 2]}
+    """
+    try:
+        given = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise BadInput("cannot read which experts to switch off", f"it is not JSON: {error}", '{"*": [0]}') from error
+    good = isinstance(given, Mapping) and all(
+        isinstance(experts, list) and all(type(expert) is int for expert in experts) for experts in given.values()
+    )
+    if not good:
+        raise BadInput("cannot read which experts to switch off", "it maps layers to lists of experts", '{"*": [0]}')
+    off = {layer: sorted(set(experts)) for layer, experts in given.items() if experts}
+    if not off:
+        raise BadInput("all experts are on", "no box is ticked", "tick expert 0 in all layers, then run again")
+    return off
+
+
+def _verdict(before: Mapping[str, float], after: Mapping[str, float], off: Mapping[str, list[int]]) -> str:
+    count = sum(map(len, off.values()))
+    first, then = max(before, key=before.__getitem__), max(after, key=after.__getitem__)
+    what = f"{count} expert{'s' if count > 1 else ''} switched off in {len(off)} layer{'s' if len(off) > 1 else ''}: "
+    was, now = (f"{100 * before[name]:.1f} % before and {100 * after[name]:.1f} % after" for name in (first, then))
+    if first == then:
+        return f"{what}the first answer stays “{first}”, {was}."
+    return f"{what}the first answer changes from “{first}” ({was}) to “{then}” ({now})."
+
+
+def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[Any]]:
+    """Rows of name, before, after and change, the largest change first."""
+    rows = [[name, 100 * p, 100 * after[name], 100 * (after[name] - p)] for name, p in before.items()]
+    rows.sort(key=lambda row: -abs(row[3]))
+    return [[name, *(round(value, 2) for value in values)] for name, *values in rows]
+
+
+def card_text(card: Card) -> str:
+    """A card as Markdown: how to load it, sizes, licences, weights, numbers with provenance, paper, notes."""
+    parts = [f"### Load it\n```python\nimport zoo\n\nmodel = zoo.load({card.name!r})\n```"]
+    rows = [("tasks", ", ".join(card.tasks)), ("modalities", ", ".join(card.modalities))]
+    rows.append(("parameters", f"{card.params.get('total', 0):,}, of which {card.params.get('active', 0):,} active"))
+    rows += [(key.replace("_", " "), str(value)) for key, value in card.moe.items()]
+    parts.append("### What it is\n" + _table(["property", "value"], rows))
+    licences: list[tuple[str, ...]] = [("this model", card.licence, "")]
+    licences += [(part["name"], part["licence"], _link(part.get("source", ""))) for part in card.components]
+    licences += [(f"weights “{tag}”", w.licence, w.note or w.source) for tag, w in card.weights.items()]
+    if card.code:
+        licences.append(("authors' code", card.code.get("licence", "unknown"), _link(card.code.get("url", ""))))
+    parts.append("### Licences\n" + _table(["part", "licence", "source"], licences))
+    if card.metrics:
+        keys = list(dict.fromkeys(key for metric in card.metrics for key in metric))
+        numbers = [tuple(str(metric.get(key, "")) for key in keys) for metric in card.metrics]
+        parts.append("### Numbers\n" + _table(keys, numbers))
+    else:
+        parts.append("### Numbers\nNone measured yet.")
+    if card.paper:
+        arxiv = card.paper.get("arxiv")
+        link = f", [arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else ""
+        parts.append(
+            f"### Paper\n{_plain(card.paper.get('authors', ''))}, “{_plain(card.paper.get('title', ''))}”"
+            f"{', ' + _plain(card.paper['venue']) if 'venue' in card.paper else ''}{link}."
+        )
+    if card.notes:
+        parts.append("### Notes\n" + "\n".join(f"* {note}" for note in card.notes))
+    return "\n\n".join(parts)
+
+
+def _plain(text: str) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _link(url: str) -> str:
+    return f"[{url.removeprefix('https://')}]({url})" if url.startswith("https://") else url
+
+
+def _table(header: list[str], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines)

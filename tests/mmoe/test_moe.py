@@ -1,0 +1,198 @@
+"""The MoE layer around router and experts, its side input, and the context's shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mmoe
+from mmoe import Context, FFNExperts, FixedRouter, GatedFFN, GatedFFNExperts, MoE, TopKRouter, with_context
+from mmoe.errors import BadInput, BadOverride
+
+D, E = 16, 4
+
+
+def layer(**parts: nn.Module) -> MoE:
+    return MoE(TopKRouter(D, E), FFNExperts(D, 8, E), **parts)
+
+
+class TestForward:
+    def test_is_the_weighted_sum_of_the_chosen_experts(self) -> None:
+        moe, x = layer(), torch.randn(7, D)
+        routing = moe.router(x)
+        one_hot = torch.eye(E, dtype=torch.long)
+        expected = torch.stack(
+            [
+                sum(w * moe.experts(row[None], one_hot[e])[0] for e, w in zip(ids, weights, strict=True))
+                for row, ids, weights in zip(x, routing.experts, routing.weights, strict=True)
+            ]
+        )
+        torch.testing.assert_close(moe(x), expected)
+
+    def test_shared_pre_and_post(self) -> None:
+        parts = {"shared": GatedFFN(D, 8), "pre": nn.Linear(D, 12), "post": nn.Linear(12, D)}
+        moe = MoE(TopKRouter(D, E), FFNExperts(12, 8, E), **parts)
+        x = torch.randn(7, D)
+        bare = MoE(FixedRouter(E), moe.experts)
+        routing = moe.router(x)
+        slots = [
+            bare(parts["pre"](x), Context(expert_ids=routing.experts[:, k])) * routing.weights[:, k, None]
+            for k in range(2)
+        ]
+        torch.testing.assert_close(moe(x), parts["post"](sum(slots)) + parts["shared"](x))
+
+    def test_a_row_without_experts_keeps_the_shared_one(self) -> None:
+        moe, x = layer(shared=GatedFFN(D, 8)), torch.randn(4, D)
+        y = moe(x, Context(valid=torch.tensor([True, False, True, False])))
+        torch.testing.assert_close(y[1::2], moe.shared(x[1::2]))
+
+    @pytest.mark.parametrize("lead", [(), (6,), (2, 3), (1, 6), (2, 1, 3), (0,), (2, 0)])
+    def test_any_leading_shape(self, lead: tuple[int, ...]) -> None:
+        moe, x = layer(), torch.randn(*lead, D)
+        y = moe(x)
+        assert y.shape == x.shape
+        torch.testing.assert_close(y.reshape(-1, D), moe(x.reshape(-1, D)))
+
+    def test_non_contiguous_input(self) -> None:
+        moe, x = layer(), torch.randn(3, 2, D).transpose(0, 1)
+        torch.testing.assert_close(moe(x), moe(x.contiguous()))
+
+    def test_route_is_the_decision_of_forward(self) -> None:
+        moe, x = layer(), torch.randn(6, D)
+        with mmoe.trace(moe) as routing:
+            alone = moe.route(x)
+            moe(x)
+        assert len(routing) == 2 and routing[0] is alone
+        assert torch.equal(alone.experts, routing[1].experts)
+
+    def test_number_of_experts_has_to_agree(self) -> None:
+        with pytest.raises(BadOverride) as error:
+            MoE(TopKRouter(D, 8), FFNExperts(D, 8, 4))
+        assert str(error.value) == (
+            "a router over 8 experts with 4 experts\n"
+            "  both must have the same number\n"
+            "  try: build the router with num_experts=4"
+        )
+
+    @pytest.mark.parametrize("hidden_dim", [8, 6], ids=["grouped", "loop"])
+    def test_autocast(self, hidden_dim: int) -> None:
+        moe = MoE(TopKRouter(D, E), GatedFFNExperts(D, hidden_dim, E), shared=GatedFFN(D, 8))
+        x = torch.randn(2, 7, D)
+        expected = moe(x)
+        with torch.autocast("cpu", torch.bfloat16), mmoe.trace(moe) as routing:
+            y = moe(x)
+        assert y.dtype == torch.bfloat16 and routing[0].weights.dtype == torch.float32
+        torch.testing.assert_close(y.float(), expected, atol=0.03, rtol=0.03)
+        y.float().square().mean().backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in moe.parameters())
+
+
+class TestWithContext:
+    def test_every_layer_of_a_host_gets_it(self) -> None:
+        host, valid = nn.Sequential(layer(), nn.GELU(), layer()), torch.arange(10).view(2, 5) % 3 > 0
+        x = torch.randn(2, 5, D)
+        with with_context(host, Context(valid=valid)), mmoe.trace(host) as routing:
+            host(x)
+        assert all(torch.equal(one.valid, valid.flatten()) for one in routing)
+
+    def test_the_caller_wins(self) -> None:
+        moe, x = layer(), torch.randn(4, D)
+        none, everything = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+        with with_context(moe, Context(valid=none)):
+            assert moe(x, Context(valid=everything)).any() and not moe(x).any()
+
+    def test_nests_and_restores(self) -> None:
+        moe, outer, inner = layer(), Context(), Context()
+        with with_context(moe, outer):
+            with with_context(moe, inner):
+                assert moe._context is inner
+            assert moe._context is outer
+            with with_context(moe, None):
+                assert moe._context is None
+        assert moe._context is None
+
+    def test_restores_after_an_exception(self) -> None:
+        moe = layer()
+        with pytest.raises(ZeroDivisionError), with_context(moe, Context()):
+            raise ZeroDivisionError
+        assert moe._context is None
+
+
+def flat(shape: tuple[int, ...], **given: Tensor) -> Tensor:
+    """The one given field after flattening for x of shape (*shape, D)."""
+    (name,) = given
+    found = getattr(Context(**given).flatten(torch.Size(shape)), name)
+    assert isinstance(found, Tensor)
+    return found
+
+
+class TestFlatten:
+    @pytest.mark.parametrize(
+        ("shape", "field"),
+        [
+            ((6,), (6,)),
+            ((2, 3), (2, 3)),
+            ((2, 3), (6,)),
+            ((6,), (2, 3)),
+            ((1, 3), (3,)),
+            ((1, 3), (1, 3)),
+            ((3, 1), (3,)),
+            ((3, 1), (3, 1)),
+            ((2, 2, 3), (2, 6)),
+            ((2, 2, 3), (12,)),
+            ((), ()),
+            ((), (1,)),
+            ((1, 1), (1, 1)),
+            ((0,), (0,)),
+            ((2, 0), (2, 0)),
+        ],
+    )
+    def test_one_value_per_row(self, shape: tuple[int, ...], field: tuple[int, ...]) -> None:
+        value = torch.arange(torch.Size(field).numel()).reshape(field)
+        for name in ("group_ids", "valid", "modality", "cond", "task_ids"):
+            assert torch.equal(flat(shape, **{name: value}), value.flatten())
+
+    @pytest.mark.parametrize(
+        ("shape", "field"), [((2, 3), (2, 3, 4)), ((2, 3), (6, 4)), ((3, 1), (3, 1)), ((3, 1), (3, 1, 1)), ((), (4,))]
+    )
+    def test_features_keep_their_last_dimension(self, shape: tuple[int, ...], field: tuple[int, ...]) -> None:
+        value = torch.randn(field)
+        assert torch.equal(flat(shape, features=value), value.reshape(-1, field[-1]))
+
+    @pytest.mark.parametrize(
+        ("shape", "field", "expected"),
+        [
+            ((2, 3), (2, 3), (6,)),
+            ((2, 3), (6,), (6,)),
+            ((2, 3), (2, 3, 2), (6, 2)),
+            ((2, 3), (6, 2), (6, 2)),
+            ((2, 3), (6, 1), (6, 1)),
+            ((2, 2), (2, 2), (4,)),
+            ((2, 2), (4, 4), (4, 4)),
+        ],
+    )
+    def test_routes_may_have_slots(
+        self, shape: tuple[int, ...], field: tuple[int, ...], expected: tuple[int, ...]
+    ) -> None:
+        value = torch.arange(torch.Size(field).numel()).reshape(field)
+        assert torch.equal(flat(shape, expert_ids=value), value.reshape(expected))
+
+    @pytest.mark.parametrize(
+        ("shape", "field"), [((2, 3), (3, 2)), ((2, 3), (2, 4)), ((2, 3), (2,)), ((6,), (5,)), ((2, 3), (2, 3, 4))]
+    )
+    def test_a_field_that_does_not_fit_is_an_error(self, shape: tuple[int, ...], field: tuple[int, ...]) -> None:
+        with pytest.raises(BadInput) as error:
+            flat(shape, valid=torch.ones(field, dtype=torch.bool))
+        assert str(error.value) == (
+            f"context field 'valid' of shape {field} for rows of shape {shape}\n"
+            "  its leading dimensions must be those of x, or flat\n"
+            f"  try: Context(valid=...) with leading shape {shape}"
+        )
+
+    def test_features_of_another_order_are_an_error(self) -> None:
+        with pytest.raises(BadInput, match="context field 'features'"):
+            flat((2, 3), features=torch.randn(3, 2, 4))
+
+    def test_absent_fields_stay_absent(self) -> None:
+        assert Context().flatten(torch.Size((2, 3))) == Context()

@@ -1,0 +1,455 @@
+"""Sparse upcycling on hosts of open_clip, timm and transformers: the start is the dense model, whatever the host.
+
+Exactness: with copies and weights that sum to 1, outputs differ by rounding only. Measured in fp32, relative
+to the largest output: at most 9e-7 over all hosts (tolerance 5e-6); in bf16 1.2e-2 (tolerance 3e-2).
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mmoe
+from mmoe.errors import BadOverride, LoadMismatch, Refused, UnknownName
+from mmoe.surgery import HostedMoE, UpcycleReport, sites, upcycle
+
+Call = Callable[[nn.Module], Tensor]
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+IMAGE: dict[str, Any] = {**TEXT, "image_size": 32, "patch_size": 16}
+del IMAGE["vocab_size"], IMAGE["pad_token_id"]
+
+
+def open_clip_host(text_layers: int = 3) -> nn.Module:
+    """open_clip's ViT-B-32-quickgelu at a tiny width; its weights are drawn wider so that blocks matter."""
+    from open_clip.model import CLIP
+
+    model = CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
+        text_cfg={"context_length": 12, "vocab_size": 64, "width": 32, "heads": 2, "layers": text_layers},
+        quick_gelu=True,
+    )
+    return widen(model)
+
+
+def widen(model: nn.Module) -> nn.Module:
+    for p in model.parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=0.15)
+    return model.eval()
+
+
+def timm_host(name: str, **options: Any) -> nn.Module:
+    import timm
+
+    return widen(timm.create_model(name, img_size=32, patch_size=16, depth=2, num_classes=5, **options))
+
+
+def hf_host(name: str, **options: Any) -> nn.Module:
+    import transformers
+
+    config = getattr(
+        transformers, f"{name.removesuffix('ForCausalLM').removesuffix('Model').removesuffix('Encoder')}Config"
+    )
+    return widen(getattr(transformers, name)(config(**options)))
+
+
+def images(model: nn.Module) -> Tensor:
+    values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return values.to(next(model.parameters()).dtype)
+
+
+def tokens() -> Tensor:
+    return torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(2))
+
+
+def clip_call(model: Any) -> Tensor:
+    return torch.cat([model.encode_image(images(model)), model.encode_text(tokens())])
+
+
+def hf_clip_call(model: Any) -> Tensor:
+    out = model(input_ids=tokens(), pixel_values=images(model))
+    return torch.cat([out.image_embeds, out.text_embeds])
+
+
+def logits_call(model: Any) -> Tensor:
+    return model(input_ids=tokens()).logits
+
+
+def states_call(model: Any) -> Tensor:
+    return model(input_ids=tokens()).last_hidden_state
+
+
+def pixels_call(model: Any) -> Tensor:
+    return model(pixel_values=images(model)).last_hidden_state
+
+
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 16}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+CLIP = {"text_config": {**TEXT, "max_position_embeddings": 12, "eos_token_id": 2}, "vision_config": IMAGE}
+HOSTS: dict[str, tuple[Callable[[], nn.Module], Call, int, str]] = {
+    "open_clip": (open_clip_host, clip_call, 5, "Sequential"),
+    "timm vit": (lambda: timm_host("vit_tiny_patch16_224"), lambda m: m(images(m)), 2, "Mlp"),
+    "timm packed swiglu": (lambda: timm_host("eva02_tiny_patch14_224"), lambda m: m(images(m)), 2, "GluMlp"),
+    "timm swiglu": (
+        lambda: timm_host("vit_small_plus_patch16_dinov3", embed_dim=48, num_heads=2, init_values=1.0),
+        lambda m: m(images(m)),
+        2,
+        "SwiGLU",
+    ),
+    "hf clip": (lambda: hf_host("CLIPModel", **CLIP, projection_dim=16), hf_clip_call, 4, "CLIPMLP"),
+    "hf siglip": (lambda: hf_host("SiglipModel", **CLIP), hf_clip_call, 5, "SiglipMLP"),
+    "hf llama": (lambda: hf_host("LlamaForCausalLM", **TEXT), logits_call, 2, "LlamaMLP"),
+    "hf phi3": (lambda: hf_host("Phi3ForCausalLM", **TEXT), logits_call, 2, "Phi3MLP"),
+    "hf gpt2": (lambda: hf_host("GPT2Model", **GPT2), states_call, 2, "GPT2MLP"),
+    "hf t5": (lambda: hf_host("T5EncoderModel", **T5), states_call, 2, "T5DenseActDense"),
+    "hf vit": (lambda: hf_host("ViTModel", **IMAGE), pixels_call, 2, "ViTMLP"),
+    "hf dinov2": (lambda: hf_host("Dinov2Model", **IMAGE, use_swiglu_ffn=True), pixels_call, 2, "Dinov2SwiGLUFFN"),
+}
+
+
+def relative_gap(want: Tensor, got: Tensor) -> float:
+    return ((want - got).abs().max() / want.abs().max()).item()
+
+
+FP32, BF16 = (torch.float32, 5e-6), (torch.bfloat16, 3e-2)
+
+
+@pytest.mark.parametrize(
+    ("host", "dtype", "tolerance"),
+    [(host, *FP32) for host in HOSTS] + [(host, *BF16) for host in ("open_clip", "timm swiglu", "hf llama", "hf gpt2")],
+)
+def test_starts_as_the_dense_model(host: str, dtype: torch.dtype, tolerance: float) -> None:
+    build, call, num_sites, block = HOSTS[host]
+    model = build().to(dtype)
+    found = sites(model)
+    assert len(found) == num_sites and {type(site.module).__name__ for site in found.values()} == {block}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sparse, report = upcycle(model, num_experts=4, top_k=2)
+    assert list(report.sites) == list(found) == list(mmoe.moe_layers(sparse)) and not report.refused
+    with torch.no_grad():
+        want, got = call(model), call(sparse)
+        without = call(_broken(sparse))
+    assert relative_gap(want, got) < tolerance
+    assert relative_gap(want, without) > 0.1, "the blocks matter for the output"
+    assert {p.dtype for p in sparse.parameters()} == {dtype}
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def _broken(sparse: nn.Module) -> nn.Module:
+    broken = copy.deepcopy(sparse)
+    for layer in mmoe.moe_layers(broken).values():
+        nn.init.zeros_(layer.get_parameter("experts.down_proj"))
+    return broken
+
+
+@pytest.mark.parametrize("spec", ["topk:top_k=1", "topk:weights=softmax_topk", "dense", "topk:score=sigmoid"])
+def test_any_weights_that_sum_to_one(spec: str) -> None:
+    model = open_clip_host()
+    sparse, _ = upcycle(model, num_experts=3, router=spec)
+    with torch.no_grad():
+        want, got = clip_call(model), clip_call(sparse)
+    assert relative_gap(want, got) < 5e-6
+
+
+def test_open_clip_still_knows_its_dtype() -> None:
+    """Its text tower asks block 0 for the weight of `mlp.c_fc`, before and after copying and saving."""
+    model = open_clip_host()
+    sparse, _ = upcycle(model)
+    buffer = io.BytesIO()
+    torch.save(sparse, buffer)
+    buffer.seek(0)
+    again = open_clip_host()
+    again, _ = upcycle(again, inplace=True)
+    again.load_state_dict(sparse.state_dict())
+    copies = [copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse)), torch.load(buffer, weights_only=False), again]
+    for other in copies:
+        assert other.transformer.get_cast_dtype() == torch.float32
+        assert torch.equal(clip_call(other), clip_call(sparse))
+        assert other.bfloat16().transformer.get_cast_dtype() == torch.bfloat16
+    keys = {key for key in sparse.state_dict() if ".mlp." in key}
+    experts = ("up_proj", "up_bias", "down_proj", "down_bias")
+    assert keys == {
+        f"{name}.{part}" for name in sites(model) for part in ("router.gate.weight", *(f"experts.{e}" for e in experts))
+    }
+
+
+def test_gradients_reach_experts_and_once_they_differ_the_router() -> None:
+    for noise in (0.0, 0.2):
+        sparse, _ = upcycle(open_clip_host(), noise=noise)
+        sparse.visual.set_grad_checkpointing()
+        with mmoe.trace(sparse) as routing:
+            out = clip_call(sparse.train())
+        (out * torch.randn_like(out)).sum().backward()
+        for name, layer in mmoe.moe_layers(sparse).items():
+            gate = layer.get_parameter("router.gate.weight").grad.abs().max()
+            experts = layer.get_parameter("experts.up_proj").grad.abs().max()
+            assert gate > 1e-4 * experts if noise else gate < 1e-5 * experts, name
+        name = routing.layers[0]  # all its tokens matter for the output
+        for param in sparse.get_submodule(name).experts.packed_parameters().values():
+            assert torch.equal(param.grad.flatten(1).abs().sum(1) > 0, routing[name].counts() > 0)
+
+
+def test_experts_are_copies() -> None:
+    model = HOSTS["hf gpt2"][0]()
+    sparse, _ = upcycle(model, 3)
+    layer = next(iter(mmoe.moe_layers(sparse).values()))
+    dense = next(iter(sites(model).values())).module
+    before, theirs = layer.experts.up_proj.detach().clone(), dense.c_fc.weight.detach().clone()
+    assert layer.experts.up_proj.is_contiguous() and torch.equal(before[2], theirs.t())
+    with torch.no_grad():
+        layer.experts.up_proj[0].zero_()
+    assert torch.equal(layer.experts.up_proj[1:], before[1:]) and torch.equal(dense.c_fc.weight, theirs)
+    single, _ = upcycle(model, 1, top_k=1, inplace=True)
+    with torch.no_grad():
+        next(iter(mmoe.moe_layers(single).values())).experts.up_proj.zero_()
+    assert torch.equal(dense.c_fc.weight, theirs), "E = 1 must copy too"
+
+
+def test_inplace_and_copy() -> None:
+    model = open_clip_host()
+    attention = model.visual.transformer.resblocks[0].attn
+    sparse, _ = upcycle(model)
+    assert sparse is not model and not mmoe.moe_layers(model)
+    assert sparse.visual.transformer.resblocks[0].attn is not attention
+    same, _ = upcycle(model, inplace=True)
+    assert same is model and len(mmoe.moe_layers(model)) == 5
+    assert model.visual.transformer.resblocks[0].attn is attention
+
+
+def test_dtype_device_mode_and_frozen_weights_are_the_hosts() -> None:
+    model = open_clip_host().bfloat16()
+    model.visual.requires_grad_(False)
+    model.transformer.train()
+    sparse, _ = upcycle(model, router="topk:bias_rate=0.1")
+    assert {p.dtype for p in sparse.parameters()} == {torch.bfloat16}
+    for name, layer in mmoe.moe_layers(sparse).items():
+        assert layer.get_buffer("router.select_bias").dtype == torch.float32
+        assert layer.training is layer.experts.training is not name.startswith("visual")
+        assert all(p.requires_grad is not name.startswith("visual") for p in layer.experts.parameters())
+        assert all(p.requires_grad for p in layer.router.parameters())
+
+
+def test_meta_device() -> None:
+    with torch.device("meta"):
+        model = open_clip_host()
+    sparse, report = upcycle(model, noise=0.1)
+    real, expected = upcycle(open_clip_host(), noise=0.1)
+    assert all(p.is_meta for p in sparse.parameters())
+    assert report == expected and mmoe.count_params(sparse) == mmoe.count_params(real)
+    sparse.load_state_dict(real.state_dict(), assign=True)
+    assert {k: v.shape for k, v in sparse.state_dict().items()} == {k: v.shape for k, v in real.state_dict().items()}
+
+
+def test_dropout_is_the_hosts_or_given() -> None:
+    model = HOSTS["hf gpt2"][0]()
+    layer = next(iter(mmoe.moe_layers(upcycle(model)[0]).values()))
+    assert layer.experts.dropout == 0.0 and layer.post.p == 0.1
+    layer = next(iter(mmoe.moe_layers(upcycle(model, dropout=0.3)[0]).values()))
+    assert layer.experts.dropout == 0.3 and layer.post.p == 0.1
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+
+
+class Nested(nn.Module):
+    """A stack whose members hold lists of their own, as in T5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleList([nn.ModuleList([nn.Identity(), Layer()]) for _ in range(3)])
+        self.pool = Layer()
+
+
+LAST = {"visual": "visual.transformer.resblocks.{}.mlp", "text": "transformer.resblocks.{}.mlp"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "visual", "text"),
+    [
+        (None, [0, 1], [0, 1, 2]),
+        (1, [1], [2]),
+        (2, [0, 1], [1, 2]),
+        (99, [0, 1], [0, 1, 2]),
+        ("visual.*", [0, 1], []),
+        (["visual.*.1.*", "transformer.resblocks.0.mlp"], [1], [0]),
+    ],
+)
+def test_which_layers(layers: Any, visual: list[int], text: list[int]) -> None:
+    _, report = upcycle(open_clip_host(), layers=layers)
+    want = [LAST["visual"].format(i) for i in visual] + [LAST["text"].format(i) for i in text]
+    assert list(report.sites) == want and not report.refused
+
+
+def test_layers_of_nested_stacks() -> None:
+    model = Nested()
+    assert list(upcycle(model, layers=1)[1].sites) == ["block.2.1.ffn"]
+    assert list(upcycle(model, layers=2)[1].sites) == ["block.1.1.ffn", "block.2.1.ffn"]
+    assert "pool.ffn" in upcycle(model)[1].sites
+
+
+def test_wrong_layers() -> None:
+    model = open_clip_host()
+    with pytest.raises(UnknownName, match=r"did you mean: transformer\.resblocks\.0\.mlp"):
+        upcycle(model, layers=["visual.*", "transformer.resblock.0.mlp"])
+    with pytest.raises(BadOverride, match="layers=0"):
+        upcycle(model, layers=0)
+    with pytest.raises(Refused, match="no feed-forward block"):
+        upcycle(nn.Linear(3, 3))
+
+
+def test_sources_give_one_expert_each() -> None:
+    model, first, second = open_clip_host(), open_clip_host(), open_clip_host()
+    sparse, report = upcycle(model, 3, sources=[model, first, second.state_dict()], layers=1)
+    for name in report.sites:
+        layer = sparse.get_submodule(name)
+        for e, source in enumerate((model, first, second)):
+            theirs = source.get_submodule(name)
+            assert torch.equal(layer.experts.up_proj[e], theirs.c_fc.weight)
+            assert torch.equal(layer.experts.up_bias[e], theirs.c_fc.bias)
+            assert torch.equal(layer.experts.down_proj[e], theirs.c_proj.weight)
+            assert torch.equal(layer.experts.down_bias[e], theirs.c_proj.bias)
+    dense = {key: value for key, value in model.state_dict().items() if key in sparse.state_dict()}
+    assert all(torch.equal(value, sparse.state_dict()[key]) for key, value in dense.items())
+    assert "one from each of 3 sources" in str(report)
+    only_second = mmoe.override(sparse, mmoe.switch_off([0, 1]))
+    with torch.no_grad(), only_second:
+        got = clip_call(sparse)
+    for name in report.sites:
+        model.get_submodule(name).load_state_dict(second.get_submodule(name).state_dict())
+    with torch.no_grad():
+        want = clip_call(model)
+    assert relative_gap(want, got) < 5e-6
+
+
+def test_wrong_sources() -> None:
+    model = open_clip_host()
+    with pytest.raises(Refused, match=r"num_experts=1, sources=sources"):
+        upcycle(model, 4, sources=[model])
+    with pytest.raises(LoadMismatch, match="wrong shape"):
+        upcycle(model, 2, sources=[model, {key: value[None] for key, value in model.state_dict().items()}])
+    with pytest.raises(LoadMismatch, match=r"no 'transformer\.resblocks\.2\.mlp\.c_fc\.weight'"):
+        upcycle(model, 2, sources=[model, open_clip_host(text_layers=2)])
+    with pytest.raises(BadOverride, match="differ already"):
+        upcycle(model, 1, top_k=1, sources=[model], noise=0.1)
+    with pytest.raises(BadOverride, match="at least one"):
+        upcycle(model, 0)
+    assert not mmoe.moe_layers(model)
+
+
+def test_noise_is_relative_and_spares_the_first_copy() -> None:
+    model = open_clip_host()
+    sparse, report = upcycle(model, 4, noise=0.1)
+    for name in report.sites:
+        dense, experts = model.get_submodule(name), sparse.get_submodule(name).experts
+        for packed, weight in ((experts.up_proj, dense.c_fc.weight), (experts.down_proj, dense.c_proj.weight)):
+            gap = (packed - weight).detach()
+            assert gap[0].abs().max() == 0
+            torch.testing.assert_close(gap[1:].std() / weight.std(), torch.tensor(0.1), atol=0.01, rtol=0)
+        assert torch.equal(experts.up_bias, dense.c_fc.bias.expand(4, -1))
+
+
+def test_routers_are_drawn_from_the_generator_or_the_global_seed() -> None:
+    model = open_clip_host()
+
+    def gates(**options: Any) -> Tensor:
+        sparse, _ = upcycle(model, noise=0.1, **options)
+        layers = mmoe.moe_layers(sparse).values()
+        return torch.cat([p.detach().flatten() for layer in layers for p in layer.parameters()])
+
+    torch.manual_seed(1)
+    first, state = gates(generator=torch.Generator().manual_seed(5)), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state()), "a generator leaves the global seed alone"
+    torch.manual_seed(2)
+    assert torch.equal(gates(generator=torch.Generator().manual_seed(5)), first)
+    assert not torch.equal(gates(generator=torch.Generator().manual_seed(6)), first)
+    torch.manual_seed(3)
+    second = gates()
+    torch.manual_seed(3)
+    assert torch.equal(gates(), second) and not torch.equal(gates(), second)
+
+
+def test_twice() -> None:
+    model = open_clip_host()
+    half, _ = upcycle(model, layers="visual.*")
+    whole, report = upcycle(half)
+    assert set(report.refused.values()) == {"it is a MoE already"} and len(report.refused) == 2
+    assert len(report.sites) == 3 and len(mmoe.moe_layers(whole)) == 5
+    with pytest.raises(Refused, match="and 4 more: it is a MoE already"):
+        upcycle(whole)
+
+
+def test_blocks_that_cannot_be_read_are_reported() -> None:
+    model = nn.ModuleList([Layer(), nn.TransformerEncoderLayer(4, 2, 6)])
+    _, report = upcycle(model)
+    assert list(report.sites) == ["0.ffn"] and "beside others" in report.refused["1"]
+    assert "1      unchanged: its layers stand beside" in str(report)
+    with pytest.raises(Refused, match="beside others"):
+        upcycle(model, layers="1")
+
+
+def test_router_by_name_and_options() -> None:
+    model = open_clip_host()
+    sparse, _ = upcycle(model, router="topk:top_k=1", router_options={"score": "sigmoid"}, top_k=3)
+    router = sparse.visual.transformer.resblocks[0].mlp.router
+    assert (router.top_k, router.score) == (1, "sigmoid"), "a spec wins over top_k"
+    with pytest.raises(BadOverride, match="did you mean: score"):
+        upcycle(model, router_options={"scor": "sigmoid"})
+    with pytest.raises(UnknownName, match="did you mean: topk"):
+        upcycle(model, router="top_k")
+    with pytest.raises(BadOverride, match="top_k=5"):
+        upcycle(model, 4, top_k=5)
+
+
+def test_report_trace_and_profile() -> None:
+    model = open_clip_host()
+    sparse, report = upcycle(model, num_experts=4, top_k=1)
+    assert isinstance(report, UpcycleReport)
+    data = json.loads(json.dumps(report.as_dict()))
+    params = mmoe.count_params(sparse)
+    assert data["params_before"] == mmoe.count_params(model).total
+    assert (data["params_after"], data["active_after"]) == (params.total, params.active)
+    site = data["sites"]["visual.transformer.resblocks.0.mlp"]
+    dense = 64 * 256 * 2 + 256 + 64
+    assert site == {
+        "num_experts": 4,
+        "source": "copies of the model's own",
+        "params_before": dense,
+        "params_after": 4 * dense + 4 * 64,
+    }
+    assert params.active == mmoe.count_params(model).total + params.routers, "top-1 costs the routers only"
+    assert len(str(report).splitlines()) == 6
+    with mmoe.trace(sparse) as routing:
+        clip_call(sparse)
+    assert routing.layers == list(report.sites)
+    assert routing.counts().sum(1).tolist() == [10, 10, 24, 24, 24]
+    cost = mmoe.profile(sparse, clip_call, sparse).flops
+    assert cost == mmoe.profile(model, clip_call, model).flops + 2 * 4 * (64 * 20 + 32 * 72)
+    assert all(isinstance(layer, HostedMoE) for layer in mmoe.moe_layers(sparse).values())
+
+
+def test_generate_with_a_cache() -> None:
+    model = HOSTS["hf llama"][0]()
+    sparse, _ = upcycle(model)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(sparse.generate(tokens(), **options), model.generate(tokens(), **options))

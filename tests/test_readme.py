@@ -1,0 +1,61 @@
+"""The README's examples run as they stand, and what it points at is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("mmoe ")
+]
+HEAVY = "open_clip:ViT-B-32"  # 300 million parameters; tests/zoo converts a small one the same way
+
+
+@pytest.mark.parametrize("index", range(len(PYTHON)))
+def test_python_examples_run(index, tmp_path):
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    done = subprocess.run(
+        [sys.executable, "-c", PYTHON[index]], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if HEAVY not in c])
+def test_commands_run(command, tmp_path):
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    words = [sys.executable, "-m", "mmoe", *shlex.split(command)[1:]]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_examples_were_found():
+    assert len(PYTHON) >= 3 and len(COMMANDS) >= 4
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_file_tree_names_every_package():
+    for folder in ("mmoe", "zoo", "train", "demos", "tests", "assets"):
+        assert re.search(rf"^{folder}/ ", README, re.MULTILINE)
+        assert (ROOT / folder).is_dir()

@@ -1,0 +1,136 @@
+"""The contrastive loop: batches, augmentation, frozen parameters, exact resume, errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import zoo
+from mmoe.errors import BadInput
+from train.augment import augment, on_background
+from train.contrastive import ContrastiveRun, StageConfig, batch_stream, epoch_batches, fine_tune, schedule
+from train.data.emoji import load_emoji
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return load_emoji()
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    sizes = {"vision_width": 32, "vision_layers": 2, "text_width": 32, "text_layers": 2, "embed_dim": 16}
+    heads = {"vision_heads": 2, "text_heads": 2}
+    return zoo.load("clip_moe_tiny", weights=False, device="cpu", **{**sizes, **heads, "moe_layers": 2, **options})
+
+
+def test_batches_hold_seen_concepts_once_in_training_styles(emoji):
+    batches = epoch_batches(emoji, 64, seed=1)
+    concepts = [concept for batch in batches for _, concept in batch]
+    assert len(set(concepts)) == len(concepts) > 1280
+    assert not set(concepts) & set(emoji.held_out)
+    assert {style for batch in batches for style, _ in batch} == {0, 1}
+    assert batches != epoch_batches(emoji, 64, seed=2)
+
+
+def test_cluster_batches_stay_inside_one_cell(emoji):
+    cells = torch.arange(len(emoji)).remainder(5).expand(2, -1)
+    for batch in epoch_batches(emoji, 32, seed=0, cells=cells):
+        assert len({int(cells[style, concept]) for style, concept in batch}) == 1
+
+
+def test_clusters_below_half_a_batch_are_an_error(emoji):
+    cells = torch.arange(2 * len(emoji)).view(2, -1)
+    with pytest.raises(BadInput, match="every cluster is smaller"):
+        epoch_batches(emoji, 32, seed=0, cells=cells)
+
+
+def test_stream_is_the_same_from_any_start(emoji):
+    whole = batch_stream(emoji, 256, (0, "a"), 0, None)
+    expected = [next(whole) for _ in range(14)]
+    for start in (3, 6, 11):
+        later = batch_stream(emoji, 256, (0, "a"), start, None)
+        assert [next(later) for _ in range(14 - start)] == expected[start:]
+
+
+def test_augmentation_keeps_range_and_repeats(emoji):
+    pixels = emoji.pixels("noto")[:16]
+    first, again = (augment(pixels, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.min() >= 0 and first.max() <= 1 + 1e-6
+    assert not torch.equal(first, augment(pixels, torch.Generator().manual_seed(4)))
+
+
+def test_transparency_shows_the_background():
+    clear = torch.zeros(1, 4, 8, 8, dtype=torch.uint8)
+    assert (on_background(clear) == 1).all()
+
+
+def test_schedule_warms_up_and_falls():
+    config = StageConfig(steps=100, lr=1.0, warmup=0.1)
+    values = [schedule(step, config) for step in range(100)]
+    assert values[0] == pytest.approx(0.1) and max(values) == pytest.approx(1.0)
+    assert values[10:] == sorted(values[10:], reverse=True) and values[-1] < 0.02
+
+
+def test_only_chosen_parameters_move():
+    model = tiny()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fine_tune(model, steps=2, progress=False)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".router." in name}
+
+
+def test_loss_falls_below_chance():
+    model = tiny(num_experts=0)
+    config = StageConfig(steps=60, batch_size=32, lr=3e-3, muon_lr=1e-2, strength=0.2)
+    losses = ContrastiveRun(model, load_emoji(), config).run(progress=False)
+    assert sum(losses[-10:]) / 10 < sum(losses[:5]) / 5 - 0.2
+
+
+class Stopped(Exception):
+    pass
+
+
+def run_until(model, folder, config, stop: int | None) -> torch.nn.Module:
+    run = ContrastiveRun(model, load_emoji(), config, seed=5, folder=folder)
+    if stop is not None:
+        step = run._step
+
+        def interrupted(*arguments):
+            if run.step == stop:
+                raise KeyboardInterrupt
+            return step(*arguments)
+
+        run._step = interrupted
+    run.run(progress=False)
+    return model
+
+
+def test_interrupted_run_ends_with_the_same_bits(tmp_path):
+    config = StageConfig(steps=8, batch_size=16, lr=1e-3, muon_lr=1e-3)
+    options = {"expert_dropout": 0.2}
+    undisturbed = run_until(tiny(**options), tmp_path / "a", config, None)
+    with pytest.raises(KeyboardInterrupt):
+        run_until(tiny(**options), tmp_path / "b", config, stop=3)
+    saved = torch.load(tmp_path / "b" / "stage.pt", weights_only=True)
+    assert saved["step"] == 3
+    resumed = run_until(tiny(**options), tmp_path / "b", config, None)
+    for name, value in undisturbed.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    losses = [json.loads((tmp_path / run / "stage.losses.json").read_text()) for run in "ab"]
+    assert losses[0] == losses[1]
+
+
+def test_other_options_do_not_go_on(tmp_path):
+    config = StageConfig(steps=1, batch_size=16, lr=1e-3)
+    run_until(tiny(), tmp_path, config, None)
+    with pytest.raises(BadInput, match="its stage 'stage' was started with other options"):
+        run_until(tiny(), tmp_path, config.model_copy(update={"lr": 2e-3}), None)
+
+
+def test_pattern_that_names_nothing_is_an_error():
+    with pytest.raises(BadInput, match="no parameter has such a name"):
+        ContrastiveRun(tiny(), load_emoji(), StageConfig(steps=1, lr=1e-3, trainable=("*.ruoter.*",)))

@@ -1,0 +1,114 @@
+"""Diversified multiplet upcycling: stages, resume, clusters, recipe errors, and what each stage may change."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from mmoe.errors import BadInput
+from train.dmu import RECIPE, DmuRun, read_recipe, refine_cells
+from train.evaluate import expert_use, recall
+
+SMALL = {
+    "model": "clip_moe_tiny",
+    "clusters": 2,
+    "base": {"steps": 2, "batch_size": 32, "lr": 1e-3},
+    "mcl": {"steps": 1, "batch_size": 8, "lr": 1e-3, "trainable": ["*.mlp.*"]},
+    "router": {"steps": 1, "batch_size": 32, "lr": 1e-2, "trainable": ["*.router.*"]},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dmu")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(SMALL))
+    run = DmuRun(read_recipe(folder / "recipe.yaml"), folder / "run", progress=False)
+    run.clip_moe()
+    return run
+
+
+def test_bundled_recipe_is_valid():
+    assert read_recipe(RECIPE).model == "clip_moe_tiny"
+
+
+def test_experts_differ_from_the_base_in_feed_forward_layers_only(run):
+    base, *experts = run.experts()
+    assert len(experts) == run.card.moe["experts"] - 1
+    for expert in experts:
+        changed = {n for n, v in expert.state_dict().items() if not torch.equal(v, base.state_dict()[n])}
+        assert changed and all(".mlp." in name for name in changed)
+
+
+def test_assembly_takes_expert_i_from_stage_i(run):
+    models, state = run.experts(), run.clip_moe().state_dict()
+    for tower in ("clip.visual.transformer", "clip.transformer"):
+        packed = state[f"{tower}.resblocks.1.mlp.experts.up_proj"]
+        for i, model in enumerate(models):
+            dense = model.state_dict()[f"{tower}.resblocks.1.mlp.c_fc.weight"]
+            assert torch.equal(packed[i], dense)
+
+
+def test_router_stage_moved_the_routers(run):
+    untrained = run.upcycled([model.state_dict() for model in run.experts()]).state_dict()
+    changed = {n for n, v in run.clip_moe().state_dict().items() if not torch.equal(v, untrained[n])}
+    assert changed and all(".router." in name for name in changed)
+
+
+def test_finished_stages_are_read_not_run(run, monkeypatch):
+    monkeypatch.setattr(DmuRun, "train", lambda *a, **k: pytest.fail("a finished stage was run again"))
+    again = DmuRun(run.config, run.out, progress=False)
+    assert torch.equal(
+        again.clip_moe().state_dict()["clip.logit_scale"], run.clip_moe().state_dict()["clip.logit_scale"]
+    )
+
+
+def test_another_seed_needs_another_folder(run):
+    with pytest.raises(BadInput, match="it was started with another recipe or seed"):
+        DmuRun(run.config, run.out, seed=1)
+
+
+def test_cells_split_further(run):
+    base = run.base()
+    cells = torch.zeros(2, len(run.emoji), dtype=torch.long)
+    first = refine_cells(cells, base, run.emoji, 2, seed=0)
+    second = refine_cells(first, base, run.emoji, 2, seed=0)
+    assert first.max() < 4 and second.max() < 16
+    assert torch.equal(second // 4, first)
+
+
+def test_recipe_mistakes_are_all_reported(tmp_path):
+    bad = {**SMALL, "bsae": SMALL["base"], "mcl": {**SMALL["mcl"], "stpes": 3, "lr": -1}}
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(bad))
+    with pytest.raises(BadInput) as caught:
+        read_recipe(path)
+    assert "bsae: Extra inputs are not permitted; did you mean 'base'?" in caught.value.wrong
+    assert "mcl.stpes: Extra inputs are not permitted; did you mean 'steps'?" in caught.value.wrong
+    assert "mcl.lr: Input should be greater than 0" in caught.value.wrong
+
+
+def test_missing_recipe(tmp_path):
+    with pytest.raises(BadInput, match="no recipe"):
+        read_recipe(tmp_path / "none.yaml")
+
+
+def test_recall_counts_ties_as_misses():
+    assert recall(torch.eye(4), ranks=(1,)) == {"R@1": 1.0}
+    assert recall(torch.ones(4, 4), ranks=(1, 4)) == {"R@1": 0.0, "R@4": 1.0}
+
+
+def test_expert_use_covers_every_mixture(run):
+    use = expert_use(run.clip_moe(), run.emoji)
+    assert len(use) == run.card.moe["layers"]
+    assert all(sum(layer["load"]) == pytest.approx(1, abs=1e-3) for layer in use)
+    assert json.dumps(use)

@@ -1,0 +1,360 @@
+"""The verbs `mmoe list`, `mmoe info` and `mmoe predict`. torch is imported only by what needs a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mmoe.errors import BadInput, BadOverride, CorruptFile, Refused, UnknownName, did_you_mean, nearest
+from zoo.card import Card, Weights
+from zoo.registry import card
+from zoo.registry import list_models as find_models
+from zoo.table import columns, short
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_MOST_LAYERS, _MOST_EXPERTS = 16, 16  # that the summary of `predict` shows
+
+
+def list_models(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as 'clip_moe*'.")] = "*",
+    task: Annotated[str | None, typer.Option(help="Only models that can do this.")] = None,
+    modality: Annotated[str | None, typer.Option(help="Only models that take these, such as image,text.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only models of this family.")] = None,
+    license: Annotated[
+        str | None,
+        typer.Option("--license", "--licence", help="A licence such as 'MIT' or 'Apache*', or commercial."),
+    ] = None,
+    weights: Annotated[Literal["bundled", "any"] | None, typer.Option(help="Only models with weights.")] = None,
+    kind: Annotated[Literal["models", "routers", "experts"], typer.Option(help="What to list.")] = "models",
+    as_json: Json = False,
+) -> None:
+    """List models, or the routers and experts that models are built from.
+
+    \b
+    mmoe list
+    mmoe list clip --weights bundled
+    mmoe list --task retrieval --license commercial
+    mmoe list --kind routers
+    """
+    if kind != "models":
+        found = [entry for entry in _registered(kind) if _matches(entry["name"], pattern)]
+        if as_json:
+            print_json(found)
+        else:
+            echo_table(["name", "", "properties"], [[e["name"], e["summary"], e["properties"]] for e in found])
+        return
+    cards = find_models()
+    wanted = modality.split(",") if modality else []
+    _check_known("task", [task] if task else [], (one for c in cards for one in c.tasks))
+    _check_known("modality", wanted, (one for c in cards for one in c.modalities))
+    _check_known("family", [family] if family else [], (c.family for c in cards))
+    cards = [
+        c
+        for c in find_models(task=task, family=family, license=license, weights=weights)
+        if _matches(c.name, pattern) and set(wanted) <= set(c.modalities)
+    ]
+    if as_json:
+        print_json([c.as_dict() for c in cards])
+    elif cards:
+        header = ["name", "active / total", "experts", "router", "licence", "weights"]
+        echo_table(header, [_row(c) for c in cards])
+    else:
+        near = nearest(pattern.strip("*"), [c.name for c in find_models()])
+        hint = f"; did you mean: {', '.join(near)}" if near else ""
+        typer.echo(f"no model matches{hint}", err=True)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*")
+
+
+def _check_known(what: str, values: Sequence[str], known: Iterable[str]) -> None:
+    choices = sorted(set(known))
+    for value in values:
+        if value not in choices:
+            fix = (nearest(value, choices) or choices)[0]
+            raise UnknownName(f"no model has the {what} {value!r}", did_you_mean(value, choices), f"--{what} {fix}")
+
+
+def _registered(kind: Literal["routers", "experts"]) -> list[dict[str, str]]:
+    """Name, first line of the docstring and properties of every registered router or expert."""
+    from mmoe import registry
+
+    found = []
+    names = registry.routers if kind == "routers" else registry.experts
+    for name in names.names():
+        cls: Any = names.get(name)
+        flags = {"trainable": "trainable", "causal_safe": "causal-safe", "batch_dependent": "batch-dependent"}
+        properties = [word for flag, word in flags.items() if getattr(cls, flag, False)]
+        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        found.append({"name": name, "summary": summary, "properties": ", ".join(properties)})
+    return found
+
+
+def _row(found: Card) -> list[str]:
+    moe = found.moe
+    experts = f"{moe['layers']} x {moe['experts']}, top {moe['top_k']}" if moe else "-"
+    return [
+        found.name,
+        f"{short(found.params['active'])} / {short(found.params['total'])}",
+        experts,
+        str(moe.get("router", "-")),
+        " / ".join(dict.fromkeys([found.licence, *(w.licence for w in found.weights.values())])),
+        ", ".join(dict.fromkeys(_place(w) for w in found.weights.values())) or "none",
+    ]
+
+
+def _place(weights: Weights) -> str:
+    kind = weights.source.partition(":")[0]
+    return {"bundled": "bundled", "hf-hub": "hub", "pypi": "pypi"}.get(kind, "file")
+
+
+def info(
+    name: Annotated[str, typer.Argument(help="A model's name, or a folder that a model was saved in.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is known about a model: sizes, licences, weights, metrics, routing.
+
+    \b
+    mmoe info clip_moe_tiny
+    mmoe info runs/a/best --json
+    """
+    found, folder = find_card(name)
+    files = _files(found, folder)
+    line = f"model = zoo.load({name!r})"
+    if as_json:
+        print_json({**found.as_dict(), "files": files, "load": line})
+        return
+    typer.echo(f"{typer.style(found.name, bold=True)}  {found.summary}\n")
+    for title, text in _facts(found, files):
+        typer.echo(_paragraph(title, text))
+    typer.echo(_paragraph("load it", line))
+
+
+def find_card(name: str) -> tuple[Card, Path | None]:
+    """The card of a name or of a saved model's folder, and the folder; without torch."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(found.name == name for found in find_models()):
+        file = folder / "card.json"
+        if not file.is_file():
+            raise BadInput(f"no card in the folder '{name}'", "a saved model has a card.json", "mmoe list")
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CorruptFile(f"cannot read '{file}'", f"it is not JSON: {error}", "save the model again") from error
+        return Card.from_dict(data, str(file)), folder
+    if name.startswith("hf-hub:"):
+        raise BadInput(f"no card of {name!r} on this machine", "it comes with the model", f"zoo.load({name!r}).card")
+    found = card(name)
+    if name != found.name:
+        found.find_weights(name.removeprefix(f"{found.name}."))
+    return found, None
+
+
+def _files(found: Card, folder: Path | None) -> dict[str, dict[str, Any] | None]:
+    """Where each set of weights lies on this machine, or None."""
+    from zoo.weights import WEIGHTS, find_local
+
+    sources = {tag: weights.source for tag, weights in found.weights.items()}
+    if folder is not None:
+        sources = {"saved": str(folder / WEIGHTS)}
+    paths = {tag: find_local(source) for tag, source in sources.items()}
+    return {tag: {"path": str(p), "bytes": p.stat().st_size} if p else None for tag, p in paths.items()}
+
+
+def _facts(found: Card, files: Mapping[str, dict[str, Any] | None]) -> list[tuple[str, str]]:
+    moe = found.moe
+    facts = [
+        ("family", found.family),
+        ("tasks", ", ".join(found.tasks)),
+        ("takes", ", ".join(found.modalities)),
+        ("parameters", f"{found.params['active']:,} active of {found.params['total']:,}"),
+    ]
+    if moe:
+        layers = f"{moe['experts']} in each of {moe['layers']} layers, {moe['top_k']} per token, router {moe['router']}"
+        facts.append(("experts", layers))
+    facts.append(("licence", f"{found.licence} (ours)"))
+    facts += [("component", f"{c['name']}: {c['licence']} ({c['source']})") for c in found.components]
+    if found.paper:
+        facts.append(("paper", _joined(found.paper, title="{}.", authors="{}", venue="{},", arxiv="arXiv {}")))
+    if found.code:
+        facts.append(("authors' code", _joined(found.code, url="{}", commit="at {},", licence="licence {}")))
+    facts += [("weights", text) for text in _weights_lines(found, files)]
+    facts += [("metric", _pairs(metric)) for metric in found.metrics]
+    facts += [("routing", f"{key}: {value}") for key, value in found.routing.items()]
+    facts += [("made from", f"{key}: {value}") for key, value in found.lineage.items()]
+    facts += [("note", note) for note in found.notes]
+    if found.config:
+        facts.append(("config", _pairs(found.config)))
+    return facts
+
+
+def _weights_lines(found: Card, files: Mapping[str, dict[str, Any] | None]) -> list[str]:
+    lines = []
+    for tag, file in files.items():
+        here = f"{file['path']} ({file['bytes'] / 1e6:,.1f} MB)" if file else "not on this machine"
+        weights = found.weights.get(tag)
+        if weights is None:
+            lines.append(here)
+            continue
+        sha = f"sha256 {weights.sha256}" if weights.sha256 else "no checksum known"
+        note = f" {weights.note}" if weights.note else ""
+        lines.append(f"{tag}: {weights.source}, licence {weights.licence}, {sha}; {here}.{note}")
+    return lines or ["none"]
+
+
+def _joined(values: Mapping[str, str], **forms: str) -> str:
+    return " ".join(form.format(values[key]) for key, form in forms.items() if key in values)
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _paragraph(title: str, text: str) -> str:
+    indent = " " * 15
+    width = max(40, min(120, shutil.get_terminal_size((100, 24)).columns))
+    wrapped = textwrap.fill(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return typer.style(f"{title:<15}", bold=True) + wrapped[15:]
+
+
+def predict(
+    name: Annotated[str, typer.Argument(help="A model's name, or a folder that a model was saved in.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help="Pictures, then the texts to choose from.")],
+    trace: Annotated[Path | None, typer.Option(help="Write the experts of every token here (JSON).")] = None,
+    heatmap: Annotated[Path | None, typer.Option(help="Draw the load of each layer's experts here.")] = None,
+    overlay: Annotated[Path | None, typer.Option(help="Draw the last layer's experts over the picture here.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the config; may be repeated.")
+    ] = None,
+    router: Annotated[str | None, typer.Option(metavar="SPEC", help="Another router, such as topk:top_k=1.")] = None,
+    weights: Annotated[str | None, typer.Option(help="A tag, a file, or random.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Run a model on an input and show which experts it used.
+
+    \b
+    mmoe predict clip_moe_tiny fox.png "a fox" "a pizza"
+    mmoe predict clip_moe_tiny fox.png "a fox" "a pizza" --trace routing.json --overlay overlay.png
+    mmoe predict clip_moe_tiny fox.png "a fox" "a pizza" --router topk:top_k=1
+    """
+    pictures, labels = _arguments(name, inputs)
+    overrides = parse_settings(settings or [])
+
+    from mmoe.trace import trace as record
+    from zoo import routes
+    from zoo.loading import load
+
+    chosen: bool | str = weights != "random" and (weights if weights is not None else True)
+    model: Any = load(name, chosen, device=device, dtype=dtype, router=router, **overrides)
+    with record(model) as routing:
+        result = model.predict(pictures, labels)
+    written = {kind: path for kind, path in (("trace", trace), ("heatmap", heatmap), ("overlay", overlay)) if path}
+    if written:
+        views = model.views(model.preprocess(pictures, labels))
+        about = {"model": name, "inputs": list(inputs), "result": result.as_dict()}
+        routes.write(written, routing, views, about, pictures[0], model.preprocessing)
+    report = model.load_report
+    if as_json:
+        told = {"model": name, "weights": report.source if report else "random", "inputs": inputs, **result.as_dict()}
+        files = {kind: str(path) for kind, path in written.items()}
+        print_json({**told, "routing": routing.summary(), "files": files})
+        return
+    if report is None or report.missing:
+        what = f"{len(report.missing)} tensors are" if report else "all weights are"
+        typer.echo(f"note: {what} random, so the result means nothing", err=True)
+    for index, picture in enumerate(pictures):
+        rows = [[label, f"{probability:.1%}"] for label, probability in result.top(10, index)]
+        echo_table([picture, "probability"], rows, right={1})
+        typer.echo()
+    _echo_routing(routing.summary())
+    for kind, path in written.items():
+        typer.echo(f"{kind}: {path}")
+
+
+def _arguments(name: str, inputs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Pictures and labels, after every check that needs no torch.
+
+    Pictures come first, at least one; what is not named like a picture is a label.
+    """
+    folder = Path(name).expanduser()
+    if not name.startswith("hf-hub:") and (not folder.is_dir() or (folder / "card.json").is_file()):
+        found, _ = find_card(name)
+        if "zero-shot-classification" not in found.tasks:
+            wrong = f"it does not classify pictures; its tasks are {', '.join(found.tasks)}"
+            raise Refused(f"cannot run {name!r} from the command line", wrong, f"zoo.load({name!r}).predict(...)")
+
+    from zoo.images import read_image
+
+    count = 1
+    while count < len(inputs) and Path(inputs[count]).suffix.lower() in _PICTURES:
+        count += 1
+    pictures, labels = list(inputs[:count]), list(inputs[count:])
+    for picture in pictures:
+        read_image(picture)
+    if not labels or not all(label.strip() for label in labels):
+        wrong = "one label is empty" if labels else "the texts to choose from come after it"
+        fix = f"mmoe predict {name} {pictures[0]} 'a fox' 'a pizza'"
+        raise BadInput(f"cannot compare '{pictures[-1]}' with no text", wrong, fix)
+    return pictures, labels
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Options written KEY=VALUE, the value as YAML.
+
+    >>> parse_settings(["top_k=1", "route_padding=true", "experts=null"])
+    {'top_k': 1, 'route_padding': True, 'experts': None}
+    """
+    import yaml
+
+    values = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.isidentifier():
+            raise BadOverride(f"cannot read --set {setting!r}", "it is written KEY=VALUE", "--set top_k=1")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BadOverride(f"cannot read --set {setting!r}", str(error).splitlines()[0], "--set top_k=1") from error
+    return values
+
+
+def _echo_routing(layers: Sequence[Mapping[str, Any]]) -> None:
+    """Experts used per layer; the busiest ones where there are many."""
+    if not layers:
+        typer.echo("no layer has experts")
+        return
+    rows = []
+    for layer in layers[:_MOST_LAYERS]:
+        shares = " ".join(f"{100 * share:3.0f}" for share in layer["load"])
+        if layer["num_experts"] > _MOST_EXPERTS:
+            busiest = sorted(enumerate(layer["load"]), key=lambda pair: -pair[1])[:6]
+            shares = ", ".join(f"{expert}: {100 * share:.0f}" for expert, share in busiest) + ", ..."
+        used = layer["num_experts"] - len(layer["dead"])
+        rows.append([layer["layer"], f"{used} of {layer['num_experts']}", f"{layer['experts_per_token']:g}", shares])
+    echo_table(["layer", "experts used", "per token", "share of each in %"], rows)
+    if len(layers) > _MOST_LAYERS:
+        typer.echo(f"and {len(layers) - _MOST_LAYERS} more layers; --trace FILE has them all")
+
+
+def echo_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> None:
+    """Prints `columns`, the header in bold on a terminal."""
+    first, *rest = columns(header, rows, right).splitlines()
+    typer.echo("\n".join([typer.style(first, bold=True), *rest]))
+
+
+def print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, ensure_ascii=False, indent=2))
