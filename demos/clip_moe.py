@@ -128,11 +128,11 @@ def check_style(style: str) -> str:
 
 
 def style_choices() -> list[tuple[str, str]]:
-    """Drawing styles for a menu, with a word about which were trained on."""
+    """Drawing styles for a menu; the one that was never trained on comes first and says so."""
     shown = {"twemoji": "Twemoji", "noto": "Noto", "openmoji": "OpenMoji"}
     held_out = emoji_set().held_out_style
     styles = sorted(emoji_set().styles, key=lambda style: style != held_out)
-    return [(shown.get(s, s) + (" (never trained on)" if s == held_out else ""), s) for s in styles]
+    return [(shown.get(s, s) + (" (unseen)" if s == held_out else ""), s) for s in styles]
 
 
 class Page(Family):
@@ -206,22 +206,20 @@ class Page(Family):
                     label="Find an emoji",
                     placeholder="whale, music, heart …",
                     scale=3,
-                    min_width=130,
+                    min_width=150,
                     elem_id="clip_moe-word",
                 )
-                style = gr.Dropdown(style_choices(), value=STYLES[0], label="Drawn by", scale=3, min_width=130)
-            return (
-                word,
-                style,
-                look.tiles(example_tiles(), label="Pictures to pick", size=42, elem_id="clip_moe-chooser"),
-            )
+                style = gr.Dropdown(style_choices(), value=STYLES[0], label="Drawn by", scale=3, min_width=150)
+            grid = look.tiles(example_tiles(), label="Pictures to pick", size=42, elem_id="clip_moe-chooser")
+            gr.HTML(look.hint("Unseen: never trained on. A style can be unseen, and an emoji in every style."))
+        return word, style, grid
 
     def _wire_chooser(
         self, shell: Shell, chooser: Any, picture: gr.Image, labels: gr.Textbox, message: gr.HTML
     ) -> None:
         word, style, grid = chooser
         shell.on(
-            [word.input, word.submit, style.input],
+            [word.change, style.input],
             self.find,
             [word, style],
             [grid],

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from demos import look
-from demos.record import as_seen
+from demos.record import view_of
 from demos.store import ModelStore, Note, quiet
 from mmoe.errors import BadInput, MmoeError
 from zoo.assets import asset
@@ -243,7 +243,7 @@ class Family:
         """The picture as the model sees it."""
         by_name = dict(zip(self.parameters, inputs, strict=True))
         mode = model.preprocessing.get("resize_mode", "squash")
-        return as_seen(by_name["image"], mode) if "image" in by_name else None
+        return view_of(by_name["image"], mode) if "image" in by_name else None
 
 
 def family(name: str, cards: Sequence[Card], store: ModelStore) -> Family:

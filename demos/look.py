@@ -50,8 +50,10 @@ def theme() -> gr.Theme:
 
 CSS = """
 .dark { --color-accent: #7db3fd; }
-.gradio-container { max-width: 1240px !important; margin: 0 auto; }
+.gradio-container { width: 100% !important; max-width: min(1240px, 100%) !important; min-width: 0 !important;
+  margin: 0 auto; box-sizing: border-box; }
 .or, .upload-text .or { color: var(--body-text-color-subdued) !important; }
+footer .divider { display: none !important; }
 footer, footer a, footer button { color: var(--body-text-color-subdued) !important; }
 :is(button, a, input, textarea, [role=tab], [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
@@ -85,16 +87,19 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
 @media (min-width: 900px) { .brand button { display: none; } }
 @media (max-width: 899.9px) {
   .layout { flex-direction: column; gap: 10px; }
-  .side { position: static; width: 100%; }
+  .side { position: static; width: 100%; padding-bottom: 4px; }
   .main { width: 100%; }
   #models:not(.open) { display: none; }
 }
 .captioned > label[data-testid=block-label] { position: static !important; border: 0; border-radius: 0; width: 100%;
   background: none; padding: 7px 10px; box-shadow: none; }
 .bottom-row { align-items: flex-end; }
-.card-text table { border: 0; display: block; overflow-x: auto; }
-.card-text :is(th, td) { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important;
-  padding: 5px 18px 5px 0 !important; text-align: left; vertical-align: top; font-size: .9rem; }
+.hide-container > .html-container { padding: 0 !important; }
+.card-text table { display: block; overflow-x: auto; margin: 0 0 8px !important; }
+.card-text :is(table, thead, tbody, tr, th, td) { border: 0 !important; }
+.card-text :is(th, td) { padding: 5px 18px 5px 0 !important; text-align: left; vertical-align: top; font-size: .9rem;
+  box-shadow: inset 0 -1px var(--border-color-primary); word-break: normal; overflow-wrap: normal; }
+.card-text p, .card-text li { overflow-wrap: anywhere; }
 .card-text th { color: var(--body-text-color-subdued); font-weight: 500; }
 .picker .wrap { flex-direction: column; }
 .picker label { align-items: flex-start; width: 100%; box-sizing: border-box; }
@@ -152,15 +157,14 @@ def short_count(number: float) -> str:
 
 
 def sizes(card: Card) -> str:
-    """Active and total parameters in words."""
-    total, active = card.params.get("total", 0), card.params.get("active", 0)
-    return f"{short_count(active)} of {short_count(total)} parameters active"
+    """Active and total parameters, in short."""
+    return f"{short_count(card.params.get('active', 0))} of {short_count(card.params.get('total', 0))} active"
 
 
 def head(card: Card) -> str:
     """The top of a model's page: name, summary, and the facts one wants first."""
     moe = card.moe
-    facts = [chip(*weights_chip(card)), chip(sizes(card))]
+    facts = [chip(*weights_chip(card)), chip(sizes(card).replace(" active", " parameters active"))]
     if moe:
         facts.append(chip(f"{moe['experts']} experts in each of {moe['layers']} layers, {moe['top_k']} per token"))
     facts.append(chip(f"licence {card.licence}"))
@@ -180,13 +184,44 @@ def hint(text: str) -> str:
     return f'<div class="hint"><p>{escape(text)}</p></div>' if text else ""
 
 
+TABLE_TEMPLATE = """<div class="scroll" tabindex="0" role="region" aria-label="${label}">{{#if rows.length}}<table>
+<thead><tr>{{#each header}}<th scope="col">{{this}}</th>{{/each}}</tr></thead>
+<tbody>{{#each rows}}<tr>{{#each this}}<td>{{this}}</td>{{/each}}</tr>{{/each}}</tbody></table>{{/if}}</div>"""
+TABLE_CSS = """
+.scroll { overflow-x: auto; }
+table, thead, tbody, tr, th, td { border: 0 !important; }
+table { border-collapse: collapse; width: 100%; margin: 0; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 16px 5px 0; text-align: left; white-space: nowrap;
+  box-shadow: inset 0 -1px var(--border-color-primary); }
+th { font-weight: 500; color: var(--body-text-color-subdued); }
+"""
+
+
+def table(header: list[str], *, label: str, **options: Any) -> gr.HTML:
+    """A table that scrolls sideways on a narrow screen; `rows` fills it.
+
+    Args:
+        header: of the columns.
+        label: for screen readers.
+        options: of the component.
+    """
+    return gr.HTML(
+        "", html_template=TABLE_TEMPLATE, css_template=TABLE_CSS, header=header, rows=[], label=label, **options
+    )
+
+
+def rows(values: list[list[Any]]) -> gr.HTML:
+    """New rows for a `table`."""
+    return gr.HTML("", rows=values)
+
+
 GRID_TEMPLATE = """<div class="tiles" role="group" aria-label="${label}">{{#each items}}
 <button type="button" class="tile" data-id="{{id}}" title="{{name}}">
 <img src="{{src}}" alt="" width="64" height="64"><span class="tile-name">{{name}}</span>
 <span class="tile-note">{{note}}</span>{{#if mark}}<span class="tile-mark">{{mark}}</span>{{/if}}</button>{{/each}}
 </div><p class="tiles-empty">{{empty}}</p>"""
 GRID_CSS = """
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(${width}px, 1fr)); gap: 8px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(${width}px, 28%), 1fr)); gap: 8px; }
 .tile { display: flex; flex-direction: column; align-items: center; gap: 1px; padding: 6px 4px; min-width: 0;
   border: 1px solid var(--border-color-primary); border-radius: 8px; background: var(--background-fill-primary);
   color: var(--body-text-color); cursor: pointer; font: inherit; }
@@ -229,6 +264,6 @@ def tiles(items: list[dict[str, str]], *, label: str, empty: str = "", size: int
         label=label,
         empty=empty,
         picture=size,
-        width=size + 32,
+        width=round(1.3 * size + 42),
         **options,
     )

@@ -30,7 +30,7 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
     message = message_area()
     state = gr.State(None, time_to_live=KEEP_SECONDS)
     with gr.Row(elem_classes="panel-head"):
-        about = gr.HTML(look.hint("The picture and the texts of the Try tab, as the routers saw them."), scale=4)
+        about = gr.HTML(look.hint("The inputs of the Try tab, as the routers saw them."), scale=4, min_width=300)
         again = gr.Button("Run again", size="sm", scale=0, min_width=110)
     depth = gr.Slider(1, 2, 1, step=1, label="Layer", elem_id=f"{family.name}-depth", buttons=[])
     with gr.Row():
@@ -59,17 +59,10 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
     with gr.Row():
         bars = gr.Plot(label="Load in this layer", min_width=270, elem_classes="captioned")
         heatmap = gr.Plot(label="Load in all layers", min_width=270, elem_classes="captioned")
-    table = gr.Dataframe(
-        headers=record.NUMBERS_HEADER,
-        datatype="str",
-        label="Numbers",
-        interactive=False,
-        wrap=True,
-        elem_id=f"{family.name}-numbers",
-        buttons=["copy"],
-    )
+    gr.HTML(look.section("Numbers"))
+    table = look.table(record.NUMBERS_HEADER, label="Routing of every layer", elem_id=f"{family.name}-numbers")
     whole = [state, about, depth, picture, texts, bars, heatmap, table]
-    blank = [None, "", gr.skip(), None, None, None, None, None]
+    blank = [None, "", gr.skip(), None, None, None, None, look.rows([])]
     inputs = [state, depth, shell.model, *sources]
     names = ["state", "layer", "model", *family.parameters]
     name = f"{family.name}_routing"
@@ -118,7 +111,14 @@ class _RoutingPanel:
         depth = min(max(int(depth), 1), found.depth)
         slider = gr.Slider(maximum=max(found.depth, 2), value=depth, interactive=found.depth > 1)
         state = {"key": (model, values), "record": found}
-        return (state, _about(found), slider, *self._layer(found, depth), heatmap(found), record.numbers(found))
+        return (
+            state,
+            _about(found),
+            slider,
+            *self._layer(found, depth),
+            heatmap(found),
+            look.rows(record.numbers(found)),
+        )
 
     def draw(self, note: Note, state: Any, depth: int) -> tuple[Any, ...]:
         """Another layer of the routing that this session recorded last."""
@@ -157,16 +157,18 @@ SWITCH_TEMPLATE = """<p class="caption">${caption}</p><div class="switches"><tab
 ${Array.from({length: experts}, (_, e) => `<th scope="col">${e}</th>`).join('')}</tr></thead>
 <tbody>${rows.length > 1 ? `<tr class="all"><th scope="row">all layers</th>
 ${Array.from({length: experts}, (_, e) => `<td><input type="checkbox" data-all="${e}"
- aria-label="expert ${e} off in all layers"></td>`).join('')}</tr>` : ''}
-${rows.map(row => `<tr><th scope="row">${row.name}</th>${Array.from({length: experts}, (_, e) => e < row.experts
- ? `<td><input type="checkbox" data-layer="${row.layer}" data-expert="${e}" aria-label="expert ${e} off in ${row.name}">
-</td>` : '<td></td>').join('')}</tr>`).join('')}</tbody></table></div>"""
+ aria-label="expert ${e} off in all layers" ${e === start ? 'checked' : ''}></td>`).join('')}</tr>` : ''}
+${rows.map(row => `<tr><th scope="row">${row.name}</th>
+${Array.from({length: experts}, (_, e) => e < row.experts ? `<td><input type="checkbox" data-layer="${row.layer}"
+ data-expert="${e}" aria-label="expert ${e} off in ${row.name}" ${e === start ? 'checked' : ''}></td>` : '<td></td>')
+ .join('')}</tr>`).join('')}</tbody></table></div>"""
 SWITCH_CSS = """
 .switches { overflow: auto; max-height: 420px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; margin: 0; }
-table, th, td { border: 0 !important; }
+table, thead, tbody, tr, th, td { border: 0 !important; }
 .caption { margin: 0 0 6px; font-size: .875rem; color: var(--body-text-color-subdued); }
-th, td { padding: 4px 6px; text-align: center; border-bottom: 1px solid var(--border-color-primary) !important; }
+th, td { padding: 4px 6px; text-align: center; vertical-align: middle;
+  box-shadow: inset 0 -1px var(--border-color-primary); }
 th { font-weight: 500; white-space: nowrap; }
 th[scope=row] { text-align: left; padding-left: 0; }
 tr.all th { font-weight: 650; }
@@ -204,6 +206,7 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
                 js_on_load=SWITCH_JS,
                 rows=[],
                 experts=0,
+                start=0,
                 caption="Ticked experts are off; the router chooses among the others.",
                 label="Experts to switch off",
                 elem_id=f"{family.name}-switches",
@@ -212,21 +215,16 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
             )
             run = gr.Button("Run without them", variant="primary", elem_id=f"{family.name}-ablate")
         with gr.Column(scale=6, min_width=270):
-            verdict = gr.HTML(
-                look.hint("Here come the results with all experts, without the ticked ones, and the change.")
-            )
+            verdict = gr.HTML(look.hint("Here come the results: all experts on, the ticked ones off, and the change."))
             with gr.Row():
                 before = gr.Label(label="All experts on", num_top_classes=5, min_width=140)
                 after = gr.Label(
-                    label="Without the ticked ones", num_top_classes=5, min_width=140, elem_id=f"{family.name}-after"
+                    label="Ticked ones off", num_top_classes=5, min_width=140, elem_id=f"{family.name}-after"
                 )
-            table = gr.Dataframe(
-                headers=["", "before, %", "after, %", "change, points"],
-                datatype=["str", "number", "number", "number"],
-                label="Difference",
-                interactive=False,
+            table = look.table(
+                ["label", "before, %", "after, %", "change"],
+                label="Change of every label",
                 elem_id=f"{family.name}-difference",
-                buttons=["copy"],
             )
     name = f"{family.name}_ablate"
     shell.on(
@@ -247,7 +245,7 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
         api_name=name,
         names=["switched_off", "model", *family.parameters],
         message=message,
-        blank=["", None, None, None],
+        blank=["", None, None, look.rows([])],
     )
 
 
@@ -259,7 +257,7 @@ class _AblatePanel:
     shell: Shell
 
     def layers(self, note: Note, shown: str, model: str) -> tuple[Any, ...]:
-        """Layers of a model and the number of experts in each, as rows for the table of switches."""
+        """Layers of a model and the number of experts in each, as rows for the switches; expert 0 is ticked."""
         if shown == model:
             return gr.skip(), gr.skip()
         from mmoe.moe import moe_layers
@@ -268,7 +266,8 @@ class _AblatePanel:
             sizes = {name: layer.router.num_experts for name, layer in moe_layers(loaded.model).items()}
             names = record.layer_names(list(sizes), self.family.views(loaded.model))
         rows = [{"layer": layer, "name": names[layer], "experts": size} for layer, size in sizes.items()]
-        return gr.HTML("{}", rows=rows, experts=max(sizes.values())), model
+        off = {layer: [0] for layer, size in sizes.items() if size > 1}
+        return gr.HTML(json.dumps(off), rows=rows, experts=max(sizes.values())), model
 
     def run(self, note: Note, switched_off: str, model: str, *values: Any) -> tuple[Any, ...]:
         """Runs a model twice, with all experts and without some.
@@ -285,7 +284,7 @@ class _AblatePanel:
             note("Running without some", 0.8)
             with mmoe.override(loaded.model, {layer: mmoe.switch_off(experts) for layer, experts in off.items()}):
                 after = self.family.predict(loaded.model, inputs)
-        return look.hint(_verdict(before, after, off)), before, after, _differences(before, after)
+        return look.hint(_verdict(before, after, off)), before, after, look.rows(_differences(before, after))
 
 
 def read_switches(text: str | None) -> dict[str, list[int]]:
@@ -324,18 +323,18 @@ def _verdict(before: Mapping[str, float], after: Mapping[str, float], off: Mappi
 
 def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[Any]]:
     """Rows of name, before, after and change, the largest change first."""
-    rows = [[name, 100 * p, 100 * after[name], 100 * (after[name] - p)] for name, p in before.items()]
-    rows.sort(key=lambda row: -abs(row[3]))
-    return [[name, *(round(value, 2) for value in values)] for name, *values in rows]
+    names = sorted(before, key=lambda name: -abs(after[name] - before[name]))
+    changes = [(name, 100 * before[name], 100 * after[name]) for name in names]
+    return [[name, f"{was:.2f}", f"{now:.2f}", f"{round(now - was, 2) or 0.0:+.2f}"] for name, was, now in changes]
 
 
 def card_text(card: Card) -> str:
     """A card as Markdown: how to load it, sizes, licences, weights, numbers with provenance, paper, notes."""
     parts = [f"### Load it\n```python\nimport zoo\n\nmodel = zoo.load({card.name!r})\n```"]
-    rows = [("tasks", ", ".join(card.tasks)), ("modalities", ", ".join(card.modalities))]
-    rows.append(("parameters", f"{card.params.get('total', 0):,}, of which {card.params.get('active', 0):,} active"))
-    rows += [(key.replace("_", " "), str(value)) for key, value in card.moe.items()]
-    parts.append("### What it is\n" + _table(["property", "value"], rows))
+    facts = {"tasks": ", ".join(card.tasks), "modalities": ", ".join(card.modalities)}
+    facts["parameters"] = f"{card.params.get('total', 0):,}, of which {card.params.get('active', 0):,} active"
+    facts |= {key.replace("_", " "): str(value) for key, value in card.moe.items()}
+    parts.append("### What it is\n" + "\n".join(f"* {key}: {_plain(value)}" for key, value in facts.items()))
     licences: list[tuple[str, ...]] = [("this model", card.licence, "")]
     licences += [(part["name"], part["licence"], _link(part.get("source", ""))) for part in card.components]
     licences += [(f"weights “{tag}”", w.licence, w.note or w.source) for tag, w in card.weights.items()]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from zoo.model import Model, TokenView
 
 SHOWN_PIXELS = 480
+SHORT = {"<start_of_text>": "start", "<end_of_text>": "end"}
 
 
 @dataclass(kw_only=True)
@@ -121,7 +122,7 @@ def overlay(record: RoutingRecord, depth: int) -> Image.Image | None:
     )
 
 
-def token_lines(record: RoutingRecord, depth: int, width: int = 620) -> Image.Image | None:
+def token_lines(record: RoutingRecord, depth: int, width: int = 480) -> Image.Image | None:
     """Every text with its tokens in the colour of their first expert, a line each; None without text."""
     from mmoe import figures
 
@@ -134,6 +135,7 @@ def token_lines(record: RoutingRecord, depth: int, width: int = 620) -> Image.Im
     experts: list[int] = []
     weights: list[float] = []
     for sample, texts in enumerate(view.tokens):
+        texts = tuple(SHORT.get(text, text) for text in texts)
         tokens += [*texts[:-1], texts[-1] + "\n"]
         experts += view.of_sample(first, sample).tolist()
         weights += view.of_sample(weight, sample).tolist()
@@ -162,14 +164,14 @@ def numbers(record: RoutingRecord) -> list[list[Any]]:
 NUMBERS_HEADER = ["layer", "load per expert, %", "max / mean", "entropy, nats", "unused experts"]
 
 
-def as_seen(image: Image.Image, resize_mode: str) -> Image.Image:
+def view_of(image: Image.Image, resize_mode: str) -> Image.Image:
     """The part of a picture that the model sees, at a size for the screen.
 
     Args:
         image: RGB.
         resize_mode: "shortest" cuts the middle square, "longest" pads to a square, "squash" changes the shape.
 
-    >>> as_seen(Image.new("RGB", (200, 100)), "shortest").size
+    >>> view_of(Image.new("RGB", (200, 100)), "shortest").size
     (480, 480)
     """
     size = (SHOWN_PIXELS, SHOWN_PIXELS)

@@ -142,7 +142,9 @@ def _contours(image: Tensor, draw: _Draw) -> Tensor:
 def _fewer_colours(image: Tensor, draw: _Draw) -> Tensor:
     """Rounds the colours of some pictures to 3 to 6 levels, which takes shading away."""
     levels = draw.uniform(2.0, 6.0, 1, 1, 1).floor()
-    return torch.where(draw.chance(POSTERISE)[:, None, None, None], (image * levels).round() / levels, image)
+    touched = draw.chance(POSTERISE).nonzero().flatten()
+    image[touched] = (image[touched] * levels[touched]).round() / levels[touched]
+    return image
 
 
 def _soften(image: Tensor, draw: _Draw) -> Tensor:

@@ -182,16 +182,17 @@ def _facts(found: Card, files: Mapping[str, dict[str, Any] | None]) -> list[tupl
     if moe:
         layers = f"{moe['experts']} in each of {moe['layers']} layers, {moe['top_k']} per token, router {moe['router']}"
         facts.append(("experts", layers))
-    facts.append(("licence", f"{found.licence} (ours)"))
+    facts.append(("licence", found.licence))
     facts += [("component", f"{c['name']}: {c['licence']} ({c['source']})") for c in found.components]
     if found.paper:
         facts.append(("paper", _joined(found.paper, title="{}.", authors="{}", venue="{},", arxiv="arXiv {}")))
     if found.code:
-        facts.append(("authors' code", _joined(found.code, url="{}", commit="at {},", licence="licence {}")))
+        facts.append(("authors' code", _joined(found.code, url="{}", commit="at {:.12},", licence="licence {}")))
     facts += [("weights", text) for text in _weights_lines(found, files)]
     facts += [("metric", _pairs(metric)) for metric in found.metrics]
     facts += [("routing", f"{key}: {value}") for key, value in found.routing.items()]
-    facts += [("made from", f"{key}: {value}") for key, value in found.lineage.items()]
+    if found.lineage:
+        facts.append(("made by", _pairs(found.lineage)))
     facts += [("note", note) for note in found.notes]
     if found.config:
         facts.append(("config", _pairs(found.config)))
@@ -357,4 +358,5 @@ def echo_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Iter
 
 
 def print_json(data: Any) -> None:
+    """Prints plain data for programs."""
     typer.echo(json.dumps(data, ensure_ascii=False, indent=2))

@@ -1,8 +1,9 @@
 """The verbs `mmoe convert ...`: models from dense models, from the authors' weights, and back.
 
-Every family that has a `zoo/<family>/convert.py` takes part: `from_original(state) -> (config, state)` and
-`to_original(state)` for the authors' files; `upcycle(dense, ...)`, `lengthen(dense, ...)` and
-`difference(dense, mixture)` where a dense model can become a mixture, `assumed(config)` for what files do not say. torch is imported when a verb runs.
+Every family that has a `zoo/<family>/convert.py` takes part: `from_original(state) -> (config, state)`,
+`to_original(state)` and `assumed(config)` (what files do not say) for the authors' files; `upcycle(dense, ...)`,
+`lengthen(dense, ...)` and `difference(dense, mixture)` where a dense model can become a mixture. torch is imported
+when a verb runs.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ def upcycle(
     if difference is not None and not noise and difference > _ROUNDING:
         wrong = f"their outputs differ by {difference:.1e} of the largest, which is more than rounding"
         raise Refused("cannot upcycle: the mixture is not the dense model at the start", wrong, "open an issue")
-    options = {"experts": len(others) or experts, "top_k": top_k, "layers": layers, "sources": sources or None}
+    options: dict[str, Any] = {"experts": len(others) or experts, "top_k": top_k, "layers": layers, "sources": sources}
     options |= {"context_length": context_length, "noise": noise or None, "seed": seed, "dtype": dtype}
-    lineage = {"verb": "upcycle", "source": source, **{k: v for k, v in options.items() if v is not None}}
+    lineage = {"verb": "upcycle", "source": source, **{k: v for k, v in options.items() if v not in (None, [])}}
     model.card = _card(out, model, lineage, [start, *others])
     model.save(out, dtype=saved_dtype)
     told = {"difference": difference, "seconds": round(time.perf_counter() - begin, 1)}

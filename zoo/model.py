@@ -129,10 +129,16 @@ class Model(nn.Module):
             raise Refused(
                 "save a model on the meta device", "it has shapes but no values", "zoo.load(name, device='cpu')"
             )
-        state = {}
+        state: dict[str, torch.Tensor] = {}
+        used: set[int] = set()
         for name, value in self.state_dict().items():
             target = dtype if dtype is not None and value.is_floating_point() else value.dtype
-            state[name] = value.detach().to("cpu", target, copy=True).contiguous()
+            value = value.detach().to("cpu", target).contiguous()
+            storage = value.untyped_storage()
+            if storage.data_ptr() in used or storage.nbytes() != value.nbytes:  # the file takes no shared memory
+                value = value.clone()
+            used.add(storage.data_ptr())
+            state[name] = value
         return state
 
     def push(self, repo_id: str, *, private: bool = False, folder: str | Path | None = None) -> str:

@@ -128,6 +128,14 @@ class TestTopK:
         assert torch.equal(routing.experts, expected.experts)
 
 
+@pytest.mark.parametrize("router", [TopKRouter(D, E), DenseRouter(D, E)])
+def test_routers_that_use_every_slot_say_so(router: TopKRouter | DenseRouter) -> None:
+    x = torch.randn(T, D)
+    assert router(x).all_used, "spares dispatch a device sync"
+    torch._dynamo.reset()
+    torch.compile(MoE(router, FFNExperts(D, 8, E)), backend="eager", fullgraph=True)(x)
+
+
 @pytest.mark.parametrize(("top_k", "works"), [(0, 1), (7, 6), (-1, 1)])
 def test_bad_top_k(top_k: int, works: int) -> None:
     with pytest.raises(BadOverride) as error:

@@ -55,7 +55,6 @@ class ClipMoEConfig:
         context_length: longest text in tokens.
         position_split: rows below it come from the first position table, others from the second; None has one table.
         activation: "quick_gelu" (OpenAI) or "gelu".
-        image_pool: "tok" takes the class token (CLIP), "avg" the mean of the patches.
         num_experts: E; 0 is the dense CLIP.
         top_k: K.
         moe_layers: the last n blocks of each tower are mixtures, clipped to the tower's depth.
@@ -87,7 +86,6 @@ class ClipMoEConfig:
     context_length: int = 248
     position_split: int | None = 20
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    image_pool: Literal["tok", "avg"] = "tok"
     num_experts: int = 4
     top_k: int = 2
     moe_layers: int = 24
@@ -198,7 +196,6 @@ class LongTextCLIP(CLIP):
                 mlp_ratio=config.vision_mlp_ratio,
                 patch_size=config.patch_size,
                 image_size=config.image_size,
-                pool_type=config.image_pool,
             ),
             text_cfg=CLIPTextCfg(
                 context_length=config.context_length,

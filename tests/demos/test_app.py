@@ -1,0 +1,461 @@
+"""The gallery without a browser: every endpoint, equal to the Python API; readable errors; visitors kept apart."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import urllib.error
+import urllib.request
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import pytest
+import torch
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+import mmoe
+import zoo
+from demos import app as gallery
+from demos import clip_moe, panels
+from demos.cli import free_port
+from demos.family import Family, read_texts
+from demos.store import ModelStore
+from mmoe.errors import BadInput, Refused, UnknownModel
+
+MODEL = "clip_moe_tiny"
+FOX = str(clip_moe.examples()["fox"])
+GUITAR = str(clip_moe.examples()["guitar"])
+LABELS = ["a fox", "a cat", "a pizza"]
+TEXT = ", ".join(LABELS)
+ENDPOINTS = {
+    "models",
+    "select_model",
+    "load",
+    "unload",
+    "clip_moe_predict",
+    "clip_moe_find",
+    "clip_moe_pick",
+    "clip_moe_pick_found",
+    "clip_moe_search",
+    "clip_moe_routing",
+    "clip_moe_routing_open",
+    "clip_moe_routing_layer",
+    "clip_moe_layers",
+    "clip_moe_ablate",
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """The gallery on a free port of this machine, as `mmoe demo` starts it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.getbasetemp() / "gradio"))
+        store = ModelStore()
+        app = gallery.build(store=store)
+        _, url, _ = app.launch(
+            server_name="127.0.0.1",
+            server_port=free_port("127.0.0.1", 17860),
+            prevent_thread_lock=True,
+            **gallery.launch_options(),
+        )
+        yield SimpleNamespace(app=app, store=store, url=url)
+        app.close(verbose=False)
+
+
+@pytest.fixture
+def client(server: SimpleNamespace, tmp_path: Path) -> Client:
+    return Client(server.url, verbose=False, analytics_enabled=False, download_files=str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return zoo.load(MODEL)
+
+
+def probabilities(label: dict[str, Any]) -> dict[str, float]:
+    return {entry["label"]: entry["confidence"] for entry in label["confidences"]}
+
+
+def expected(model: Any, picture: str = FOX, labels: list[str] = LABELS) -> dict[str, float]:
+    return dict(model.predict(picture, labels).top(len(labels)))
+
+
+def rows(update: dict[str, Any]) -> list[list[str]]:
+    return update["props"]["rows"]
+
+
+def test_every_handler_has_a_name(server: SimpleNamespace, client: Client) -> None:
+    dependencies = server.app.config["dependencies"]
+    assert all(one["api_name"] for one in dependencies)
+    public = {one["api_name"] for one in dependencies if one["api_visibility"] == "public"}
+    assert public == ENDPOINTS
+    described = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert {name.lstrip("/") for name in described} == ENDPOINTS
+    assert [p["parameter_name"] for p in described["/clip_moe_predict"]["parameters"]] == ["model", "image", "labels"]
+    assert [p["parameter_name"] for p in described["/clip_moe_ablate"]["parameters"]][:2] == ["switched_off", "model"]
+
+
+def test_one_heavy_job_at_a_time(server: SimpleNamespace) -> None:
+    heavy = {fn.api_name for fn in server.app.fns.values() if fn.concurrency_id == "heavy"}
+    light = {
+        "models",
+        "select_model",
+        "clip_moe_find",
+        "clip_moe_pick",
+        "clip_moe_pick_found",
+        "clip_moe_routing_layer",
+    }
+    assert heavy == ENDPOINTS - light
+    assert all(fn.concurrency_limit == 1 for fn in server.app.fns.values() if fn.concurrency_id == "heavy")
+
+
+def test_predict_equals_the_python_api(client: Client, model: Any) -> None:
+    error, label, note = client.predict(MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_predict")
+    assert error == ""
+    assert probabilities(label) == pytest.approx(expected(model), abs=1e-6)
+    assert MODEL in note and "3 labels" in note
+
+
+def test_search_equals_the_python_api(client: Client, model: Any) -> None:
+    from train.evaluate import image_features, text_features
+
+    error, grid, note, found = client.predict(MODEL, "a red  fruit", "twemoji", api_name="/clip_moe_search")
+    emoji = clip_moe.emoji_set()
+    cosines = image_features(model, emoji, "twemoji") @ text_features(model, ["a red fruit"])[0]
+    best = cosines.topk(12)
+    assert error == ""
+    assert [one["id"] for one in found] == [emoji.concepts[i].id for i in best.indices]
+    assert [one["cosine"] for one in found] == pytest.approx(best.values.tolist(), abs=2e-4)
+    assert [one["held_out"] for one in found] == [emoji.concepts[i].held_out for i in best.indices]
+    tiles = grid["props"]["items"]
+    assert [tile["name"] for tile in tiles] == [one["name"] for one in found]
+    assert [bool(tile["mark"]) for tile in tiles] == [one["held_out"] for one in found]
+    assert "never trained on" in note and "300 of all" in note
+
+
+def test_pictures_of_emoji_are_encoded_once(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train.evaluate
+
+    calls = []
+    encode = train.evaluate.image_features
+    monkeypatch.setattr(train.evaluate, "image_features", lambda *a: calls.append(a) or encode(*a))
+    notes: list[tuple[str, float]] = []
+    with server.store.use(MODEL) as loaded:
+        loaded.derived.pop(("emoji", "noto"), None)
+        first = clip_moe.image_features(loaded, "noto", lambda *note: notes.append(note))
+        again = clip_moe.image_features(loaded, "noto", lambda *note: notes.append(note))
+    assert again is first and first.shape == (1641, 128)
+    assert len(calls) == len(notes) == 13
+    assert [share for _, share in notes] == sorted(share for _, share in notes)
+
+
+def test_routing_equals_the_trace(client: Client, model: Any) -> None:
+    with mmoe.trace(model) as routing:
+        model.predict(FOX, LABELS)
+    error, about, slider, picture, texts, bars, heatmap, table = client.predict(
+        1, MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_routing"
+    )
+    assert error == "" and "2 of 4 experts" in about
+    assert slider["maximum"] == 4 and slider["value"] == 1
+    assert Image.open(picture).width >= 480 and Image.open(texts).width >= 400
+    assert bars["type"] == heatmap["type"] == "matplotlib"
+    found = rows(table)
+    assert [row[0] for row in found] == [f"{kind} {i}" for kind in ("image", "text") for i in (1, 2, 3, 4)]
+    for row, summary in zip(found, routing.summary(), strict=True):
+        assert [int(share) for share in row[1].split()] == [round(100 * share) for share in summary["load"]]
+        assert float(row[2]) == pytest.approx(summary["max_over_mean"], abs=0.01)
+        assert float(row[3]) == pytest.approx(summary["entropy"], abs=0.01)
+
+
+def test_layers_are_drawn_again_without_a_run(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = client.predict(1, MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_routing")
+    monkeypatch.setattr(ModelStore, "use", None)
+    error, picture, _, _ = client.predict(4, api_name="/clip_moe_routing_layer")
+    assert error == ""
+    assert Image.open(picture).tobytes() != Image.open(whole[3]).tobytes()
+    assert client.predict(99, api_name="/clip_moe_routing_layer")[0] == ""  # the last layer
+
+
+def test_opening_the_tab_again_does_nothing(server: SimpleNamespace) -> None:
+    panel = panels._RoutingPanel(server_family(server), SimpleNamespace(store=server.store))
+    state, *_ = panel.run(lambda *note: None, 1, MODEL, FOX, TEXT)
+    again = panel.show(lambda *note: None, state, 1, MODEL, FOX, TEXT)
+    assert all(value == gr.skip() for value in again)
+    assert panel.show(lambda *note: None, state, 1, MODEL, FOX, "a cat")[0]["key"] != state["key"]
+
+
+def server_family(server: SimpleNamespace) -> clip_moe.Page:
+    return clip_moe.Page(zoo.list_models(family="clip_moe"), server.store)
+
+
+def test_ablation_equals_the_python_api(client: Client, model: Any) -> None:
+    off = {"clip.visual.*": [0, 2], "clip.transformer.resblocks.3.mlp": [1]}
+    with mmoe.override(model, {layer: mmoe.switch_off(experts) for layer, experts in off.items()}):
+        without = expected(model)
+    error, verdict, before, after, table = client.predict(
+        json.dumps(off), MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_ablate"
+    )
+    assert error == "" and "3 experts switched off in 2 layers" in verdict
+    assert probabilities(before) == pytest.approx(expected(model), abs=1e-6)
+    assert probabilities(after) == pytest.approx(without, abs=1e-6)
+    found = {row[0]: [float(value) for value in row[1:]] for row in rows(table)}
+    whole = expected(model)
+    for label in LABELS:
+        want = [100 * whole[label], 100 * without[label], 100 * (without[label] - whole[label])]
+        assert found[label] == pytest.approx(want, abs=0.006)
+    error, label, _ = client.predict(MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_predict")
+    assert probabilities(label) == pytest.approx(whole, abs=1e-6)  # nothing stays switched off
+
+
+def test_layers_for_the_switches(client: Client, model: Any) -> None:
+    error, update = client.predict(MODEL, api_name="/clip_moe_layers")
+    from mmoe.moe import moe_layers
+
+    assert error == ""
+    assert [row["layer"] for row in rows(update)] == list(moe_layers(model))
+    assert {row["experts"] for row in rows(update)} == {4}
+    assert json.loads(update["value"]) == {layer: [0] for layer in moe_layers(model)}
+
+
+def test_visitors_do_not_see_each_other(server: SimpleNamespace, tmp_path: Path) -> None:
+    one, two, three = (
+        Client(server.url, verbose=False, analytics_enabled=False, download_files=str(tmp_path / name))
+        for name in ("one", "two", "three")
+    )
+    first = one.predict(1, MODEL, handle_file(FOX), "fox one", api_name="/clip_moe_routing")
+    second = two.predict(1, MODEL, handle_file(GUITAR), "guitar two, second", api_name="/clip_moe_routing")
+    mine, theirs = (
+        one.predict(1, api_name="/clip_moe_routing_layer"),
+        two.predict(1, api_name="/clip_moe_routing_layer"),
+    )
+    for whole, again in ((first, mine), (second, theirs)):
+        assert Image.open(whole[3]).tobytes() == Image.open(again[1]).tobytes()
+        assert Image.open(whole[4]).tobytes() == Image.open(again[2]).tobytes()
+    assert Image.open(mine[1]).tobytes() != Image.open(theirs[1]).tobytes()
+    error = three.predict(1, api_name="/clip_moe_routing_layer")[0]
+    assert "There is no routing to show" in error
+
+
+def test_find_and_pick(client: Client, model: Any) -> None:
+    error, grid = client.predict("whale", "openmoji", api_name="/clip_moe_find")
+    tiles = grid["props"]["items"]
+    assert error == "" and [tile["name"] for tile in tiles][:2] == ["whale", "spouting whale"]
+    assert [tile["mark"] for tile in tiles[:2]] == [
+        "unseen" if concept.held_out else ""
+        for name in ("whale", "spouting whale")
+        for concept in clip_moe.emoji_set().concepts
+        if concept.name == name
+    ]
+    assert tiles[0]["src"].startswith("data:image/webp;base64,")
+    error, picture, labels = client.predict(tiles[0]["id"], TEXT, api_name="/clip_moe_pick")
+    assert error == "" and labels == f"whale, {TEXT}"
+    index = next(i for i, concept in enumerate(clip_moe.emoji_set().concepts) if concept.name == "whale")
+    drawn = clip_moe.emoji_set().image(index, "openmoji")
+    _, label, _ = client.predict(MODEL, handle_file(picture), labels, api_name="/clip_moe_predict")
+    want = dict(model.predict(drawn, ["whale", *LABELS]).top(4))
+    assert probabilities(label) == pytest.approx(want, abs=1e-6)
+    examples = client.predict("", "twemoji", api_name="/clip_moe_find")[1]["props"]["items"]
+    assert [tile["id"] for tile in examples] == [f"example/{name}" for name in clip_moe.examples()]
+    assert client.predict("example/guitar", "guitar", api_name="/clip_moe_pick_found")[2] == "guitar"
+    nothing = client.predict("zzzz<i>", "twemoji", api_name="/clip_moe_find")[1]["props"]
+    assert nothing["items"] == [] and "zzzz<i>" in nothing["empty"]  # the page's template escapes it
+
+
+def test_bad_uploads_are_refused_with_a_reason(client: Client, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(FOX).read_bytes()[:3000])
+    for path, reason in ((broken, "the file is damaged"), (make_text(tmp_path), "not a picture in a known format")):
+        error, label, _ = client.predict(MODEL, handle_file(path), TEXT, api_name="/clip_moe_predict")
+        assert reason in error and "error-card" in error and path.name in error
+        assert str(tmp_path) not in error and "gradio" not in error
+        assert label is None
+    error, *_ = client.predict(MODEL, None, TEXT, api_name="/clip_moe_predict")
+    assert "There is no picture" in error
+
+
+def make_text(folder: Path) -> Path:
+    path = folder / "text.png"
+    path.write_text("no picture")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "endpoint", "reason"),
+    [
+        ((MODEL, "fox", " , \n"), "clip_moe_predict", "There is no label"),
+        ((MODEL, "fox", ",".join(map(str, range(101)))), "clip_moe_predict", "at most 100 fit"),
+        ((MODEL, "fox", "x" * 1001), "clip_moe_predict", "at most 1000 fit"),
+        ((MODEL, "", "twemoji"), "clip_moe_search", "nothing to search for"),
+        (("example/../../secret", ""), "clip_moe_pick", "There is no picture"),
+        (("twemoji/<b>", ""), "clip_moe_pick", "&lt;b&gt;"),
+        (("{", MODEL, "fox", TEXT), "clip_moe_ablate", "it is not JSON"),
+        (("{}", MODEL, "fox", TEXT), "clip_moe_ablate", "All experts are on"),
+        (('{"*": ["a"]}', MODEL, "fox", TEXT), "clip_moe_ablate", "maps layers to lists of experts"),
+        (('{"*": [0, 1, 2, 3]}', MODEL, "fox", TEXT), "clip_moe_ablate", "at least one must stay"),
+        (('{"*": [7]}', MODEL, "fox", TEXT), "clip_moe_ablate", "experts 0 to 3"),
+        (('{"clip.vision.*": [0]}', MODEL, "fox", TEXT), "clip_moe_ablate", "did you mean"),
+        (("clip_moe_vit_l14", "fox", TEXT), "clip_moe_predict", "its weights are not bundled"),
+    ],
+)
+def test_mistakes_become_cards(client: Client, arguments: tuple[str, ...], endpoint: str, reason: str) -> None:
+    given = [handle_file(FOX) if one == "fox" else one for one in arguments]
+    result = client.predict(*given, api_name=f"/{endpoint}")
+    assert reason in result[0] and 'class="error-card"' in result[0]
+    assert "Traceback" not in result[0]
+
+
+def test_unknown_choices_are_refused(client: Client) -> None:
+    with pytest.raises(AppError):  # gradio checks the choices of menus itself
+        client.predict("clip_moe_tini", handle_file(FOX), TEXT, api_name="/clip_moe_predict")
+    with pytest.raises(BadInput, match="no emoji style"):
+        clip_moe.check_style("twemojy")
+
+
+def test_an_unexpected_error_shows_no_inside(
+    server: SimpleNamespace, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, *_: Any) -> None:
+        raise RuntimeError("secret inside")
+
+    monkeypatch.setattr(Family, "predict", fail)
+    error, *_ = client.predict(MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_predict")
+    assert "an unexpected error" in error and "secret" not in error
+
+
+def test_choosing_a_model(client: Client) -> None:
+    error, head, _, fetch, column, card = client.predict("clip_moe_vit_l14", api_name="/select_model")
+    assert error == "" and "clip_moe_vit_l14" in head and "needs download" in head
+    assert fetch["visible"] and column["visible"]
+    assert "zoo.load('clip_moe_vit_l14')" in card and "2409.19291" in card and "OpenAI CLIP ViT-L/14" in card
+    head = client.predict(MODEL, api_name="/select_model")[1]
+    assert "bundled" in head and "2 per token" in head
+
+
+def test_the_filter(client: Client) -> None:
+    both = client.predict("any", "image", MODEL, api_name="/models")
+    assert [name for _, name in both["choices"]] == [card.name for card in zoo.list_models(modality="image")]
+    assert both["value"] == MODEL
+
+
+def test_load_and_unload(server: SimpleNamespace, client: Client) -> None:
+    assert MODEL in client.predict(MODEL, api_name="/load")[1]
+    assert list(server.store.sizes()) == [MODEL]
+    error, status = client.predict(MODEL, api_name="/unload")
+    assert error == "" and "none" in status and server.store.sizes() == {}
+    assert client.predict(MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_predict")[0] == ""
+
+
+def test_files_of_the_server_are_out_of_reach(server: SimpleNamespace, root: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    for path in (secret, root / "pyproject.toml", Path(os.environ.get("HOME", "/")) / ".bashrc"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{server.url}gradio_api/file={path}", timeout=30)
+        assert refused.value.code in (403, 404)
+
+
+def test_the_page_asks_nobody_else(server: SimpleNamespace) -> None:
+    with urllib.request.urlopen(server.url, timeout=30) as response:
+        page = response.read().decode()
+    config = server.app.config
+    assert "fonts.googleapis.com" not in page and not config.get("analytics_enabled")
+    assert not server.app.run_history and server.app.config["is_space"] is False
+    assert server.app.delete_cache == (gallery.CLEAN_EVERY, gallery.KEEP)
+
+
+class FakeModel(torch.nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    loaded: list[str] = []
+    monkeypatch.setattr(zoo, "load", lambda name: loaded.append(name) or FakeModel(), raising=False)
+    monkeypatch.setattr(zoo, "card", lambda name: SimpleNamespace(weights={"x": 1}, bundled=True))
+    return loaded
+
+
+def test_the_store_keeps_the_two_used_last(fakes: list[str]) -> None:
+    store = ModelStore()
+    for name in "abacab":
+        with store.use(name):
+            pass
+    assert fakes == ["a", "b", "c", "b"]
+    assert list(store.sizes()) == ["a", "b"]
+
+
+def test_the_store_frees_memory(fakes: list[str]) -> None:
+    store = ModelStore(capacity=1)
+    with store.use("a") as loaded:
+        alive = weakref.ref(loaded.model)
+        loaded.derived["features"] = torch.zeros(1000)
+        assert store.sizes()["a"] == pytest.approx((20 + 1000) * 4 / 1e6)
+    del loaded
+    assert store.unload("a") and not store.unload("a")
+    gc.collect()
+    assert alive() is None
+    with store.use("a") as loaded:
+        assert loaded.derived == {}
+
+
+def test_a_failed_load_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise BadInput("x", "y", "z")
+
+    monkeypatch.setattr(zoo, "load", fail, raising=False)
+    store = ModelStore()
+    with pytest.raises(BadInput), store.use(MODEL):
+        pass
+    assert store.sizes() == {}
+
+
+def test_a_public_gallery_fetches_nothing() -> None:
+    store = ModelStore(allow_download=False)
+    with pytest.raises(Refused, match="public gallery"), store.use("clip_moe_vit_l14", fetch=True):
+        pass
+
+
+def test_a_family_without_a_page_of_its_own(model: Any) -> None:
+    store = ModelStore()
+    app = gallery.build(store=store, make_family=lambda name, cards, held: Family(cards, held))
+    names = {fn.api_name for fn in app.fns.values()}
+    assert {"clip_moe_predict", "clip_moe_routing", "clip_moe_ablate"} <= names and "clip_moe_search" not in names
+    one = Family(zoo.list_models(family="clip_moe"), store)
+    assert one.parameters == ("image", "text")
+    assert one.run(lambda *note: None, MODEL, FOX, "a fox\na cat") == pytest.approx(
+        dict(model.predict(FOX, ["a fox", "a cat"]).top(2))
+    )
+    assert [view.modality for view in one.views(model)] == ["image", "text"]
+
+
+def test_choosing_by_name_or_family() -> None:
+    assert gallery.choose(None).bundled
+    assert gallery.choose("clip_moe").name == MODEL
+    assert gallery.choose("clip_moe_vit_l14").name == "clip_moe_vit_l14"
+    with pytest.raises(UnknownModel, match="clip_moe_tiny"):
+        gallery.build("clip_moe_tinny")
+
+
+def test_texts() -> None:
+    assert read_texts(" a ,b\n\nb,c ") == ["a", "b", "c"]
+    assert clip_moe._with_label("a\nb", "c") == "c\na\nb"
+    assert clip_moe._with_label("", "family: man, boy") == "family: man boy"
+    assert clip_moe._with_label("a, fox", "fox") == "a, fox"
+
+
+def test_cards_are_complete() -> None:
+    for card in zoo.list_models():
+        text = panels.card_text(card)
+        assert f"zoo.load({card.name!r})" in text and card.licence in text
+        for part in card.components:
+            assert part["licence"] in text
+        for metric in card.metrics:
+            assert str(metric.get("provenance", "")) in text

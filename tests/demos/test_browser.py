@@ -1,0 +1,250 @@
+"""The gallery in a browser, as a visitor uses it: started by `mmoe demo`, seen at desktop and phone width.
+
+Screenshots go to $MMOE_SCREENSHOTS, or to the test's temporary folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mmoe
+import zoo
+from demos import clip_moe
+from demos.cli import free_port
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+MODEL = "clip_moe_tiny"
+WAIT = 120_000  # milliseconds, for a machine that is busy with other things
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a gallery in its own process; it has to end quietly and leave no file behind."""
+    folder = tmp_path_factory.mktemp("demo")
+    port = free_port("127.0.0.1", 18860)
+    environment = {**os.environ, "TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    command = [sys.executable, "-m", "mmoe", "demo", "--no-browser", "--port", str(port)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        wait_for(url, process)
+        yield url
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert f"The gallery runs at {url}" in output and "stopped" in output
+    assert "Traceback" not in output and "Warning" not in output, output
+    assert list(folder.glob("mmoe-demo-*")) == []
+
+
+def wait_for(url: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        try:
+            urllib.request.urlopen(url, timeout=30).close()
+            return
+        except (urllib.error.URLError, TimeoutError):
+            time.sleep(0.2)
+    pytest.fail("the gallery did not start")
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield running
+        running.close()
+
+
+class Visit:
+    """A page with what went wrong in it.
+
+    Args:
+        browser: to open it in.
+        url: of the gallery.
+        width: of the window.
+        shots: folder for screenshots.
+    """
+
+    def __init__(self, browser: Any, url: str, width: int, shots: Path) -> None:
+        self.width, self.shots = width, shots
+        self.context = browser.new_context(viewport={"width": width, "height": 860})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(WAIT)
+        self.faults: list[str] = []
+        self.outside: list[str] = []
+        self.page.on("console", lambda line: self.faults.append(line.text) if line.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("request", lambda asked: self._note(asked.url, url))
+        self.page.goto(url)
+        self.page.wait_for_selector("#clip_moe-run")
+
+    def _note(self, asked: str, url: str) -> None:
+        if not asked.startswith((url, "data:", "blob:")):
+            self.outside.append(asked)
+
+    def shot(self, name: str) -> None:
+        """A picture of the whole page; nothing may stick out of it."""
+        self.page.screenshot(path=self.shots / f"{self.width}_{name}.png", full_page=True)
+        assert self.page.evaluate("document.documentElement.scrollWidth") <= self.width
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def shares(self, where: str) -> dict[str, int]:
+        """Percent by label, as shown."""
+        self.page.wait_for_selector(f"{where} .confidence-set")
+        lines = self.page.locator(f"{where} .confidence-set").all_inner_texts()
+        found = [re.fullmatch(r"(.+?)\s+(\d+)%", line.strip(), re.DOTALL) for line in lines]
+        return {one[1].strip(): int(one[2]) for one in found if one}
+
+    def close(self) -> None:
+        self.context.close()
+        assert self.faults == [] and self.outside == []
+
+
+@pytest.fixture
+def shots(tmp_path: Path) -> Path:
+    folder = Path(os.environ.get("MMOE_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def percent(probabilities: dict[str, float], most: int) -> dict[str, int]:
+    """As the page shows it: the most probable ones, rounded."""
+    best = sorted(probabilities.items(), key=lambda pair: -pair[1])[:most]
+    return {label: round(100 * share) for label, share in best}
+
+
+def near(shown: dict[str, int], want: dict[str, int]) -> bool:
+    """The same labels with the same percent, up to the rounding of halves."""
+    return shown.keys() == want.keys() and all(abs(shown[label] - want[label]) <= 1 for label in want)
+
+
+def test_a_visit(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    visit.shot("0_start")
+    labels = list(clip_moe.examples())
+    model = zoo.load(MODEL)
+    picture = clip_moe.examples()["fox"]
+    before = dict(model.predict(picture, labels).top(len(labels)))
+
+    page.click("#clip_moe-run")
+    assert near(visit.shares("#clip_moe-result"), percent(before, 6))
+    visit.shot("1_compared")
+
+    page.click("#clip_moe-search")
+    page.wait_for_selector("#clip_moe-found .tile")
+    assert page.locator("#clip_moe-found .tile").count() == 12
+    page.locator("#clip_moe-search").scroll_into_view_if_needed()
+    visit.shot("2_searched")
+
+    visit.tab("Routing")
+    page.wait_for_selector("#clip_moe-overlay img")
+    page.wait_for_selector("#clip_moe-numbers tbody tr")
+    assert page.locator("#clip_moe-numbers tbody tr").count() == 8
+    first = page.locator("#clip_moe-overlay img").get_attribute("src")
+    visit.shot("3_routing")
+    page.locator("#clip_moe-depth input[type=range]").press("ArrowRight")
+    page.wait_for_function(
+        "old => document.querySelector('#clip_moe-overlay img')?.getAttribute('src') !== old", arg=first
+    )
+
+    visit.tab("Ablate")
+    page.wait_for_selector("#clip_moe-switches input")
+    page.locator("#clip_moe-switches input[data-all='0']").uncheck()
+    page.locator("#clip_moe-switches input[data-all='2']").focus()
+    page.keyboard.press("Space")
+    page.click("#clip_moe-ablate")
+    with mmoe.override(model, mmoe.switch_off([2])):
+        after = dict(model.predict(picture, labels).top(len(labels)))
+    assert near(visit.shares("#clip_moe-after"), percent(after, 5))
+    changes = dict(row.split("\t")[::3] for row in page.locator("#clip_moe-difference tbody tr").all_inner_texts())
+    assert changes.keys() == set(labels)
+    for label, change in changes.items():
+        assert float(change) == pytest.approx(100 * (after[label] - before[label]), abs=0.02)
+    visit.shot("4_ablated")
+
+    visit.tab("Card")
+    page.get_by_text("zoo.load").wait_for()
+    visit.shot("5_card")
+    visit.close()
+
+
+def test_errors_are_cards(server: str, browser: Any, shots: Path, tmp_path: Path) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    page.locator("#clip_moe-labels textarea").fill("")
+    page.click("#clip_moe-run")
+    page.get_by_role("alert").get_by_text("There is no label").wait_for()
+    page.locator("#clip_moe-labels textarea").fill("<b>fox</b>, a <script>cat</script>")
+    page.click("#clip_moe-run")
+    assert visit.shares("#clip_moe-result").keys() == {"<b>fox</b>", "a <script>cat</script>"}
+    assert page.locator(".error-card").count() == 0
+    page.locator("#picker input").nth(1).check()
+    page.get_by_role("heading", name="clip_moe_vit_l14").wait_for()
+    page.click("#clip_moe-run")
+    page.get_by_role("alert").get_by_text("not bundled").wait_for()
+    visit.shot("6_error")
+    assert page.locator("[data-testid=toast-body]").count() == 0
+    visit.close()
+
+
+def test_on_a_phone(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 390, shots)
+    page = visit.page
+    visit.shot("0_start")
+    assert not page.locator("#picker").is_visible()
+    button = page.get_by_role("button", name="Models")
+    button.click()
+    assert page.locator("#picker").is_visible() and button.get_attribute("aria-expanded") == "true"
+    visit.shot("1_models")
+    button.click()
+
+    page.locator("#clip_moe-word textarea").fill("whale")
+    page.locator("#clip_moe-chooser .tile", has_text="spouting whale").click()
+    page.wait_for_function("document.querySelector('#clip_moe-labels textarea').value.startsWith('spouting whale')")
+    page.click("#clip_moe-run")
+    assert len(visit.shares("#clip_moe-result")) == 6
+    visit.shot("2_compared")
+    visit.tab("Routing")
+    page.wait_for_selector("#clip_moe-numbers tbody tr")
+    page.wait_for_selector("#clip_moe-overlay img")
+    visit.shot("3_routing")
+    visit.tab("Ablate")
+    page.wait_for_selector("#clip_moe-switches input")
+    page.click("#clip_moe-ablate")
+    visit.shares("#clip_moe-after")
+    visit.shot("4_ablated")
+    visit.tab("Card")
+    visit.shot("5_card")
+    visit.close()

@@ -1,0 +1,96 @@
+"""What the tests of the zoo share: no network, the command line in this process, and the small model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zoo
+from mmoe.cli import main
+from zoo.weights import online
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No test asks the network or sees the user's caches, unless it says otherwise."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("MMOE_HOME", str(tmp_path / "mmoe_home"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    online.cache_clear()
+    yield
+    online.cache_clear()
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command line in this process."""
+
+    def run_it(*args: str | Path) -> Ran:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        streams = capsys.readouterr()
+        return Ran(code, streams.out, streams.err)
+
+    return run_it
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Any:
+    """The bundled model; tests leave it as it is."""
+    return zoo.load("clip_moe_tiny", device="cpu")
+
+
+@pytest.fixture
+def small() -> Any:
+    """Builds models of the family with a block or two per tower, dense or not, with random weights."""
+
+    def build(**options: Any) -> Any:
+        sizes = {"embed_dim": 32, "image_size": 32, "patch_size": 16, "vision_width": 64, "vision_layers": 2}
+        sizes |= {"text_width": 64, "text_layers": 2, "vocab_size": 600, "context_length": 16, "moe_layers": 2}
+        return zoo.load("clip_moe_tiny", False, device="cpu", **{**sizes, **options})
+
+    return build
+
+
+@pytest.fixture
+def fox(root: Path) -> Path:
+    """A picture."""
+    return root / "assets" / "examples" / "fox.png"
+
+
+@pytest.fixture
+def block_import(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a package impossible to import in this process, as if it were not installed."""
+
+    def block(*names: str) -> None:
+        class Finder:
+            def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+                if name.partition(".")[0] in names:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+        for module in [m for m in sys.modules if m.partition(".")[0] in names]:
+            monkeypatch.delitem(sys.modules, module)
+
+    return block

@@ -1,0 +1,262 @@
+"""A model saves itself to load alone, whole or not at all, and gives itself to the hub."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+import zoo
+from mmoe.errors import BadInput, Offline, Refused
+from zoo import model as model_module
+from zoo.model import TokenView
+
+FILES = ["card.json", "config.json", "model.safetensors", "preprocess.json"]
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    theirs = other.state_dict()
+    return one.state_dict().keys() == theirs.keys() and all(v.equal(theirs[n]) for n, v in one.state_dict().items())
+
+
+def test_what_was_saved_loads_alone_bit_for_bit(tiny: Any, tmp_path: Path, fox: Path) -> None:
+    folder = tiny.save(tmp_path / "new" / "folder")
+    assert folder == tmp_path / "new" / "folder"
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    again = zoo.load(folder, device="cpu")
+    assert same(again, tiny)
+    assert (again.config, again.preprocessing) == (tiny.config, tiny.preprocessing)
+    assert again.card.as_dict() == tiny.card.as_dict()
+    assert again.load_report.source == str(folder / "model.safetensors")
+    labels = ["a fox", "a pizza"]
+    assert again.predict(fox, labels).cosines.equal(tiny.predict(fox, labels).cosines)
+    assert not again.training
+
+
+def test_preprocessing_travels_with_the_weights(small: Any, tmp_path: Path, fox: Path) -> None:
+    model = small()
+    model.preprocessing = {
+        **model.preprocessing,
+        "mean": [0.1, 0.2, 0.3],
+        "resize_mode": "squash",
+        "background": [9, 9, 9],
+    }
+    again = zoo.load(model.save(tmp_path), device="cpu")
+    assert again.preprocessing == model.preprocessing
+    assert again.preprocess(fox)["image"].equal(model.preprocess(fox)["image"])
+    assert not again.preprocess(fox)["image"].equal(small().preprocess(fox)["image"])
+
+
+def test_a_smaller_type_on_disk(small: Any, tmp_path: Path) -> None:
+    model = small()
+    model.save(tmp_path, dtype=torch.bfloat16)
+    assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    again = zoo.load(tmp_path, device="cpu")
+    assert again.dtype == torch.float32 and model.dtype == torch.float32
+    rounded = model.clip.text_projection.bfloat16().float()
+    assert again.clip.text_projection.equal(rounded)
+
+
+def test_anyone_may_read_the_files(small: Any, tmp_path: Path) -> None:
+    """safetensors makes files for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        small().save(tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a").iterdir()} == {0o640}
+
+
+def test_tied_tensors_are_saved_twice(small: Any, tmp_path: Path) -> None:
+    model = small()
+    model.clip.ln_final.bias = model.clip.visual.ln_post.bias
+    model.clip.text_projection = nn.Parameter(model.clip.text_projection.t())
+    assert same(zoo.load(model.save(tmp_path), device="cpu"), model)
+
+
+def full(*args: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_for_safetensors(*args: object, **options: object) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "fault"),
+    [
+        (model_module, "save_file", full),
+        (model_module, "save_file", full_for_safetensors),
+        (os, "replace", full),
+        (os, "fsync", full),
+        (Path, "write_text", full),
+    ],
+)
+def test_a_full_disk_leaves_the_old_model(
+    where: Any, what: str, fault: Callable[..., None], small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = small()
+    old.save(tmp_path)
+    new = small(vision_layers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, what, fault)
+        with pytest.raises(BadInput) as error:
+            new.save(tmp_path)
+    assert str(error.value).startswith(f"cannot write '{tmp_path}/")
+    assert "No space left on device" in error.value.wrong
+    assert error.value.fix == "write to another folder or free space"
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES, "no temporary file is left"
+    assert same(zoo.load(tmp_path, device="cpu"), old)
+
+
+def test_an_interrupt_leaves_the_old_model(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    old = small()
+    old.save(tmp_path)
+    monkeypatch.setattr(model_module, "save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        small(vision_layers=1).save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    assert same(zoo.load(tmp_path, device="cpu"), old)
+
+
+def test_the_config_takes_its_name_last(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is a model once it has a config.json."""
+    order: list[str] = []
+    replace = os.replace
+
+    def record(source: Any, target: Any) -> None:
+        order.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", record)
+    small().save(tmp_path)
+    assert order[0] == "model.safetensors" and order[-1] == "config.json"
+
+
+def test_an_old_card_does_not_stay(small: Any, tmp_path: Path) -> None:
+    model = small()
+    model.save(tmp_path)
+    model.card = None
+    model.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name for name in FILES if name != "card.json"]
+    assert zoo.load(tmp_path, device="cpu").card is None
+
+
+def test_the_folder_says_what_it_is(small: Any, tmp_path: Path) -> None:
+    model = small()
+    model.save(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["family"], saved["format"]) == ("clip_moe", 1)
+    assert saved["config"] == json.loads(json.dumps(asdict(model.config)))
+
+
+def test_a_model_without_values_is_not_saved(tmp_path: Path) -> None:
+    model = zoo.load("clip_moe_tiny", device="meta")
+    with pytest.raises(Refused) as error:
+        model.save(tmp_path / "a")
+    assert str(error.value) == (
+        "save a model on the meta device\n  it has shapes but no values\n  try: zoo.load(name, device='cpu')"
+    )
+    assert not (tmp_path / "a").exists()
+
+
+# ---- the hub ----
+
+
+class Api:
+    """Stands in for the hub's client."""
+
+    def __init__(self, fault: Exception | None = None) -> None:
+        self.calls: list[Any] = []
+        self.files: dict[str, int] = {}
+        self.fault = fault
+
+    def create_repo(self, repo_id: str, **options: Any) -> str:
+        if self.fault is not None:
+            raise self.fault
+        self.calls.append((repo_id, options))
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str]) -> None:
+        self.files = {
+            path.name: path.stat().st_size for path in Path(folder_path).iterdir() if path.name in allow_patterns
+        }
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Api]:
+    def use(fault: Exception | None = None) -> Api:
+        import huggingface_hub
+
+        api = Api(fault)
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+        monkeypatch.setattr("zoo.weights.online", lambda: True)
+        return api
+
+    return use
+
+
+def test_push_uploads_what_save_writes(small: Any, hub: Callable[..., Api], tmp_path: Path) -> None:
+    api, model = hub(), small()
+    (tmp_path / "private.txt").write_text("not for others")
+    assert model.push("me/model", private=True, folder=tmp_path) == "https://huggingface.co/me/model"
+    assert api.calls == [("me/model", {"private": True, "exist_ok": True})]
+    assert sorted(api.files) == FILES and all(api.files.values())
+    assert model.push("me/model") == "https://huggingface.co/me/model"
+    assert sorted(api.files) == FILES
+
+
+def test_push_without_network(small: Any) -> None:
+    with pytest.raises(Offline) as error:
+        small().push("me/model")
+    assert str(error.value).startswith("cannot push to 'me/model'\n  there is no network")
+    assert "hf upload me/model FOLDER" in error.value.fix
+
+
+def test_push_without_permission(small: Any, hub: Callable[..., Api]) -> None:
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    hub(LocalTokenNotFoundError("Token is required, but no token found.\nYou need to provide a token."))
+    with pytest.raises(BadInput) as error:
+        small().push("me/model")
+    assert str(error.value) == (
+        "cannot push to 'me/model'\n  Token is required, but no token found.\n  try: hf auth login"
+    )
+
+
+# ---- views ----
+
+
+def test_a_view_finds_the_patches_of_a_sample() -> None:
+    rows = torch.arange(2 * 5)[:, None]
+    view = TokenView(layers="*", modality="image", prefix=1, grid=(2, 2))
+    assert view.of_sample(rows, 1).flatten().tolist() == [6, 7, 8, 9]
+
+
+def test_a_view_finds_the_words_of_a_sample() -> None:
+    rows = torch.arange(2 * 4)
+    view = TokenView(layers="*", modality="text", length=4, tokens=(("a", "b"), ("c", "d", "e")))
+    assert view.of_sample(rows, 0).tolist() == [0, 1]
+    assert view.of_sample(rows, 1).tolist() == [4, 5, 6]
+
+
+def test_parameters_are_counted(tiny: Any) -> None:
+    params = tiny.num_params()
+    assert params.total == sum(p.numel() for p in tiny.parameters())
+    idle = sum(p.numel() for name, p in tiny.named_parameters() if ".experts." in name)
+    share = 1 - tiny.config.top_k / tiny.config.num_experts
+    assert params.active == params.total - round(idle * share)

@@ -1,0 +1,117 @@
+"""Puts the results of several runs of `train.dmu` together: mean and spread over seeds, as a table and as card metrics.
+
+python -m train.dmu_table runs/dmu_0 runs/dmu_1 runs/dmu_2 --yaml runs/metrics.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from mmoe.atomic import atomic_path
+from mmoe.errors import BadInput, MmoeError
+from train.evaluate import RANKS
+
+MODELS = {
+    "base": "dense base",
+    "base_longer": "dense base, trained on for as many steps",
+    "upcycled": "plain upcycling, trained for as many steps",
+    "expert_1": "expert of MCL stage 1 alone (dense)",
+    "expert_2": "expert of MCL stage 2 alone (dense)",
+    "expert_3": "expert of MCL stage 3 alone (dense)",
+    "clip_moe": "CLIP-MoE",
+}
+SPLITS = {
+    "seen_twemoji": "1,341 seen concepts, Twemoji (style never trained on)",
+    "held_out_openmoji": "300 concepts never trained on, OpenMoji",
+    "held_out_noto": "300 concepts never trained on, Noto",
+    "held_out_twemoji": "300 concepts never trained on, Twemoji (style never trained on)",
+}
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+def read_results(folders: list[Path]) -> list[dict[str, Any]]:
+    """Results of finished runs.
+
+    Raises:
+        BadInput: a folder holds none, or two runs have the same seed.
+    """
+    results = []
+    for folder in folders:
+        path = folder / "results.json"
+        if not path.is_file():
+            raise BadInput(
+                f"no results in '{folder}'", "the run is not finished", f"python -m train.dmu --out {folder}"
+            )
+        results.append(json.loads(path.read_text(encoding="utf-8")))
+    seeds = [result["seed"] for result in results]
+    if len(set(seeds)) < len(seeds):
+        raise BadInput("put runs together", f"their seeds are {seeds}", "give runs with different seeds")
+    return results
+
+
+def metrics(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per model and data: recalls as mean and standard deviation over seeds.
+
+    Args:
+        results: of runs with different seeds.
+    """
+    seeds = [result["seed"] for result in results]
+    command = (
+        "for s in "
+        + " ".join(map(str, seeds))
+        + "; do python -m train.dmu --out runs/dmu_$s --seed $s --controls; done"
+    )
+    entries = []
+    for model, label in MODELS.items():
+        for split, data in SPLITS.items():
+            entry: dict[str, Any] = {"model": label, "data": data, "seeds": seeds}
+            for direction in DIRECTIONS:
+                for k in RANKS:
+                    values = [result["retrieval"][model][split][direction][f"R@{k}"] for result in results]
+                    entry[f"{direction} R@{k}"] = round(statistics.mean(values), 4)
+                    entry[f"{direction} R@{k} sd"] = round(statistics.stdev(values), 4) if len(values) > 1 else 0.0
+            entries.append({**entry, "provenance": "ours", "command": command})
+    return entries
+
+
+def show(entries: list[dict[str, Any]]) -> str:
+    """The entries as Markdown tables, one per data."""
+    lines = []
+    for data in SPLITS.values():
+        lines += ["", f"{data}: R@1 / R@5 / R@10 in %, mean ± standard deviation", ""]
+        lines += ["| model | text to image | image to text |", "|---|---|---|"]
+        for entry in entries:
+            if entry["data"] == data:
+                cells = [
+                    " / ".join(f"{100 * entry[f'{d} R@{k}']:.1f} ± {100 * entry[f'{d} R@{k} sd']:.1f}" for k in RANKS)
+                    for d in DIRECTIONS
+                ]
+                lines.append(f"| {entry['model']} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines).strip()
+
+
+def main(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs with different seeds.")],
+    to_yaml: Annotated[Path | None, typer.Option("--yaml", help="Write the metrics for the card here.")] = None,
+) -> None:
+    """Print the table of several runs."""
+    try:
+        entries = metrics(read_results(folders))
+        print(show(entries))
+        if to_yaml is not None:
+            with atomic_path(to_yaml) as temporary:
+                temporary.write_text(yaml.safe_dump(entries, sort_keys=False, width=1000), encoding="utf-8")
+    except MmoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
