@@ -32,6 +32,8 @@ SPLITS = {
     "held_out_openmoji": "300 concepts never trained on, OpenMoji",
     "held_out_noto": "300 concepts never trained on, Noto",
     "held_out_twemoji": "300 concepts never trained on, Twemoji (style never trained on)",
+    "seen_openmoji": "1,341 seen concepts, OpenMoji (trained on)",
+    "seen_noto": "1,341 seen concepts, Noto (trained on)",
 }
 DIRECTIONS = ("text_to_image", "image_to_text")
 

@@ -73,12 +73,17 @@ def retrieval(
 
 
 def evaluate(model: ClipMoE, emoji: EmojiSet) -> dict[str, dict[str, dict[str, float]]]:
-    """Retrieval on the held-out style of seen concepts, and on held-out concepts in every style."""
+    """Retrieval in every style, among the seen concepts and among the held-out ones.
+
+    Returns:
+        By "seen_STYLE", "held_out_STYLE" and, with names in a sentence, "seen_STYLE_sentence" of the held-out style.
+    """
+    results = {}
+    for style in emoji.styles:
+        results[f"seen_{style}"] = retrieval(model, emoji, style, emoji.seen)
+        results[f"held_out_{style}"] = retrieval(model, emoji, style, emoji.held_out)
     style = emoji.held_out_style
-    results = {f"seen_{style}": retrieval(model, emoji, style, emoji.seen)}
     results[f"seen_{style}_sentence"] = retrieval(model, emoji, style, emoji.seen, "a picture of {}")
-    for other in emoji.styles:
-        results[f"held_out_{other}"] = retrieval(model, emoji, other, emoji.held_out)
     return results
 
 
