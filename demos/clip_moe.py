@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from PIL import Image
 
 from demos import look
 from demos.family import Family, Shell, message_area, picture_input, read_picture, read_texts
-from demos.store import Loaded, ModelStore
+from demos.store import Loaded, ModelStore, Note
 from mmoe.errors import BadInput, did_you_mean
 from zoo.assets import asset
 from zoo.card import Card
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from train.data.emoji import Concept, EmojiSet
 
-Note = Callable[[str, float], None]
 BEST, OFFERED, CHUNK = 12, 18, 128
 STYLES = ("twemoji", "noto", "openmoji")  # of the emoji, the one that is not trained on first; the data has them too
 QUERY = "a red fruit"
@@ -171,7 +170,7 @@ class Page(Family):
                     elem_id="clip_moe-labels",
                 )
                 run = gr.Button("Compare", variant="primary", elem_id="clip_moe-run")
-                result = gr.Label(label="Probabilities", num_top_classes=6, elem_id="clip_moe-result")
+                result = gr.Label(look.NO_RESULT, label="Probabilities", num_top_classes=6, elem_id="clip_moe-result")
                 note = gr.HTML(look.hint("Press Compare: the first run takes some seconds, while the model loads."))
         self._wire_chooser(shell, chooser, picture, labels, message)
         gr.HTML(look.section("Words to pictures", "Which of the 1,641 emoji is nearest to your words?"))
@@ -184,7 +183,7 @@ class Page(Family):
             api_name="clip_moe_predict",
             names=["model", "image", "labels"],
             message=message,
-            blank=[None, ""],
+            blank=[look.NO_RESULT, ""],
         )
         return [picture, labels]
 

@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from demos import look
-from demos.record import view_of
 from demos.store import ModelStore, Note, quiet
 from mmoe.errors import BadInput, MmoeError
 from zoo.assets import asset
 from zoo.card import Card
-from zoo.images import read_image
+from zoo.images import as_seen, read_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mmoe.demo")
 HEAVY = "heavy"
 MAX_TEXTS, MAX_CHARACTERS = 100, 1000
+SHOWN_PIXELS = 640  # on a side, of pictures that are kept for drawing
 
 
 @dataclass
@@ -203,10 +203,19 @@ class Family:
             with gr.Column():
                 components = [self._input(name) for name in self.parameters]
                 run = gr.Button("Run", variant="primary")
-            result = gr.Label(label="Result")
+            result = gr.Label(look.NO_RESULT, label="Result")
         inputs = [shell.model, *components]
         names = ["model", *self.parameters]
-        shell.on(run.click, self.run, inputs, [result], api_name=f"{self.name}_predict", names=names, message=message)
+        shell.on(
+            run.click,
+            self.run,
+            inputs,
+            [result],
+            api_name=f"{self.name}_predict",
+            names=names,
+            message=message,
+            blank=[look.NO_RESULT],
+        )
         return components
 
     def run(self, note: Note, model: str, *values: Any) -> dict[str, float]:
@@ -240,10 +249,13 @@ class Family:
         return model.views(self.batch(model, self.read(*self.defaults)))
 
     def picture(self, model: Model, inputs: tuple[Any, ...]) -> Image.Image | None:
-        """The picture as the model sees it."""
+        """The picture as the model sees it, at a size for the screen."""
         by_name = dict(zip(self.parameters, inputs, strict=True))
-        mode = model.preprocessing.get("resize_mode", "squash")
-        return view_of(by_name["image"], mode) if "image" in by_name else None
+        if "image" not in by_name:
+            return None
+        picture = as_seen(by_name["image"], model.preprocessing.get("resize_mode", "squash")).copy()
+        picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+        return picture
 
 
 def family(name: str, cards: Sequence[Card], store: ModelStore) -> Family:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zoo.card import Card
 
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
+NO_RESULT = "no result yet"  # shown by an output of labels before its first run
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
 
@@ -90,15 +91,19 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
   .side { position: static; width: 100%; padding-bottom: 4px; }
   .main { width: 100%; }
   #models:not(.open) { display: none; }
+  .panel-head { flex-direction: column; gap: 8px; }
 }
 .captioned > label[data-testid=block-label] { position: static !important; border: 0; border-radius: 0; width: 100%;
   background: none; padding: 7px 10px; box-shadow: none; }
 .bottom-row { align-items: flex-end; }
 .hide-container > .html-container { padding: 0 !important; }
-.card-text table { display: block; overflow-x: auto; margin: 0 0 8px !important; }
+.card-text table { display: block; overflow-x: auto; margin: 0 0 8px !important; padding: 0 !important; }
 .card-text :is(table, thead, tbody, tr, th, td) { border: 0 !important; }
 .card-text :is(th, td) { padding: 5px 18px 5px 0 !important; text-align: left; vertical-align: top; font-size: .9rem;
   box-shadow: inset 0 -1px var(--border-color-primary); word-break: normal; overflow-wrap: normal; }
+.card-text h2 { font-size: 1.05rem; margin: 14px 0 4px; }
+.card-text .token.string { color: #3f6212; }
+.dark .card-text .token.string { color: #bef264; }
 .card-text p, .card-text li { overflow-wrap: anywhere; }
 .card-text th { color: var(--body-text-color-subdued); font-weight: 500; }
 .picker .wrap { flex-direction: column; }
@@ -107,7 +112,9 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
   overflow-wrap: anywhere; }
 .picker label span::first-line { font-weight: 650; font-size: .95rem; }
 .picker label input { margin-top: 4px; flex: none; }
-.picker-status { font-size: .85rem; color: var(--body-text-color-subdued); }
+.output-class:only-child { font-size: 1rem !important; font-weight: 400 !important;
+  color: var(--body-text-color-subdued) !important; }
+.picker-status { min-height: 60px; font-size: .85rem; color: var(--body-text-color-subdued); }
 """
 
 
@@ -128,8 +135,10 @@ def message(error: MmoeError) -> str:
     """A card that says what was asked, what is wrong and what works."""
     fix = f"<div>Try: <code>{escape(error.fix)}</code></div>" if error.fix else ""
     wrong = f"<pre>{escape(error.wrong)}</pre>" if error.wrong else ""
-    asked = escape(error.asked[:1].upper() + error.asked[1:])
-    return f'<div class="error-card" role="alert"><strong>{asked}</strong>{wrong}{fix}</div>'
+    asked = error.asked
+    if asked.partition(" ")[0].isalpha():  # not the name of a model
+        asked = asked[:1].upper() + asked[1:]
+    return f'<div class="error-card" role="alert"><strong>{escape(asked)}</strong>{wrong}{fix}</div>'
 
 
 def chip(text: str, kind: str = "") -> str:

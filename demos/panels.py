@@ -6,7 +6,7 @@ Each panel draws itself into the open tab and wires itself; nothing of a visitor
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ import gradio as gr
 
 from demos import look, record
 from demos.family import Family, Shell, message_area
+from demos.store import Note
 from mmoe.errors import BadInput
 from zoo.card import Card
 
-Note = Callable[[str, float], None]
 KEEP_SECONDS = 3600
 
 
@@ -217,9 +217,13 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
         with gr.Column(scale=6, min_width=270):
             verdict = gr.HTML(look.hint("Here come the results: all experts on, the ticked ones off, and the change."))
             with gr.Row():
-                before = gr.Label(label="All experts on", num_top_classes=5, min_width=140)
+                before = gr.Label(look.NO_RESULT, label="All experts on", num_top_classes=5, min_width=140)
                 after = gr.Label(
-                    label="Ticked ones off", num_top_classes=5, min_width=140, elem_id=f"{family.name}-after"
+                    look.NO_RESULT,
+                    label="Ticked ones off",
+                    num_top_classes=5,
+                    min_width=140,
+                    elem_id=f"{family.name}-after",
                 )
             table = look.table(
                 ["label", "before, %", "after, %", "change"],
@@ -245,7 +249,7 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
         api_name=name,
         names=["switched_off", "model", *family.parameters],
         message=message,
-        blank=["", None, None, look.rows([])],
+        blank=["", look.NO_RESULT, look.NO_RESULT, look.rows([])],
     )
 
 
@@ -330,32 +334,32 @@ def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> lis
 
 def card_text(card: Card) -> str:
     """A card as Markdown: how to load it, sizes, licences, weights, numbers with provenance, paper, notes."""
-    parts = [f"### Load it\n```python\nimport zoo\n\nmodel = zoo.load({card.name!r})\n```"]
+    parts = [f"## Load it\n```python\nimport zoo\n\nmodel = zoo.load({card.name!r})\n```"]
     facts = {"tasks": ", ".join(card.tasks), "modalities": ", ".join(card.modalities)}
     facts["parameters"] = f"{card.params.get('total', 0):,}, of which {card.params.get('active', 0):,} active"
     facts |= {key.replace("_", " "): str(value) for key, value in card.moe.items()}
-    parts.append("### What it is\n" + "\n".join(f"* {key}: {_plain(value)}" for key, value in facts.items()))
+    parts.append("## What it is\n" + "\n".join(f"* {key}: {_plain(value)}" for key, value in facts.items()))
     licences: list[tuple[str, ...]] = [("this model", card.licence, "")]
     licences += [(part["name"], part["licence"], _link(part.get("source", ""))) for part in card.components]
     licences += [(f"weights “{tag}”", w.licence, w.note or w.source) for tag, w in card.weights.items()]
     if card.code:
         licences.append(("authors' code", card.code.get("licence", "unknown"), _link(card.code.get("url", ""))))
-    parts.append("### Licences\n" + _table(["part", "licence", "source"], licences))
+    parts.append("## Licences\n" + _table(["part", "licence", "source"], licences))
     if card.metrics:
         keys = list(dict.fromkeys(key for metric in card.metrics for key in metric))
         numbers = [tuple(str(metric.get(key, "")) for key in keys) for metric in card.metrics]
-        parts.append("### Numbers\n" + _table(keys, numbers))
+        parts.append("## Numbers\n" + _table(keys, numbers))
     else:
-        parts.append("### Numbers\nNone measured yet.")
+        parts.append("## Numbers\nNone measured yet.")
     if card.paper:
         arxiv = card.paper.get("arxiv")
         link = f", [arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else ""
         parts.append(
-            f"### Paper\n{_plain(card.paper.get('authors', ''))}, “{_plain(card.paper.get('title', ''))}”"
+            f"## Paper\n{_plain(card.paper.get('authors', ''))}, “{_plain(card.paper.get('title', ''))}”"
             f"{', ' + _plain(card.paper['venue']) if 'venue' in card.paper else ''}{link}."
         )
     if card.notes:
-        parts.append("### Notes\n" + "\n".join(f"* {note}" for note in card.notes))
+        parts.append("## Notes\n" + "\n".join(f"* {note}" for note in card.notes))
     return "\n\n".join(parts)
 
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps
-
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mmoe.routing import Routing
     from mmoe.trace import Trace
     from zoo.model import Model, TokenView
 
-SHOWN_PIXELS = 480
 SHORT = {"<start_of_text>": "start", "<end_of_text>": "end"}
 
 
@@ -162,21 +161,3 @@ def numbers(record: RoutingRecord) -> list[list[Any]]:
 
 
 NUMBERS_HEADER = ["layer", "load per expert, %", "max / mean", "entropy, nats", "unused experts"]
-
-
-def view_of(image: Image.Image, resize_mode: str) -> Image.Image:
-    """The part of a picture that the model sees, at a size for the screen.
-
-    Args:
-        image: RGB.
-        resize_mode: "shortest" cuts the middle square, "longest" pads to a square, "squash" changes the shape.
-
-    >>> view_of(Image.new("RGB", (200, 100)), "shortest").size
-    (480, 480)
-    """
-    size = (SHOWN_PIXELS, SHOWN_PIXELS)
-    if resize_mode == "squash":
-        return image.resize(size, Image.Resampling.BICUBIC)
-    if resize_mode == "longest":
-        return ImageOps.pad(image, size, Image.Resampling.BICUBIC)
-    return ImageOps.fit(image, size, Image.Resampling.BICUBIC)

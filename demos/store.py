@@ -79,19 +79,24 @@ class ModelStore:
     def _load(self, name: str, note: Note, fetch: bool) -> None:
         card = zoo.card(name)
         if card.weights and not card.bundled:
-            source = card.find_weights()[1].source
+            weights = card.find_weights()[1]
+            source = f"{weights.source}\n{weights.note}".strip()
             if not self.allow_download:
                 raise Refused(
                     f"{name} is not on this machine",
-                    f"its weights would come from {source}; a public gallery fetches none",
+                    f"a public gallery fetches no weights; these would come from {source}",
                     "mmoe demo   (on your own machine)",
                 )
             if not fetch:
                 raise Refused(
                     f"{name} is not loaded",
-                    f"its weights are not bundled; they come from {source}",
+                    f"its weights are not bundled, they come from {source}",
                     'press "Fetch and load" under the list of models',
                 )
+            note(f"Fetching {name}", 0.0)
+            from zoo.weights import locate
+
+            locate(weights.source, weights.sha256)  # before the model is built, which may take gigabytes
         while len(self._loaded) >= self.capacity:
             self._drop(next(iter(self._loaded)))
         note(f"Loading {name}, only the first time", 0.1)

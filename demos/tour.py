@@ -34,9 +34,9 @@ def tour(
     from rich.console import Console
 
     import zoo
-    from demos.record import record_routing, view_of
+    from demos.record import record_routing
     from zoo.assets import asset
-    from zoo.images import read_image
+    from zoo.images import as_seen
 
     console = Console(highlight=False)
     begin = time.perf_counter()
@@ -51,7 +51,7 @@ def tour(
         model,
         lambda: model.predict(picture, LABELS),
         model.preprocess(picture, LABELS),
-        view_of(read_image(picture), model.preprocessing["resize_mode"]),
+        as_seen(picture, model.preprocessing["resize_mode"]),
         MODEL,
     )
     _print_result(console, result.top(len(LABELS)))

@@ -36,6 +36,8 @@ COMMAND_LINE = {  # these may import typer as well
     "zoo/doctor.py",
     "train/cli.py",
     "train/bench.py",
+    "train/dmu.py",
+    "train/dmu_table.py",
     "demos/cli.py",
     "demos/tour.py",
 }

@@ -6,8 +6,7 @@ import os
 import sys
 import time
 from types import TracebackType
-
-from rich import progress as rich_progress
+from typing import Any
 
 
 class Progress:
@@ -24,20 +23,22 @@ class Progress:
     def __init__(self, name: str, total: int, done: int = 0, *, quiet: bool = False, every: float = 15.0) -> None:
         self.name, self.total, self.done, self.every = name, total, done, every
         self.quiet = quiet or os.environ.get("MMOE_QUIET", "") not in ("", "0")
-        self._bar: rich_progress.Progress | None = None
+        self._bar: Any = None
         self._started = self._printed = time.monotonic()
         self._first = done
 
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stderr.isatty():
+            from rich import console, progress
+
             columns = (
-                rich_progress.TextColumn("{task.description}"),
-                rich_progress.BarColumn(),
-                rich_progress.MofNCompleteColumn(),
-                rich_progress.TimeRemainingColumn(),
-                rich_progress.TextColumn("{task.fields[note]}"),
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"),
             )
-            self._bar = rich_progress.Progress(*columns, console=rich_progress.Console(stderr=True))
+            self._bar = progress.Progress(*columns, console=console.Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=self.total, completed=self.done, note="")
         return self

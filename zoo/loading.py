@@ -84,17 +84,20 @@ def load(
     origin = _find(str(name))
     swapped = {key: spec for key, spec in (("router", router), ("experts", experts)) if spec is not None}
     config: Any = make_config(origin.model_class.config_class, {**origin.config, **overrides, **swapped}, origin.label)
-    device = _pick_device(device)
+    device, dtype = _pick_device(device), pick_dtype(dtype)
+    if not isinstance(weights, (bool, str, Path)):
+        raise BadOverride(f"weights={weights!r}", "it is True, False, a tag or a file", f"zoo.load({str(name)!r})")
+    path, source = None, ""
+    if weights is not False and device.type != "meta":
+        path, source = _weights_file(origin, weights)  # before a large model is built
     with torch.device(device):
         model = origin.model_class(config)
     model.card = origin.card
-    model.to(pick_dtype(dtype))
+    model.to(dtype)
     if origin.folder is not None:
         _restore_preprocessing(model, origin.folder / "preprocess.json")
-    if not isinstance(weights, (bool, str, Path)):
-        raise BadOverride(f"weights={weights!r}", "it is True, False, a tag or a file", f"zoo.load({str(name)!r})")
-    if weights is not False and device.type != "meta":
-        state, source = _weights(origin, weights, model)
+    if path is not None:
+        state, source = _in_our_layout(read_state(path), source, model)
         fresh = [pattern for key in swapped for pattern in _fresh_patterns(key)]
         model.load_report = load_state(model, state, source, allow_missing=[*allow_missing, *fresh])
     return model.eval()
@@ -204,28 +207,26 @@ def family_class(family: str) -> type[Model]:
     return found
 
 
-def _weights(origin: _Origin, weights: bool | str | Path, model: Model) -> tuple[State, str]:
-    """State dict in our layout, and what to call it in the report."""
+def _weights_file(origin: _Origin, weights: bool | str | Path) -> tuple[Path, str]:
+    """Path of the weights, fetched when they have to be, and what to call them in the report."""
     if isinstance(weights, Path):
-        return _convert_foreign(read_state(locate(str(weights))), str(weights), model)
+        return locate(str(weights)), str(weights)
     if isinstance(weights, str) and (weights.startswith(_SOURCES) or Path(weights).suffix or "/" in weights):
-        return _convert_foreign(read_state(locate(weights)), weights, model)
+        return locate(weights), weights
     if origin.folder is not None:
         if isinstance(weights, str):
             raise BadOverride(
                 f"weights={weights!r} for a folder", "a folder holds one set of weights", f"zoo.load('{origin.folder}')"
             )
         path = origin.folder / WEIGHTS
-        return read_state(locate(str(path))), str(path)
+        return locate(str(path)), str(path)
     assert origin.card is not None
     tag, entry = origin.card.find_weights(weights if isinstance(weights, str) else origin.tag)
-    state = read_state(locate(entry.source, entry.sha256))
-    label = f"{origin.card.name}.{tag} ({entry.source})"
-    return _convert_foreign(state, label, model) if entry.original else (state, label)
+    return locate(entry.source, entry.sha256), f"{origin.card.name}.{tag} ({entry.source})"
 
 
-def _convert_foreign(state: State, label: str, model: Model) -> tuple[State, str]:
-    """A state dict without any of our names goes through the family's converter."""
+def _in_our_layout(state: State, label: str, model: Model) -> tuple[State, str]:
+    """The state dict, through the family's converter where it has none of our names, and what to call it."""
     if set(state) & set(model.state_dict()):
         return state, label
     convert = import_module(f"zoo.{model.family}.convert")

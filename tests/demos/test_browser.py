@@ -23,6 +23,7 @@ import mmoe
 import zoo
 from demos import clip_moe
 from demos.cli import free_port
+from mmoe.moe import moe_layers
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
@@ -171,7 +172,7 @@ def test_a_visit(server: str, browser: Any, shots: Path) -> None:
     visit.tab("Routing")
     page.wait_for_selector("#clip_moe-overlay img")
     page.wait_for_selector("#clip_moe-numbers tbody tr")
-    assert page.locator("#clip_moe-numbers tbody tr").count() == 8
+    assert page.locator("#clip_moe-numbers tbody tr").count() == len(moe_layers(model))
     first = page.locator("#clip_moe-overlay img").get_attribute("src")
     visit.shot("3_routing")
     page.locator("#clip_moe-depth input[type=range]").press("ArrowRight")

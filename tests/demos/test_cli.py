@@ -38,7 +38,7 @@ def test_an_address_of_another_machine() -> None:
 
 @pytest.mark.parametrize(
     ("words", "reason"),
-    [(["clip_moe_tini"], "did you mean: clip_moe_tiny"), (["--port", "70000"], "70000")],
+    [(["clip_moe_tini"], "did you mean: clip_moe_tiny"), (["--port", "70000"], "less than or equal to 65535")],
 )
 def test_mistakes_are_told_at_once(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--no-browser", *words]) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,20 +76,3 @@ def small() -> Any:
 def fox(root: Path) -> Path:
     """A picture."""
     return root / "assets" / "examples" / "fox.png"
-
-
-@pytest.fixture
-def block_import(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes a package impossible to import in this process, as if it were not installed."""
-
-    def block(*names: str) -> None:
-        class Finder:
-            def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-                if name.partition(".")[0] in names:
-                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-        monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-        for module in [m for m in sys.modules if m.partition(".")[0] in names]:
-            monkeypatch.delitem(sys.modules, module)
-
-    return block
