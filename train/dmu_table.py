@@ -1,6 +1,6 @@
-"""Puts the results of several runs of `train.dmu` together: mean and spread over seeds, as a table and as card metrics.
+"""Puts the results of several runs of `train.dmu` together: mean and spread over seeds, as a table and for the card.
 
-python -m train.dmu_table runs/dmu_0 runs/dmu_1 runs/dmu_2 --yaml runs/metrics.yaml
+python -m train.dmu_table runs/dmu_0 runs/dmu_1 runs/dmu_2 --yaml runs/card.yaml
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+import zoo
 from mmoe.atomic import atomic_path
 from mmoe.errors import BadInput, MmoeError
 from train.evaluate import RANKS
 
+DENSE, MIXTURE = "clip_tiny", "clip_moe_tiny"
 MODELS = {
-    "base": "dense base",
-    "base_longer": "dense base, trained on for as many steps",
-    "upcycled": "plain upcycling, trained for as many steps",
-    "expert_1": "expert of MCL stage 1 alone (dense)",
-    "expert_2": "expert of MCL stage 2 alone (dense)",
-    "expert_3": "expert of MCL stage 3 alone (dense)",
-    "clip_moe": "CLIP-MoE",
+    "base": ("dense base", DENSE),
+    "base_longer": ("dense base trained on, all weights, as many steps", DENSE),
+    "upcycled": ("plain upcycling, experts and routers, as many steps", MIXTURE),
+    "expert_1": ("expert of MCL stage 1 alone", DENSE),
+    "expert_2": ("expert of MCL stage 2 alone", DENSE),
+    "expert_3": ("expert of MCL stage 3 alone", DENSE),
+    "clip_moe": ("CLIP-MoE", MIXTURE),
 }
 SPLITS = {
     "seen_twemoji": "1,341 seen concepts, Twemoji (style never trained on)",
@@ -65,15 +67,11 @@ def metrics(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         results: of runs with different seeds.
     """
     seeds = [result["seed"] for result in results]
-    command = (
-        "for s in "
-        + " ".join(map(str, seeds))
-        + "; do python -m train.dmu --out runs/dmu_$s --seed $s --controls; done"
-    )
+    command = f"python -m train.dmu --controls --seed S --out runs/dmu_S, S = {', '.join(map(str, seeds))}"
     entries = []
-    for model, label in MODELS.items():
-        for split, data in SPLITS.items():
-            entry: dict[str, Any] = {"model": label, "data": data, "seeds": seeds}
+    for split, data in SPLITS.items():
+        for model, (label, card) in MODELS.items():
+            entry: dict[str, Any] = {"data": data, "model": label, **zoo.card(card).params, "seeds": seeds}
             for direction in DIRECTIONS:
                 for k in RANKS:
                     values = [result["retrieval"][model][split][direction][f"R@{k}"] for result in results]
@@ -88,28 +86,52 @@ def show(entries: list[dict[str, Any]]) -> str:
     lines = []
     for data in SPLITS.values():
         lines += ["", f"{data}: R@1 / R@5 / R@10 in %, mean ± standard deviation", ""]
-        lines += ["| model | text to image | image to text |", "|---|---|---|"]
+        lines += ["| model | parameters, total / active | text to image | image to text |", "|---|---|---|---|"]
         for entry in entries:
             if entry["data"] == data:
                 cells = [
                     " / ".join(f"{100 * entry[f'{d} R@{k}']:.1f} ± {100 * entry[f'{d} R@{k} sd']:.1f}" for k in RANKS)
                     for d in DIRECTIONS
                 ]
-                lines.append(f"| {entry['model']} | {cells[0]} | {cells[1]} |")
+                lines.append(
+                    f"| {entry['model']} | {entry['total']:,} / {entry['active']:,} | {cells[0]} | {cells[1]} |"
+                )
     return "\n".join(lines).strip()
+
+
+def routing(result: dict[str, Any]) -> dict[str, Any]:
+    """How the mixture of one run uses its experts, for the card."""
+    keys = ("layer", "load", "max_over_mean", "dead", "entropy")
+    return {
+        "data": "1,341 seen concepts: Twemoji pictures and names",
+        "command": f"python -m train.dmu --seed {result['seed']} (expert_use in train/evaluate.py)",
+        "layers": [{key: layer[key] for key in keys} for layer in result["experts"]],
+    }
+
+
+def as_yaml(results: list[dict[str, Any]]) -> str:
+    """Metrics over all runs and routing of the first, one entry a line, to paste into a card."""
+
+    def line(entry: dict[str, Any]) -> str:
+        return "  - " + yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10**6).strip()
+
+    used = routing(results[0])
+    layers = ["  " + line(layer) for layer in used.pop("layers")]
+    about = [f"  {key}: {json.dumps(value)}" for key, value in used.items()]
+    return "\n".join(["metrics:", *map(line, metrics(results)), "routing:", *about, "  layers:", *layers]) + "\n"
 
 
 def main(
     folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs with different seeds.")],
-    to_yaml: Annotated[Path | None, typer.Option("--yaml", help="Write the metrics for the card here.")] = None,
+    to_yaml: Annotated[Path | None, typer.Option("--yaml", help="Write metrics and routing for the card here.")] = None,
 ) -> None:
     """Print the table of several runs."""
     try:
-        entries = metrics(read_results(folders))
-        print(show(entries))
+        results = read_results(folders)
+        print(show(metrics(results)))
         if to_yaml is not None:
             with atomic_path(to_yaml) as temporary:
-                temporary.write_text(yaml.safe_dump(entries, sort_keys=False, width=1000), encoding="utf-8")
+                temporary.write_text(as_yaml(results), encoding="utf-8")
     except MmoeError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

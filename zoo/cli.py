@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,8 @@ from zoo.table import columns, short
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_KINDS, _WEIGHTS = ("models", "routers", "experts"), ("bundled", "any")
+_DRAWN = {"heatmap": ("png", "jpg", "jpeg", "webp", "svg", "pdf"), "overlay": ("png", "jpg", "jpeg", "webp")}
 _MOST_LAYERS, _MOST_EXPERTS = 16, 16  # that the summary of `predict` shows
 
 
@@ -33,8 +35,8 @@ def list_models(
         str | None,
         typer.Option("--license", "--licence", help="A licence such as 'MIT' or 'Apache*', or commercial."),
     ] = None,
-    weights: Annotated[Literal["bundled", "any"] | None, typer.Option(help="Only models with weights.")] = None,
-    kind: Annotated[Literal["models", "routers", "experts"], typer.Option(help="What to list.")] = "models",
+    weights: Annotated[str | None, typer.Option(help="Only models with weights: bundled, or any.")] = None,
+    kind: Annotated[str, typer.Option(help="What to list: models, routers or experts.")] = "models",
     as_json: Json = False,
 ) -> None:
     """List models, or the routers and experts that models are built from.
@@ -45,6 +47,10 @@ def list_models(
     mmoe list --task retrieval --license commercial
     mmoe list --kind routers
     """
+    for option, value, choices in (("kind", kind, _KINDS), ("weights", weights, _WEIGHTS)):
+        if value is not None and value not in choices:
+            fix = f"--{option} {(nearest(value, choices) or choices)[0]}"
+            raise UnknownName(f"cannot list by --{option} {value!r}", did_you_mean(value, choices), fix)
     if kind != "models":
         found = [entry for entry in _registered(kind) if _matches(entry["name"], pattern)]
         if as_json:
@@ -85,7 +91,7 @@ def _check_known(what: str, values: Sequence[str], known: Iterable[str]) -> None
             raise UnknownName(f"no model has the {what} {value!r}", did_you_mean(value, choices), f"--{what} {fix}")
 
 
-def _registered(kind: Literal["routers", "experts"]) -> list[dict[str, str]]:
+def _registered(kind: str) -> list[dict[str, str]]:
     """Name, first line of the docstring and properties of every registered router or expert."""
     from mmoe import registry
 
@@ -252,6 +258,8 @@ def predict(
     mmoe predict clip_moe_tiny fox.png "a fox" "a pizza" --trace routing.json --overlay overlay.png
     mmoe predict clip_moe_tiny fox.png "a fox" "a pizza" --router topk:top_k=1
     """
+    files = {kind: path for kind, path in (("trace", trace), ("heatmap", heatmap), ("overlay", overlay)) if path}
+    _check_formats(files)
     pictures, labels = _arguments(name, inputs)
     overrides = parse_settings(settings or [])
 
@@ -263,16 +271,15 @@ def predict(
     model: Any = load(name, chosen, device=device, dtype=dtype, router=router, **overrides)
     with record(model) as routing:
         result = model.predict(pictures, labels)
-    written = {kind: path for kind, path in (("trace", trace), ("heatmap", heatmap), ("overlay", overlay)) if path}
-    if written:
+    if files:
         views = model.views(model.preprocess(pictures, labels))
         about = {"model": name, "inputs": list(inputs), "result": result.as_dict()}
-        routes.write(written, routing, views, about, pictures[0], model.preprocessing)
+        routes.write(files, routing, views, about, pictures[0], model.preprocessing)
     report = model.load_report
     if as_json:
         told = {"model": name, "weights": report.source if report else "random", "inputs": inputs, **result.as_dict()}
-        files = {kind: str(path) for kind, path in written.items()}
-        print_json({**told, "routing": routing.summary(), "files": files})
+        paths = {kind: str(path) for kind, path in files.items()}
+        print_json({**told, "routing": routing.summary(), "files": paths})
         return
     if report is None or report.missing:
         what = f"{len(report.missing)} tensors are" if report else "all weights are"
@@ -282,8 +289,17 @@ def predict(
         echo_table([picture, "probability"], rows, right={1})
         typer.echo()
     _echo_routing(routing.summary())
-    for kind, path in written.items():
+    for kind, path in files.items():
         typer.echo(f"{kind}: {path}")
+
+
+def _check_formats(files: Mapping[str, Path]) -> None:
+    """Fails before the model is loaded, not after."""
+    for kind, path in files.items():
+        known, suffix = _DRAWN.get(kind), path.suffix.lower().removeprefix(".")
+        if known is not None and suffix not in known:
+            fix = f"--{kind} {path.with_suffix('.png').name}"
+            raise BadInput(f"cannot draw to '{path}'", f"the suffix names the format: {', '.join(known)}", fix)
 
 
 def _arguments(name: str, inputs: Sequence[str]) -> tuple[list[str], list[str]]:

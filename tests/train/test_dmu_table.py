@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from mmoe.errors import BadInput
-from train.dmu_table import DIRECTIONS, MODELS, SPLITS, metrics, read_results, show
+from train.dmu_table import DIRECTIONS, MODELS, SPLITS, as_yaml, metrics, read_results, show
 from train.evaluate import RANKS
 
 
@@ -15,7 +16,8 @@ def write(folder, seed: int, value: float):
     row = {direction: {f"R@{k}": value for k in RANKS} for direction in DIRECTIONS}
     retrieval = {model: {split: row for split in SPLITS} for model in MODELS}
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps({"seed": seed, "retrieval": retrieval}))
+    layer = {"layer": "a", "load": [0.5, 0.5], "max_over_mean": 1.0, "dead": [], "entropy": 0.7}
+    (folder / "results.json").write_text(json.dumps({"seed": seed, "retrieval": retrieval, "experts": [layer]}))
     return folder
 
 
@@ -26,7 +28,14 @@ def test_mean_and_spread_over_seeds(tmp_path):
     assert entries[0]["seeds"] == [0, 1]
     assert entries[0]["text_to_image R@1"] == pytest.approx(0.3)
     assert entries[0]["text_to_image R@1 sd"] == pytest.approx(0.1414, abs=1e-4)
-    assert "| CLIP-MoE | 30.0 ± 14.1 / 30.0 ± 14.1 / 30.0 ± 14.1 |" in show(entries)
+    assert "| 30.0 ± 14.1 / 30.0 ± 14.1 / 30.0 ± 14.1 |" in show(entries)
+
+
+def test_yaml_for_the_card_reads_back(tmp_path):
+    results = read_results([write(tmp_path / "0", 0, 0.2)])
+    read = yaml.safe_load(as_yaml(results))
+    assert read["metrics"] == metrics(results)
+    assert read["routing"]["layers"][0]["load"] == [0.5, 0.5]
 
 
 def test_unfinished_run(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 import zoo
 from mmoe.cli import main
+from zoo import registry
 from zoo.weights import online
 
 
@@ -26,6 +27,14 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     online.cache_clear()
     yield
     online.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages that name near models stay the same when the zoo grows."""
+    cards = registry._cards()
+    names = ("clip_moe_tiny", "clip_moe_vit_l14")
+    monkeypatch.setattr(registry, "_cards", lambda: {name: cards[name] for name in names})
 
 
 @dataclass(frozen=True)
