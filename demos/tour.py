@@ -121,7 +121,9 @@ def _fine_tune(console: Console, model: Any, steps: int) -> None:
     routers = sum(value.numel() for name, value in model.named_parameters() if "router" in name)
     console.print(f"Trained {routers:,} of {model.num_params().total:,} parameters, the routers, for {steps} steps.")
     console.print(f"loss of the training batches:   {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last")
-    console.print(f"loss of {HELD_BATCH} held-out emoji:      {before:.3f} before, {after:.3f} after")
+    console.print(
+        f"loss of {HELD_BATCH} held-out emoji:      {before:.3f} before, {after:.3f} after (unseen names and style)"
+    )
     console.print(honest_words(before, after))
 
 

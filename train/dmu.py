@@ -188,12 +188,15 @@ class DmuRun:
         return self.config.mcl.steps * (int(self.card.moe["experts"]) - 1) + self.config.router.steps
 
     def dense_control(self) -> ClipMoE:
-        """The base trained on, all weights, for as many steps as the mixture had."""
-        config = self.config.mcl.model_copy(update={"steps": self.added_steps, "trainable": ("*",)})
+        """The base trained on as it began, all weights, for as many steps as the mixture had."""
+        config = self.config.base.model_copy(update={"steps": self.added_steps})
         return self.stage("base_longer", lambda: self.train(copy.deepcopy(self.base()), config, "base_longer"))
 
     def plain_control(self) -> ClipMoE:
-        """Plain upcycling: copies of the base as experts, trained with their routers for as many steps."""
+        """Plain upcycling: copies of the base as experts, trained with their routers for as many steps.
+
+        The settings are those of the MCL stages, with ordinary batches in place of clusters.
+        """
         config = self.config.mcl.model_copy(update={"steps": self.added_steps})
         return self.stage("upcycled", lambda: self.train(self.upcycled(), config, "upcycled"))
 

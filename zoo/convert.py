@@ -69,7 +69,8 @@ def upcycle(
     expert and SOURCE gives the rest.
 
     \b
-    mmoe convert upcycle open_clip:ViT-B-32-quickgelu/openai --experts 4 --out my_moe
+    mmoe convert upcycle clip_tiny --experts 4 --out my_moe
+    mmoe convert upcycle open_clip:ViT-B-32-quickgelu/openai --layers 6 --out my_moe
     mmoe convert upcycle stage0 --source stage0 --source stage1 --out my_moe
     """
     _check_folder(out, force)
@@ -219,7 +220,8 @@ def _open(source: str, like: Model | None = None) -> _Source:
     model = load(source, device="cpu")
     found = model.card
     if getattr(model.config, "num_experts", 0):
-        fix = "mmoe convert upcycle open_clip:ViT-B-32-quickgelu/openai --out DIR"
+        dense = (card.name for card in list_models(family=model.family) if not card.moe)
+        fix = f"mmoe convert upcycle {next(dense, 'open_clip:ViT-B-32-quickgelu/openai')} --out DIR"
         raise Refused(f"cannot upcycle {source!r}", "it is a mixture already; give a dense model", fix)
     if found is None:
         return _Source(model=model, name=source, licence="unknown")

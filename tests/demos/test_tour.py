@@ -19,7 +19,7 @@ from demos import tour
 def run(folder: Path, *words: str) -> str:
     """Runs the verb in another folder, with every proxy and hub unreachable."""
     nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    environment = {**os.environ, **nowhere, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "MMOE_QUIET": "1"}
+    environment = {**os.environ, **nowhere, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mmoe", "tour", *words]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import zoo
 from mmoe.cli import main
@@ -27,6 +28,12 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     online.cache_clear()
     yield
     online.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_seeded: None) -> None:
+    """The models here are so small that a second thread only waits for the first."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -343,6 +343,18 @@ def test_upcycling_starts_from_the_dense_model(top_k: int, small: Any) -> None:
     assert after.total == before.total + 2 * inside + after.routers
 
 
+def test_the_dense_model_stays_as_it_was(small: Any) -> None:
+    dense = small(num_experts=0)
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    model = upcycle(dense, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.requires_grad and not parameter.is_meta
+            parameter.add_(1)
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert all(value.equal(before[name]) for name, value in dense.state_dict().items())
+
+
 def test_the_difference_is_measured(small: Any) -> None:
     """The proof can fail: a change to one expert of one layer shows."""
     dense = small(num_experts=0)

@@ -277,8 +277,11 @@ def upcycle(
     hosts = None if sources is None else [_strip(source) for source in sources]
     host, _ = upcycle_host(dense.clip, count, top_k=config.top_k, layers=config.moe_layers, sources=hosts, noise=noise)
     state = {f"clip.{name}": value for name, value in host.state_dict().items()}
-    model = ClipMoE(config)
-    model.load_state_dict({name: _rounded(name, value) if round_to_half else value for name, value in state.items()})
+    with torch.device("meta"):
+        model = ClipMoE(config)  # takes over the tensors below, since a copy of a large model costs gigabytes
+    state = {name: _rounded(name, value) if round_to_half else value for name, value in state.items()}
+    model.load_state_dict(state, assign=True)
+    model.clip.attn_mask = host.attn_mask  # the one buffer that is in no state dict
     model.preprocessing = dense.preprocessing
     model.card = None
     return model.eval()
