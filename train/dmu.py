@@ -44,7 +44,8 @@ class DmuConfig(BaseModel):
     Attributes:
         model: card whose config is trained; its `num_experts` sets the number of MCL stages plus one.
         init_scale: initial logarithm of the inverse temperature of the base.
-        clusters: k-means clusters of each modality in each stage; cells multiply from stage to stage.
+        image_clusters, text_clusters: k-means clusters of each modality in each stage; cells multiply from stage to
+            stage. The paper has 3 and 3 for a million pairs.
         base, mcl, router: stages.
         expert_dropout: after the experts' activation while the routers train.
     """
@@ -53,7 +54,8 @@ class DmuConfig(BaseModel):
 
     model: str
     init_scale: float = 2.64
-    clusters: int = Field(default=3, gt=1)
+    image_clusters: int = Field(default=3, gt=0)
+    text_clusters: int = Field(default=3, gt=0)
     base: StageConfig
     mcl: StageConfig
     router: StageConfig
@@ -153,7 +155,8 @@ class DmuRun:
         models = [self.base()]
         cells = torch.zeros(len(self.emoji.training_styles), len(self.emoji), dtype=torch.long)
         for number in range(1, int(self.card.moe["experts"])):
-            cells = refine_cells(cells, models[-1], self.emoji, self.config.clusters, self.seed)
+            clusters = self.config.image_clusters, self.config.text_clusters
+            cells = refine_cells(cells, models[-1], self.emoji, clusters, self.seed)
             models.append(self._expert(f"mcl_{number}", models[0], cells))
         return models
 
@@ -219,27 +222,27 @@ class DmuRun:
         return results
 
 
-def refine_cells(cells: Tensor, model: ClipMoE, emoji: EmojiSet, clusters: int, seed: int) -> Tensor:
+def refine_cells(cells: Tensor, model: ClipMoE, emoji: EmojiSet, clusters: tuple[int, int], seed: int) -> Tensor:
     """Splits every cell by k-means clusters of pictures and of names under the newest model.
 
     Args:
         cells: (styles, n) labels so far.
         model: newest model.
         emoji: the data; held-out concepts are labelled too but never fitted nor drawn.
-        clusters: per modality.
+        clusters: of pictures and of names.
         seed: of k-means.
     """
 
-    def labels(features: Tensor, fitted: Tensor) -> Tensor:
-        kmeans = MiniBatchKMeans(clusters, batch_size=4096, max_iter=500, n_init=3, random_state=seed).fit(fitted)
+    def labels(features: Tensor, fitted: Tensor, count: int) -> Tensor:
+        kmeans = MiniBatchKMeans(count, batch_size=4096, max_iter=500, n_init=3, random_state=seed).fit(fitted)
         return torch.from_numpy(kmeans.predict(features)).long()
 
     pictures = [image_features(model, emoji, style) for style in emoji.training_styles]
     seen = torch.tensor(emoji.seen)
-    image = labels(torch.cat(pictures), torch.cat([rows[seen] for rows in pictures])).view(len(pictures), -1)
+    image = labels(torch.cat(pictures), torch.cat([rows[seen] for rows in pictures]), clusters[0])
     names = text_features(model, [concept.name for concept in emoji.concepts])
-    text = labels(names, names[seen])  # (n,)
-    return cells * clusters**2 + clusters * text + image
+    text = labels(names, names[seen], clusters[1])  # (n,)
+    return cells * clusters[0] * clusters[1] + clusters[0] * text + image.view(len(pictures), -1)
 
 
 def print_results(results: dict[str, Any]) -> None:

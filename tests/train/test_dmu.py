@@ -14,7 +14,8 @@ from train.evaluate import expert_use, recall
 
 SMALL = {
     "model": "clip_moe_tiny",
-    "clusters": 2,
+    "image_clusters": 2,
+    "text_clusters": 2,
     "base": {"steps": 2, "batch_size": 32, "lr": 1e-3},
     "mcl": {"steps": 1, "batch_size": 8, "lr": 1e-3, "trainable": ["*.mlp.*"]},
     "router": {"steps": 1, "batch_size": 32, "lr": 1e-2, "trainable": ["*.router.*"]},
@@ -80,8 +81,8 @@ def test_another_seed_needs_another_folder(run):
 def test_cells_split_further(run):
     base = run.base()
     cells = torch.zeros(2, len(run.emoji), dtype=torch.long)
-    first = refine_cells(cells, base, run.emoji, 2, seed=0)
-    second = refine_cells(first, base, run.emoji, 2, seed=0)
+    first = refine_cells(cells, base, run.emoji, (2, 2), seed=0)
+    second = refine_cells(first, base, run.emoji, (2, 2), seed=0)
     assert first.max() < 4 and second.max() < 16
     assert torch.equal(second // 4, first)
 
