@@ -6,6 +6,7 @@ special to a family is in `demos/<family>.py`; see `demos/family.py`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ import gradio as gr
 
 import zoo
 from demos import look, panels
-from demos.family import Family, Shell, family, message_area
+from demos.family import Family, Shell, family, keep, message_area
 from demos.store import ModelStore
+from mmoe.errors import MmoeError
 from zoo.assets import asset
 from zoo.card import Card
 
@@ -75,16 +77,17 @@ def build(
                 of_family = {name: [card for card in cards if card.family == name] for name in names}
                 pages = [_draw_page(make_family(name, of_family[name], store), shell, first) for name in names]
         _wire_models(shell, side, head, pages)
+        app.load(lambda: _warm_up(first), api_name="warm_up", api_visibility="private", show_progress="hidden")
     app.queue(max_size=32)
     return app
 
 
 def choose(selected: str | None) -> Card:
-    """The card of a model, the first bundled one of a family, or the first bundled one of all."""
+    """The card of a model, or the first bundled one with experts of a family or of all."""
     if selected is not None and selected not in {card.family for card in zoo.list_models()}:
         return zoo.card(selected)
     cards = zoo.list_models(family=selected)
-    return next((card for card in cards if card.bundled), cards[0])
+    return next((card for card in cards if card.bundled and card.moe), cards[0])
 
 
 def launch_options() -> dict[str, Any]:
@@ -98,6 +101,7 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": MAX_UPLOAD,
         "allowed_paths": [str(asset("examples"))],
         "ssr_mode": False,
+        "enable_monitoring": False,
         "quiet": True,
     }
 
@@ -137,7 +141,8 @@ def _wanted(choice: str | None) -> str | None:
 
 def _choices(cards: list[Card]) -> list[tuple[str, str]]:
     """Models for the list: name, sizes and where the weights are, a line each."""
-    return [(f"{card.name}\n{look.sizes(card)}\n{look.weights_chip(card)[0]}", card.name) for card in cards]
+    lines = [(card.name, look.sizes(card).replace(" parameters", ""), look.weights_chip(card)[0]) for card in cards]
+    return [("\n".join(shown), shown[0]) for shown in lines]
 
 
 def _draw_page(one: Family, shell: Shell, first: Card) -> _Page:
@@ -182,20 +187,27 @@ def _wire_models(shell: Shell, side: _Side, head: gr.HTML, pages: list[_Page]) -
 
     changed = [head, side.status, side.fetch, *(part for page in pages for part in (page.column, page.card))]
     common = {"names": ["model"], "message": side.message}
-    skip = [gr.skip()]
     shell.on(
         side.picker.input,
         select,
         [side.picker],
         changed,
         api_name="select_model",
-        blank=skip * len(changed),
+        blank=keep,
         heavy=False,
         show_progress="hidden",
         **common,
     )
-    shell.on(side.fetch.click, load, [side.picker], [side.status], api_name="load", blank=skip, **common)
-    shell.on(side.unload.click, drop, [side.picker], [side.status], api_name="unload", blank=skip, **common)
+    shell.on(side.fetch.click, load, [side.picker], [side.status], api_name="load", blank=keep, **common)
+    shell.on(side.unload.click, drop, [side.picker], [side.status], api_name="unload", blank=keep, **common)
+
+
+def _warm_up(card: Card) -> None:
+    """Imports the libraries of the first model once a page is open, so that the first run is quicker."""
+    from zoo.loading import family_class
+
+    with contextlib.suppress(MmoeError):  # the visitor is told when running the model
+        family_class(card.family)
 
 
 def _then_status(event: Any, store: ModelStore, side: _Side) -> None:

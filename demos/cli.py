@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmoe.errors import BadInput, MmoeError
+from mmoe.errors import BadInput
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -55,8 +56,8 @@ def demo(
             import webbrowser
 
             webbrowser.open(url)
-        threading.Thread(target=_warm_up, args=(name,), daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
             threading.Event().wait()
         app.close(verbose=False)
         typer.echo("\nstopped")
@@ -75,7 +76,7 @@ def serve(name: str | None, *, host: str, port: int, share: bool = False) -> tup
         )
     except OSError as error:
         raise BadInput(f"cannot listen on {host}, port {port}", str(error), "mmoe demo --host 127.0.0.1") from error
-    return app, url
+    return app, url.replace("://0.0.0.0", "://127.0.0.1")
 
 
 def free_port(host: str, first: int = PORT, tried: int = TRIED) -> int:
@@ -129,12 +130,3 @@ def _own_temporary_folder() -> Iterator[None]:
             yield
         finally:
             os.environ.pop("GRADIO_TEMP_DIR", None)
-
-
-def _warm_up(name: str | None) -> Any:
-    """Imports the libraries of the first model while the visitor reads, so that the first run is quicker."""
-    from demos.app import choose
-    from zoo.loading import family_class
-
-    with contextlib.suppress(MmoeError):  # the visitor is told when running the model
-        return family_class(choose(name).family)

@@ -18,7 +18,7 @@ import gradio as gr
 from PIL import Image
 
 from demos import look
-from demos.family import Family, Shell, message_area, picture_input, read_picture, read_texts
+from demos.family import Family, Shell, keep, message_area, picture_input, read_picture, read_texts
 from demos.store import Loaded, ModelStore, Note
 from mmoe.errors import BadInput, did_you_mean
 from zoo.assets import asset
@@ -183,7 +183,7 @@ class Page(Family):
             api_name="clip_moe_predict",
             names=["model", "image", "labels"],
             message=message,
-            blank=[look.NO_RESULT, ""],
+            blank=lambda _: [look.NO_RESULT, ""],
         )
         return [picture, labels]
 
@@ -225,7 +225,7 @@ class Page(Family):
             api_name="clip_moe_find",
             names=["word", "style"],
             message=message,
-            blank=[gr.skip()],
+            blank=keep,
             heavy=False,
             trigger_mode="always_last",
             show_progress="hidden",
@@ -241,7 +241,7 @@ class Page(Family):
             api_name=name,
             names=["choice", "labels"],
             message=message,
-            blank=[gr.skip(), gr.skip()],
+            blank=keep,
             heavy=False,
             show_progress="hidden",
         )
@@ -263,7 +263,7 @@ class Page(Family):
             api_name="clip_moe_search",
             names=["model", "query", "style"],
             message=message,
-            blank=[gr.HTML("", items=[]), "", None],
+            blank=lambda _: [gr.HTML("", items=[]), "", None],
             show_progress_on=[note],
         )
         self._wire_pick(shell, "clip_moe_pick_found", grid, picture, labels, message)

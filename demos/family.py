@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mmoe.demo")
 HEAVY = "heavy"
+# Makes what the outputs of an event become after an error, given their number. It is a function because a component
+# that is made while the page is drawn would become a part of the page.
+Blank = Callable[[int], list[Any]]
 MAX_TEXTS, MAX_CHARACTERS = 100, 1000
 SHOWN_PIXELS = 640  # on a side, of pictures that are kept for drawing
 
@@ -67,7 +70,7 @@ class Shell:
         api_name: str,
         names: Sequence[str],
         message: gr.HTML,
-        blank: Sequence[Any] | None = None,
+        blank: Blank | None = None,
         heavy: bool = True,
         **options: Any,
     ) -> Any:
@@ -83,15 +86,14 @@ class Shell:
             api_name: name of the endpoint.
             names: of the inputs in the API.
             message: first output, an error card or empty.
-            blank: what clears each output; None for each by default.
+            blank: what the outputs become after an error, None each by default.
             heavy: waits for other heavy jobs.
             options: of the event.
         """
-        blank = [None] * len(outputs) if blank is None else list(blank)
         events = triggers if isinstance(triggers, list) else [triggers]
         event = gr.on(
             events,
-            _endpoint(work, names, blank, heavy),
+            _endpoint(work, names, len(outputs), blank or clear, heavy),
             list(inputs),
             [message, *outputs],
             api_name=api_name,
@@ -105,7 +107,17 @@ class Shell:
         return event
 
 
-def _endpoint(work: Callable[..., Any], names: Sequence[str], blank: list[Any], heavy: bool) -> Callable[..., Any]:
+def clear(count: int) -> list[Any]:
+    """Empties the outputs of an event that failed."""
+    return [None] * count
+
+
+def keep(count: int) -> list[Any]:
+    """Leaves the outputs of an event that failed as they are."""
+    return [gr.skip()] * count
+
+
+def _endpoint(work: Callable[..., Any], names: Sequence[str], outputs: int, blank: Blank, heavy: bool) -> Any:
     """A handler with named parameters (the API shows them) that turns errors into cards."""
 
     def handler(*args: Any) -> list[Any]:
@@ -114,12 +126,12 @@ def _endpoint(work: Callable[..., Any], names: Sequence[str], blank: list[Any], 
         try:
             result = work(note, *args[: len(names)])
         except MmoeError as error:
-            return [look.message(error), *blank]
+            return [look.message(error), *blank(outputs)]
         except Exception:  # whatever it is: the visitor gets a sentence, the server's log the traceback
             log.exception("the job %s failed", work.__qualname__)
             error = MmoeError("this did not work", "an unexpected error; the server's log has it", "try another input")
-            return [look.message(error), *blank]
-        return ["", *(result if len(blank) > 1 else [result])]
+            return [look.message(error), *blank(outputs)]
+        return ["", *(result if outputs > 1 else [result])]
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in names]
@@ -214,7 +226,7 @@ class Family:
             api_name=f"{self.name}_predict",
             names=names,
             message=message,
-            blank=[look.NO_RESULT],
+            blank=lambda _: [look.NO_RESULT],
         )
         return components
 

@@ -157,7 +157,7 @@ def short_count(number: float) -> str:
     """A parameter count for people.
 
     >>> short_count(5_492_097), short_count(1_202_429_441), short_count(950)
-    ('5.5M', '1.2B', '950')
+    ('5.49M', '1.2B', '950')
     """
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
@@ -166,14 +166,15 @@ def short_count(number: float) -> str:
 
 
 def sizes(card: Card) -> str:
-    """Active and total parameters, in short."""
-    return f"{short_count(card.params.get('active', 0))} of {short_count(card.params.get('total', 0))} active"
+    """Active and total parameters, in short; one number for a dense model."""
+    active, total = (short_count(card.params.get(kind, 0)) for kind in ("active", "total"))
+    return f"{active} of {total} parameters active" if card.moe else f"{total} parameters, dense"
 
 
 def head(card: Card) -> str:
     """The top of a model's page: name, summary, and the facts one wants first."""
     moe = card.moe
-    facts = [chip(*weights_chip(card)), chip(sizes(card).replace(" active", " parameters active"))]
+    facts = [chip(*weights_chip(card)), chip(sizes(card))]
     if moe:
         facts.append(chip(f"{moe['experts']} experts in each of {moe['layers']} layers, {moe['top_k']} per token"))
     facts.append(chip(f"licence {card.licence}"))
@@ -200,7 +201,7 @@ TABLE_CSS = """
 .scroll { overflow-x: auto; }
 table, thead, tbody, tr, th, td { border: 0 !important; }
 table { border-collapse: collapse; width: 100%; margin: 0; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 16px 5px 0; text-align: left; white-space: nowrap;
+th, td { padding: 5px 12px 5px 0; text-align: left; white-space: nowrap;
   box-shadow: inset 0 -1px var(--border-color-primary); }
 th { font-weight: 500; color: var(--body-text-color-subdued); }
 """

@@ -62,7 +62,10 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
     gr.HTML(look.section("Numbers"))
     table = look.table(record.NUMBERS_HEADER, label="Routing of every layer", elem_id=f"{family.name}-numbers")
     whole = [state, about, depth, picture, texts, bars, heatmap, table]
-    blank = [None, "", gr.skip(), None, None, None, None, look.rows([])]
+
+    def blank(count: int) -> list[Any]:
+        return [None, "", gr.skip(), None, None, None, None, look.rows([])]
+
     inputs = [state, depth, shell.model, *sources]
     names = ["state", "layer", "model", *family.parameters]
     name = f"{family.name}_routing"
@@ -239,7 +242,7 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
         api_name=f"{family.name}_layers",
         names=["shown", "model"],
         message=message,
-        blank=[gr.skip(), gr.skip()],
+        blank=lambda _: [gr.HTML("{}", rows=[], experts=0), ""],
     )
     shell.on(
         run.click,
@@ -249,7 +252,7 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
         api_name=name,
         names=["switched_off", "model", *family.parameters],
         message=message,
-        blank=["", look.NO_RESULT, look.NO_RESULT, look.rows([])],
+        blank=lambda _: ["", look.NO_RESULT, look.NO_RESULT, look.rows([])],
     )
 
 
@@ -264,10 +267,8 @@ class _AblatePanel:
         """Layers of a model and the number of experts in each, as rows for the switches; expert 0 is ticked."""
         if shown == model:
             return gr.skip(), gr.skip()
-        from mmoe.moe import moe_layers
-
         with self.shell.store.use(model, note) as loaded:
-            sizes = {name: layer.router.num_experts for name, layer in moe_layers(loaded.model).items()}
+            sizes = record.experts_of(loaded.model, model)
             names = record.layer_names(list(sizes), self.family.views(loaded.model))
         rows = [{"layer": layer, "name": names[layer], "experts": size} for layer, size in sizes.items()]
         off = {layer: [0] for layer, size in sizes.items() if size > 1}
@@ -283,6 +284,7 @@ class _AblatePanel:
         off = read_switches(switched_off)
         inputs = self.family.read(*values)
         with self.shell.store.use(model, note) as loaded:
+            record.experts_of(loaded.model, model)
             note("Running with all experts", 0.5)
             before = self.family.predict(loaded.model, inputs)
             note("Running without some", 0.8)

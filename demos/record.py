@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from mmoe.errors import Refused
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -69,10 +71,14 @@ def record_routing(
 
     Returns:
         What `run` returned, and the record.
+
+    Raises:
+        Refused: the model has no experts.
     """
     import mmoe
     from mmoe.trace import Trace
 
+    experts_of(model, name)
     with mmoe.trace(model) as routing:
         result = run()
     views = model.views(batch)
@@ -81,6 +87,20 @@ def record_routing(
     return result, RoutingRecord(
         model=name, trace=trace, summary=routing.summary(), views=views, names=names, picture=picture
     )
+
+
+def experts_of(model: Model, name: str) -> dict[str, int]:
+    """Number of experts in each layer that has some.
+
+    Raises:
+        Refused: there is none.
+    """
+    from mmoe.moe import moe_layers
+
+    sizes = {layer: moe.router.num_experts for layer, moe in moe_layers(model).items()}
+    if not sizes:
+        raise Refused(f"{name} has no routing", "it is a dense model: no layer has experts", "mmoe list '*moe*'")
+    return sizes
 
 
 def _small(routing: Routing) -> Routing:

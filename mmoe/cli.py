@@ -35,7 +35,7 @@ GROUP = "mmoe.commands"
 
 # One line for each of our verbs, in the order of the help page, so that drawing it imports none of them.
 _HELP = {
-    "list": "List models, routers, experts and recipes.",
+    "list": "List models, routers and experts.",
     "info": "Show a model's card: sizes, licences, weights, metrics.",
     "predict": "Run a model on an input and show what its router did.",
     "train": "Train a model with a recipe.",

@@ -37,7 +37,7 @@ SPLITS = {
     "seen_openmoji": "1,341 seen concepts, OpenMoji (trained on)",
     "seen_noto": "1,341 seen concepts, Noto (trained on)",
 }
-DIRECTIONS = ("text_to_image", "image_to_text")
+DIRECTIONS = {"text_to_image": "T2I", "image_to_text": "I2T"}  # names in the results, names in the table
 
 
 def read_results(folders: list[Path]) -> list[dict[str, Any]]:
@@ -70,13 +70,13 @@ def metrics(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     command = f"python -m train.dmu --controls --seed S --out runs/dmu_S, S = {', '.join(map(str, seeds))}"
     entries = []
     for split, data in SPLITS.items():
-        for model, (label, card) in MODELS.items():
-            entry: dict[str, Any] = {"data": data, "model": label, **zoo.card(card).params, "seeds": seeds}
-            for direction in DIRECTIONS:
+        for model, (about, card) in MODELS.items():
+            entry: dict[str, Any] = {"data": data, "model": about, **zoo.card(card).params, "seeds": seeds}
+            for direction, label in DIRECTIONS.items():
                 for k in RANKS:
                     values = [result["retrieval"][model][split][direction][f"R@{k}"] for result in results]
-                    entry[f"{direction} R@{k}"] = round(statistics.mean(values), 4)
-                    entry[f"{direction} R@{k} sd"] = round(statistics.stdev(values), 4) if len(values) > 1 else 0.0
+                    entry[f"{label} R@{k}"] = round(statistics.mean(values), 4)
+                    entry[f"{label} R@{k} sd"] = round(statistics.stdev(values), 4) if len(values) > 1 else 0.0
             entries.append({**entry, "provenance": "ours", "command": command})
     return entries
 
@@ -91,7 +91,7 @@ def show(entries: list[dict[str, Any]]) -> str:
             if entry["data"] == data:
                 cells = [
                     " / ".join(f"{100 * entry[f'{d} R@{k}']:.1f} ± {100 * entry[f'{d} R@{k} sd']:.1f}" for k in RANKS)
-                    for d in DIRECTIONS
+                    for d in DIRECTIONS.values()
                 ]
                 lines.append(
                     f"| {entry['model']} | {entry['total']:,} / {entry['active']:,} | {cells[0]} | {cells[1]} |"

@@ -16,7 +16,7 @@ from mmoe.errors import BadInput, BadOverride, CorruptFile, Refused, UnknownName
 from zoo.card import Card, Weights
 from zoo.registry import card
 from zoo.registry import list_models as find_models
-from zoo.table import columns, short
+from zoo.table import columns, metric_tables, short
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -27,7 +27,9 @@ _MOST_LAYERS, _MOST_EXPERTS = 16, 16  # that the summary of `predict` shows
 
 
 def list_models(
-    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as 'clip_moe*'.")] = "*",
+    pattern: Annotated[
+        str, typer.Argument(metavar="PATTERN", help="Part of a name, or a pattern such as 'clip_moe*'.")
+    ] = "*",
     task: Annotated[str | None, typer.Option(help="Only models that can do this.")] = None,
     modality: Annotated[str | None, typer.Option(help="Only models that take these, such as image,text.")] = None,
     family: Annotated[str | None, typer.Option(help="Only models of this family.")] = None,
@@ -125,7 +127,7 @@ def _place(weights: Weights) -> str:
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="A model's name, or a folder that a model was saved in.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name, or a folder that a model was saved in.")],
     as_json: Json = False,
 ) -> None:
     """Show what is known about a model: sizes, licences, weights, metrics, routing.
@@ -143,6 +145,8 @@ def info(
     typer.echo(f"{typer.style(found.name, bold=True)}  {found.summary}\n")
     for title, text in _facts(found, files):
         typer.echo(_paragraph(title, text))
+    for heading, table in metric_tables(found.metrics):
+        typer.echo(f"\n{heading}\n{table}")
     typer.echo(_paragraph("load it", line))
 
 
@@ -195,8 +199,8 @@ def _facts(found: Card, files: Mapping[str, dict[str, Any] | None]) -> list[tupl
     if found.code:
         facts.append(("authors' code", _joined(found.code, url="{}", commit="at {:.12},", licence="licence {}")))
     facts += [("weights", text) for text in _weights_lines(found, files)]
-    facts += [("metric", _pairs(metric)) for metric in found.metrics]
-    facts += [("routing", f"{key}: {value}") for key, value in found.routing.items()]
+    facts += [("routing", f"{key}: {value}") for key, value in found.routing.items() if key != "layers"]
+    facts += [("routing", _pairs(layer)) for layer in found.routing.get("layers", ())]
     if found.lineage:
         facts.append(("made by", _pairs(found.lineage)))
     facts += [("note", note) for note in found.notes]
@@ -237,11 +241,13 @@ def _paragraph(title: str, text: str) -> str:
 
 
 def predict(
-    name: Annotated[str, typer.Argument(help="A model's name, or a folder that a model was saved in.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name, or a folder that a model was saved in.")],
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help="Pictures, then the texts to choose from.")],
     trace: Annotated[Path | None, typer.Option(help="Write the experts of every token here (JSON).")] = None,
     heatmap: Annotated[Path | None, typer.Option(help="Draw the load of each layer's experts here.")] = None,
-    overlay: Annotated[Path | None, typer.Option(help="Draw the last layer's experts over the picture here.")] = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Draw the last layer's experts over the first picture here.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the config; may be repeated.")
     ] = None,

@@ -47,7 +47,9 @@ class _Source:
 
 @app.command()
 def upcycle(
-    source: Annotated[str, typer.Argument(help="open_clip:ARCH/TAG, a model's name, or a folder of a dense model.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="open_clip:ARCH/TAG, a model's name, or a folder of a dense model.")
+    ],
     out: Out,
     experts: Annotated[int, typer.Option(help="Experts per layer, copies of the dense block.")] = 4,
     top_k: Annotated[int, typer.Option(help="Experts per token.")] = 2,
@@ -106,8 +108,10 @@ def upcycle(
 
 @app.command()
 def from_original(
-    family: Annotated[str, typer.Argument(help="Family that the weights belong to, such as clip_moe.")],
-    file: Annotated[Path, typer.Argument(help="The authors' state dict, .pt or .safetensors.")],
+    family: Annotated[
+        str, typer.Argument(metavar="FAMILY", help="Family that the weights belong to, such as clip_moe.")
+    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' state dict, .pt or .safetensors.")],
     out: Out,
     top_k: Annotated[int | None, typer.Option(help="Experts per token, which files do not say.")] = None,
     settings: Annotated[
@@ -148,7 +152,9 @@ def from_original(
 
 @app.command()
 def to_original(
-    model: Annotated[str, typer.Argument(help="A model's name, or a folder that a model was saved in.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model's name, or a folder that a model was saved in.")
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write, .safetensors or .pt.")],
     force: Annotated[bool, typer.Option("--force", help="Replace a file.")] = False,
     as_json: Json = False,

@@ -112,7 +112,7 @@ def _devices() -> Iterator[Check]:
         fix = f"{Path(sys.executable).name} -m pip install --force-reinstall torch torchvision"
         yield Check(name="devices", detail=detail, status="broken", fix=fix)
         return
-    found = [f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads for torch)"]
+    found = [f"cpu ({os.cpu_count()} cores, threads used by torch: {torch.get_num_threads()})"]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         found.append(f"cuda:{i} {properties.name} ({properties.total_memory / 2**30:.0f} GiB)")

@@ -119,7 +119,7 @@ def test_our_verbs_come_first_and_have_their_own_line(monkeypatch: pytest.Monkey
     group = cli.VerbGroup(name="mmoe")
     commands = [group.get_command(None, name) for name in ("list", "aaa", "lsit")]
     assert [command and command.help for command in commands] == [
-        "List models, routers, experts and recipes.",
+        "List models, routers and experts.",
         "From x:y.",
         None,
     ]

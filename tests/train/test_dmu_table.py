@@ -26,8 +26,8 @@ def test_mean_and_spread_over_seeds(tmp_path):
     entries = metrics(read_results(folders))
     assert len(entries) == len(MODELS) * len(SPLITS)
     assert entries[0]["seeds"] == [0, 1]
-    assert entries[0]["text_to_image R@1"] == pytest.approx(0.3)
-    assert entries[0]["text_to_image R@1 sd"] == pytest.approx(0.1414, abs=1e-4)
+    assert entries[0]["T2I R@1"] == pytest.approx(0.3)
+    assert entries[0]["T2I R@1 sd"] == pytest.approx(0.1414, abs=1e-4)
     assert "| 30.0 ± 14.1 / 30.0 ± 14.1 / 30.0 ± 14.1 |" in show(entries)
 
 

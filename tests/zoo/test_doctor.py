@@ -51,7 +51,7 @@ def test_a_sound_installation(checks: Any, run: Any, tmp_path: Path, monkeypatch
     assert code == 0, [check for check in found.values() if check["status"] == "broken"]
     assert found["torch"]["detail"] == importlib.metadata.version("torch")
     assert found["Python"]["detail"].startswith(".".join(map(str, sys.version_info[:3])))
-    assert "cpu (" in found["devices"]["detail"] and "threads for torch" in found["devices"]["detail"]
+    assert "cpu (" in found["devices"]["detail"] and "threads used by torch: " in found["devices"]["detail"]
     assert found["files cache"]["detail"] == f"{tmp_path / 'mmoe_home'} (not there yet)"
     tag, _ = zoo.card("clip_moe_tiny").find_weights()
     assert found[f"clip_moe_tiny.{tag}"]["detail"] == "there, checksum right"
