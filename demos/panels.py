@@ -17,6 +17,7 @@ from demos.family import Family, Shell, message_area
 from demos.store import Note
 from mmoe.errors import BadInput
 from zoo.card import Card
+from zoo.table import metric_tables
 
 KEEP_SECONDS = 3600
 
@@ -348,11 +349,12 @@ def card_text(card: Card) -> str:
         licences.append(("authors' code", card.code.get("licence", "unknown"), _link(card.code.get("url", ""))))
     parts.append("## Licences\n" + _table(["part", "licence", "source"], licences))
     if card.metrics:
-        keys = list(dict.fromkeys(key for metric in card.metrics for key in metric))
-        numbers = [tuple(str(metric.get(key, "")) for key in keys) for metric in card.metrics]
-        parts.append("## Numbers\n" + _table(keys, numbers))
+        tables = [f"{_plain(title)}\n```text\n{text}\n```" for title, text in metric_tables(card.metrics)]
+        parts.append("## Numbers\n" + "\n\n".join(tables))
     else:
         parts.append("## Numbers\nNone measured yet.")
+    if card.routing:
+        parts.append("## Measured routing\n" + "\n".join(f"* {key}: {_plain(v)}" for key, v in card.routing.items()))
     if card.paper:
         arxiv = card.paper.get("arxiv")
         link = f", [arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else ""

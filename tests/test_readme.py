@@ -12,13 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith("mmoe ")
-]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [line for language, text in BLOCKS if not language for line in text.splitlines() if line.startswith("mmoe ")]
 HEAVY = "open_clip:ViT-B-32"  # 300 million parameters; tests/zoo converts a small one the same way
 
 
@@ -51,7 +47,9 @@ def test_links_lead_somewhere(target):
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z]+)", README):
+    targets = re.findall(r"^make ([a-z]+)|`make ([a-z]+)`", README, re.MULTILINE)
+    assert len(targets) >= 4
+    for target in map("".join, targets):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 

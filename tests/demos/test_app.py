@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -497,4 +498,17 @@ def test_cards_are_complete() -> None:
         for part in card.components:
             assert part["licence"] in text
         for metric in card.metrics:
-            assert str(metric.get("provenance", "")) in text
+            assert metric["provenance"] in text and metric["command"] in text
+
+
+def test_metrics_are_shown_with_their_provenance() -> None:
+    metric = {
+        "data": "emoji",
+        "model": "tiny",
+        "R@1": 0.5,
+        "R@1 sd": 0.01,
+        "provenance": "ours",
+        "command": "python -m x",
+    }
+    text = panels.card_text(replace(zoo.card(MODEL), metrics=(metric,), routing={"max / mean": 1.2}))
+    assert "emoji; ours: python -m x" in text and "50.0±1.0" in text and "max / mean: 1.2" in text

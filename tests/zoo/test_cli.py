@@ -187,7 +187,7 @@ def test_info_of_metrics_routing_and_lineage(run: Any, tmp_path: Path) -> None:
     data |= {"routing": {"max over mean load": 1.3}, "lineage": {"verb": "upcycle"}, "notes": ["Be careful."]}
     (tmp_path / "card.json").write_text(json.dumps(data))
     text = " ".join(run("info", tmp_path).out.split())
-    assert "metric data emoji test, metric top-1, value 0.91, provenance ours, command mmoe x" in text
+    assert "emoji test; ours: mmoe x model metric value top-1 91.0" in text
     assert "routing max over mean load: 1.3" in text
     assert "made by verb upcycle" in text and "note Be careful." in text
     assert f"load it model = zoo.load('{tmp_path}')" in text
