@@ -44,8 +44,8 @@ def emoji_set() -> EmojiSet:
 
 @cache
 def examples() -> dict[str, Path]:
-    """Bundled example pictures by name, the fox first."""
-    files = sorted(asset("examples").glob("*.png"), key=lambda path: (path.stem != "fox", path.stem))
+    """Bundled example pictures by name, the one that is filled in first."""
+    files = sorted(asset("examples").glob("*.png"), key=lambda path: (path.stem != "dog_face", path.stem))
     return {path.stem.replace("_", " "): path for path in files}
 
 
@@ -145,7 +145,7 @@ class Page(Family):
     def __init__(self, cards: Sequence[Card], store: ModelStore) -> None:
         super().__init__(cards, store)
         self.parameters = ("image", "labels")
-        self.defaults = (str(examples()["fox"]), ", ".join(examples()))
+        self.defaults = (str(next(iter(examples().values()))), ", ".join(examples()))
 
     def read(self, *values: Any) -> tuple[Any, ...]:
         """The picture and its labels."""

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from demos.record import RoutingRecord
 
-MODEL, PICTURE = "clip_moe_tiny", "examples/fox.png"
-LABELS = ("fox", "cat face", "dog face", "octopus", "pizza", "guitar", "rocket")
+MODEL, PICTURE = "clip_moe_tiny", "examples/dog_face.png"
+LABELS = ("dog face", "cat face", "fox", "octopus", "pizza", "guitar", "rocket")
 HELD_BATCH = 64  # concepts of the batch that the loss is measured on
 
 
