@@ -115,9 +115,14 @@ class Routing:
         return (self.experts < self.num_experts).sum(-1)
 
     def used_probs(self) -> Tensor:
-        """`probs` of the rows that count, (T_valid, E); from the combine weights where a router has no scores."""
+        """Probabilities of the rows that count, (T_valid, E), each row summing to 1.
+
+        They are made of `probs` (sigmoid scores are not normalised; DeepSeek-V3, arXiv 2412.19437, eq. 19), or of the
+        combine weights where a router has no scores.
+        """
         probs = self.probs if self.probs is not None else self.dense_weights()
-        return probs if self.valid is None else probs[self.valid]
+        probs = probs if self.valid is None else probs[self.valid]
+        return probs / probs.sum(-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
 
     def dense_weights(self) -> Tensor:
         """Combine weight of every expert for every row, (T, E) fp32."""
@@ -131,11 +136,11 @@ class Routing:
         return probs.sum(0) / max(len(probs), 1)
 
     def entropy(self) -> Tensor:
-        """Entropy of each counted row's probabilities in nats, (T_valid,); probabilities are normalised first."""
+        """Entropy of each counted row's probabilities in nats, (T_valid,)."""
         probs = self.used_probs()
-        tiny = torch.finfo(probs.dtype).tiny
-        probs = probs / probs.sum(-1, keepdim=True).clamp(min=tiny)
-        return -(probs * probs.clamp(min=tiny).log()).sum(-1)  # torch.special.entr has an infinite gradient at 0
+        return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(
+            -1
+        )  # torch.special.entr has an infinite gradient at 0
 
     def detach(self) -> Routing:
         """The same routing without its graph."""

@@ -43,14 +43,16 @@ def text_features(model: ClipMoE, texts: Sequence[str]) -> Tensor:
 
 
 def recall(similarity: Tensor, ranks: Sequence[int] = RANKS) -> dict[str, float]:
-    """Share of rows whose own column is among the best k, for square similarities (n, n); ties count against it.
+    """Share of rows whose own column is among the best k, for square similarities (n, n).
+
+    Ties and values that are no numbers count against it.
 
     Example:
         >>> recall(torch.tensor([[2.0, 1.0], [3.0, 3.0]]), ranks=(1,))
         {'R@1': 0.5}
     """
     own = similarity.diagonal()[:, None]
-    rank = (similarity >= own).sum(1)
+    rank = (~(similarity < own)).sum(1)
     return {f"R@{k}": round((rank <= k).float().mean().item(), 4) for k in ranks}
 
 

@@ -109,7 +109,7 @@ class Model(nn.Module):
         Returns:
             The folder.
         """
-        folder, state = Path(folder), self._saved_state(dtype)
+        folder, state = Path(folder).expanduser(), self._saved_state(dtype)
         config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(self.config)}
         data = {"config.json": config, "preprocess.json": self.preprocessing}
         if self.card is not None:

@@ -175,3 +175,10 @@ class TestAll:
         routing = TopKRouter(D, E)(torch.randn(T, D), Context(valid=torch.zeros(T, dtype=torch.bool)))
         loss(routing).backward()
         assert loss(routing).item() == 0
+
+
+def test_sigmoid_routers_balance_like_softmax_ones() -> None:
+    router = TopKRouter(8, 16, top_k=2, score="sigmoid")
+    routing = router.select(1e-4 * torch.randn(4096, 16))
+    assert balance_loss(routing).item() == pytest.approx(2.0, rel=0.01)
+    assert routing.importance().sum().item() == pytest.approx(1.0)

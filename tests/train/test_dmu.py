@@ -108,6 +108,10 @@ def test_recall_counts_ties_as_misses():
     assert recall(torch.ones(4, 4), ranks=(1, 4)) == {"R@1": 0.0, "R@4": 1.0}
 
 
+def test_recall_of_a_diverged_model_is_nothing():
+    assert recall(torch.full((4, 4), torch.nan), ranks=(1,)) == {"R@1": 0.0}
+
+
 def test_expert_use_covers_every_mixture(run):
     use = expert_use(run.clip_moe(), run.emoji)
     assert len(use) == run.card.moe["layers"]

@@ -267,7 +267,8 @@ def test_the_authors_weights_there_and_back(suffix: str, run: Any, small: Any, t
     assert done.out.startswith(f"{file}: ") and done.out.endswith("; read back they are equal bit for bit\n")
     done = run("convert", "from-original", "clip_moe", file, "--top-k", "1", "--out", again)
     assert (done.code, done.err) == (0, "")
-    assert "assumed      top_k=1, activation=quick_gelu (not in the file; change it with --set)\n" in done.out
+    assumed = "top_k=1, activation=quick_gelu, vision_heads=1, text_heads=1"
+    assert f"assumed      {assumed} (not in the file; change it with --set)\n" in done.out
     found = zoo.load(again, device="cpu")
     assert all(value.equal(found.state_dict()[name]) for name, value in model.state_dict().items())
     assert found.config.top_k == 1 and found.config.num_experts == 3
@@ -278,6 +279,8 @@ def test_the_authors_weights_there_and_back(suffix: str, run: Any, small: Any, t
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "top_k": 1,
         "activation": "quick_gelu",
+        "vision_heads": 1,
+        "text_heads": 1,
     }
 
 
@@ -285,7 +288,7 @@ def test_what_the_file_does_not_say_can_be_set(run: Any, small: Any, tmp_path: P
     save_file(to_original(small(num_experts=0).state_dict()), tmp_path / "a.safetensors")
     words = ["convert", "from-original", "clip_moe", tmp_path / "a.safetensors", "--out", tmp_path / "out"]
     found = run(*words, "--set", "activation=gelu", "--json").json
-    assert found["assumed"] == {} and found["before"] is None
+    assert found["assumed"] == {"vision_heads": 1, "text_heads": 1} and found["before"] is None
     assert zoo.load(tmp_path / "out", device="meta").config.activation == "gelu"
     done = run(*words, "--set", "activation=relu", "--force")
     assert done.code == 2 and done.err.startswith("error: activation='relu' does not fit clip_moe\n")

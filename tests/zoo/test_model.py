@@ -261,3 +261,10 @@ def test_parameters_are_counted(tiny: Any) -> None:
     idle = sum(p.numel() for name, p in tiny.named_parameters() if ".experts." in name)
     share = 1 - tiny.config.top_k / tiny.config.num_experts
     assert params.active == params.total - round(idle * share)
+
+
+def test_save_expands_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = zoo.load("clip_moe_tiny", device="cpu")
+    assert model.save("~/saved") == tmp_path / "saved"
+    assert zoo.load("~/saved", device="cpu").load_report.coverage == 1

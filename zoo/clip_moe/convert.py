@@ -119,7 +119,9 @@ def to_original(state: Mapping[str, Tensor]) -> State:
 
 def assumed(config: ClipMoEConfig) -> dict[str, Any]:
     """Options that `from_original` cannot read from a file."""
+    widths = {"vision_heads": config.vision_width, "text_heads": config.text_width}
     found: dict[str, Any] = {"activation": config.activation}
+    found |= {key: getattr(config, key) or max(1, width // 64) for key, width in widths.items()}
     return {"top_k": config.top_k, **found} if config.num_experts else found
 
 
