@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from mmoe.errors import MmoeError
+from zoo.table import short
 
 if TYPE_CHECKING:
     from zoo.card import Card
@@ -153,21 +154,9 @@ def weights_chip(card: Card) -> tuple[str, str]:
     return ("needs download", "warn") if card.weights else ("no weights", "warn")
 
 
-def short_count(number: float) -> str:
-    """A parameter count for people.
-
-    >>> short_count(5_492_097), short_count(1_202_429_441), short_count(950)
-    ('5.49M', '1.2B', '950')
-    """
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
-
-
 def sizes(card: Card) -> str:
     """Active and total parameters, in short; one number for a dense model."""
-    active, total = (short_count(card.params.get(kind, 0)) for kind in ("active", "total"))
+    active, total = (short(card.params.get(kind, 0)) for kind in ("active", "total"))
     return f"{active} of {total} parameters active" if card.moe else f"{total} parameters, dense"
 
 

@@ -17,7 +17,7 @@ from demos.family import Family, Shell, message_area
 from demos.store import Note
 from mmoe.errors import BadInput
 from zoo.card import Card
-from zoo.table import metric_tables
+from zoo.table import metric_tables, routing_table
 
 KEEP_SECONDS = 3600
 
@@ -35,28 +35,8 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
         again = gr.Button("Run again", size="sm", scale=0, min_width=110)
     depth = gr.Slider(1, 2, 1, step=1, label="Layer", elem_id=f"{family.name}-depth", buttons=[])
     with gr.Row():
-        picture = gr.Image(
-            label="Patches by first expert",
-            type="pil",
-            format="png",
-            alt_text="Picture with tinted patches",
-            interactive=False,
-            buttons=["fullscreen"],
-            elem_id=f"{family.name}-overlay",
-            elem_classes="captioned",
-            min_width=270,
-        )
-        texts = gr.Image(
-            label="Tokens by first expert",
-            type="pil",
-            format="png",
-            alt_text="Tokens tinted by expert",
-            interactive=False,
-            buttons=["fullscreen"],
-            elem_id=f"{family.name}-tokens",
-            elem_classes="captioned",
-            min_width=270,
-        )
+        picture = _figure("Patches by first expert", "Picture with tinted patches", f"{family.name}-overlay")
+        texts = _figure("Tokens by first expert", "Tokens tinted by expert", f"{family.name}-tokens")
     with gr.Row():
         bars = gr.Plot(label="Load in this layer", min_width=270, elem_classes="captioned")
         heatmap = gr.Plot(label="Load in all layers", min_width=270, elem_classes="captioned")
@@ -83,6 +63,21 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
         heavy=False,
         trigger_mode="always_last",
         show_progress="hidden",
+    )
+
+
+def _figure(label: str, alt_text: str, elem_id: str) -> gr.Image:
+    """A picture that is shown, not given."""
+    return gr.Image(
+        label=label,
+        type="pil",
+        format="png",
+        alt_text=alt_text,
+        interactive=False,
+        buttons=["fullscreen"],
+        elem_id=elem_id,
+        elem_classes="captioned",
+        min_width=270,
     )
 
 
@@ -354,7 +349,8 @@ def card_text(card: Card) -> str:
     else:
         parts.append("## Numbers\nNone measured yet.")
     if card.routing:
-        parts.append("## Measured routing\n" + "\n".join(f"* {key}: {_plain(v)}" for key, v in card.routing.items()))
+        about = "\n".join(f"* {key}: {_plain(value)}" for key, value in card.routing.items() if key != "layers")
+        parts.append(f"## Measured routing\n{about}\n```text\n{routing_table(card.routing)}\n```")
     if card.paper:
         arxiv = card.paper.get("arxiv")
         link = f", [arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else ""

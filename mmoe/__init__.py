@@ -31,6 +31,7 @@ _HOME = {
     "z_loss": "losses",
     "Trace": "trace",
     "trace": "trace",
+    "update_routers": "trace",
     "override": "override",
     "switch_off": "override",
     "Profile": "profile",

@@ -42,7 +42,7 @@ _HELP = {
     "eval": "Measure a model on a data set.",
     "recipe": "List, copy, check and compare recipes.",
     "convert": "Make a model from another one or from the authors' weights.",
-    "bench": "Measure speed, active parameters and quality of a model.",
+    "bench": "Time the MoE layer and a bundled model on this machine.",
     "demo": "Open the gallery in a browser.",
     "tour": "Walk through the zoo in a few minutes.",
     "fetch": "Download a model's weights for a machine without a network.",

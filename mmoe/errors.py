@@ -49,9 +49,9 @@ class MmoeError(Exception):
 
     def __init__(self, asked: str, wrong: str, fix: str) -> None:
         super().__init__(asked, wrong, fix)
-        self.asked = asked
+        self.asked = _shorten(asked)
         self.wrong = wrong
-        self.fix = fix
+        self.fix = _shorten(fix)
 
     def __str__(self) -> str:
         fix = f"try: {self.fix}" if self.fix else ""
@@ -156,6 +156,11 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
         return "none are known"
     more = f" and {len(known) - 8} more" if len(known) > 8 else ""
     return f"known: {', '.join(known[:8])}{more}"
+
+
+def _shorten(text: str, most: int = 240) -> str:
+    """Leaves the middle out of a text that quotes a very long input."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _fold(name: str) -> str:

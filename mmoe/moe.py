@@ -49,6 +49,10 @@ class MoE(nn.Module):
         torch.Size([2, 5, 8])
     """
 
+    _recorders: tuple[Recorder, ...] = ()
+    _context: Context | None = None
+    _override: Override | None = None
+
     def __init__(
         self,
         router: Router,
@@ -66,9 +70,11 @@ class MoE(nn.Module):
             )
         self.router, self.experts = router, experts
         self.shared, self.pre, self.post = shared, pre, post
-        self._recorders: tuple[Recorder, ...] = ()
-        self._context: Context | None = None
-        self._override: Override | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what `trace`, `with_context` and `override` set: a copy or a pickle made inside them is free."""
+        transient = ("_recorders", "_context", "_override")
+        return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     @property
     def num_experts(self) -> int:

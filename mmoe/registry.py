@@ -48,6 +48,16 @@ class Registry:
         import_module(self._package)
         return sorted(self._classes)
 
+    def name_of(self, thing: object) -> str:
+        """The name that an object's class is filed under, or the class' own name.
+
+        >>> import mmoe
+        >>> routers.name_of(mmoe.DenseRouter(8, 4))
+        'dense'
+        """
+        names = {cls: name for name, cls in self._classes.items()}
+        return names.get(type(thing), type(thing).__name__)
+
     def get(self, name: str) -> type:
         """The class filed under `name`; an unknown name fails with the nearest ones."""
         if name not in self.names():
@@ -62,21 +72,23 @@ class Registry:
         """Builds from a name, "name:key=value,key=value" or a mapping with a "name".
 
         Args:
-            spec: what to build. Its options win over `defaults`.
+            spec: what to build. Its options win over `defaults`, but sizes (the class' positional arguments) that
+                are among `defaults` belong to the caller: a spec cannot set them.
             defaults: options passed only where the class takes them.
         """
         options = parse_spec(spec)
-        cls = self.get(options.pop("name"))
-        allowed = [p for p in inspect.signature(cls).parameters if p != "self"]
+        name = options.pop("name")
+        cls = self.get(name)
+        parameters = inspect.signature(cls).parameters
+        allowed = [key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY or key not in defaults]
         for key in options:
             if key not in allowed:
-                near = nearest(key, allowed) or allowed
-                raise BadOverride(
-                    f"{key!r} is not an option of the {self.kind} {parse_spec(spec)['name']!r}",
-                    f"did you mean: {', '.join(near)}" if nearest(key, allowed) else f"it takes: {', '.join(near)}",
-                    f"{parse_spec(spec)['name']}:{near[0]}=...",
-                )
-        given = {key: value for key, value in defaults.items() if key in allowed}
+                near = nearest(key, allowed)
+                known = f"it takes: {', '.join(allowed)}" if allowed else "it takes no options"
+                fix = f"{name}:{(near or allowed)[0]}=..." if allowed else name
+                asked = f"{key!r} is not an option of the {self.kind} {name!r}"
+                raise BadOverride(asked, f"did you mean: {', '.join(near)}" if near else known, fix)
+        given = {key: value for key, value in defaults.items() if key in parameters}
         return cls(**{**given, **options})
 
 

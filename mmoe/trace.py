@@ -130,6 +130,27 @@ class _Tap:
         self.trace.add(self.name, routing)
 
 
+def update_routers(model: nn.Module, routing: Trace) -> None:
+    """Lets every router take its step outside autograd (`Router.update`); call it after the optimiser's step.
+
+    Args:
+        model: the traced model.
+        routing: of the training step; a layer that ran several times takes a step for each run.
+
+    Example:
+        >>> from mmoe import FFNExperts, TopKRouter
+        >>> moe = MoE(TopKRouter(8, 4, top_k=1, bias_rate=0.1), FFNExperts(8, 16, 4))
+        >>> with trace(moe) as routing:
+        ...     y = moe(torch.ones(6, 8))
+        >>> update_routers(moe, routing)
+        >>> sorted(round(bias, 1) for bias in moe.router.select_bias.tolist())
+        [-0.1, 0.1, 0.1, 0.1]
+    """
+    layers = moe_layers(model)
+    for name, taken in zip(routing.names, routing, strict=True):
+        layers[name].router.update(taken)
+
+
 @contextmanager
 def trace(model: nn.Module) -> Iterator[Trace]:
     """Records the routing of every MoE layer of `model` that runs inside the block.

@@ -18,19 +18,21 @@ CELLS = ((32, 512, 1024, 8, 2), (1024, 512, 1024, 8, 2), (1024, 512, 256, 64, 8)
 
 
 def bench(
-    repeats: Annotated[int, typer.Option(help="Timed runs of every candidate; the median counts.")] = 7,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of every candidate; the median counts.")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time the MoE layer and the bundled models on this machine.
+    """Time the MoE layer and a bundled model on this machine.
 
     Example: mmoe bench --dtype bf16
     """
     import torch
 
+    from zoo.loading import pick_dtype
+
+    kind = pick_dtype(dtype)
     torch.set_num_threads(threads)
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     rows = [time_cell(cell, kind, repeats) for cell in CELLS]
     models = [time_model("clip_moe_tiny", repeats)]
     if as_json:
@@ -137,17 +139,18 @@ def _show(rows: list[dict[str, Any]], models: list[dict[str, Any]], dtype: str, 
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"MoE layer, {dtype}, {threads} threads: ms (speed relative to the dense layer)")
-    table.add_column("T, D, F, E, K", no_wrap=True)
-    table.add_column("pass", no_wrap=True)
-    for name in rows[0]["forward_ms"]:
-        table.add_column(name.replace(" ", "\n"), justify="right")
     for row in rows:
-        for label, key in (("forward", "forward_ms"), ("fwd + bwd", "forward_backward_ms")):
-            times = row[key]
-            cells = [f"{ms:.2f} ({times['dense'] / ms:.2f})" for ms in times.values()]
-            table.add_row(", ".join(map(str, row["cell"].values())), label, *cells)
-    console.print(table)
+        cell = ", ".join(f"{name} {size}" for name, size in row["cell"].items())
+        table = Table(title=f"MoE layer, {cell}, {dtype}, {threads} threads", title_justify="left")
+        for heading in ("", "forward ms", "vs dense", "forward + backward ms", "vs dense"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name in row["forward_ms"]:
+            cells = []
+            for times in (row["forward_ms"], row["forward_backward_ms"]):
+                cells += [f"{times[name]:.2f}", f"{times['dense'] / times[name]:.2f}"]
+            table.add_row(name, *cells)
+        console.print(table)
+    console.print("vs dense: speed relative to a dense layer of the same active work, measured in turn")
     for model in models:
         console.print(
             f"{model['name']}: {model['total_params']:,} parameters, {model['active_params']:,} active, "

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from mmoe.atomic import atomic_path
 from mmoe.errors import BadInput
+from mmoe.options import check_float, check_int
+from mmoe.trace import trace, update_routers
 from train.augment import augment
 from train.data.emoji import EmojiSet, load_emoji
 from train.progress import Progress
@@ -158,7 +160,7 @@ class ContrastiveRun:
         self.model, self.emoji, self.config = model, emoji, config
         self.key, self.name, self.folder, self.cells = (seed, name), name, folder, cells
         self.save_every = save_every
-        self.step, self.losses = 0, list[float]()
+        self.step, self.losses, self.seconds = 0, list[float](), 0.0
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(any(fnmatchcase(parameter_name, pattern) for pattern in config.trainable))
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -173,12 +175,14 @@ class ContrastiveRun:
         self._resume()
         model = self.accelerator.prepare(self.model.train())
         stream = batch_stream(self.emoji, self.config.batch_size, self.key, self.step, self.cells)
-        saved = time.monotonic()
+        begun = saved = time.monotonic()
+        before = self.seconds
         try:
             with Progress(self.name, self.config.steps, self.step, quiet=not progress) as bar:
                 while self.step < self.config.steps:
                     self.losses.append(self._step(model, next(stream)))
                     self.step += 1
+                    self.seconds = before + time.monotonic() - begun
                     bar.update(self.step, loss=sum(self.losses[-20:]) / len(self.losses[-20:]))
                     if time.monotonic() - saved > self.save_every:
                         self.save()
@@ -188,6 +192,7 @@ class ContrastiveRun:
             raise
         self.save()
         self.model.eval()
+        self.model.load_report = None  # its weights are no longer the loaded ones
         return self.losses
 
     def _step(self, model: nn.Module, pairs: list[tuple[int, int]]) -> float:
@@ -201,13 +206,15 @@ class ContrastiveRun:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(self.step, self.config)
             optimizer.zero_grad()
-        loss = model(**batch, return_loss=True).loss
+        with trace(self.model) as routing:
+            loss = model(**batch, return_loss=True).loss
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(
             [parameter for parameter in model.parameters() if parameter.requires_grad], self.config.clip
         )
         for optimizer in self.optimizers:
             optimizer.step()
+        update_routers(self.model, routing)
         scale = self.model.clip.logit_scale
         if scale.requires_grad:
             scale.data.clamp_(0, math.log(100))
@@ -220,14 +227,16 @@ class ContrastiveRun:
         state = {
             "step": self.step,
             "losses": self.losses,
+            "seconds": self.seconds,
             "config": self.config.model_dump(),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         with atomic_path(self.folder / f"{self.name}.pt") as temporary:
             torch.save(state, temporary)
-        with atomic_path(self.folder / f"{self.name}.losses.json") as temporary:
-            temporary.write_text(json.dumps([round(loss, 5) for loss in self.losses]))
+        log = {"seconds": round(self.seconds, 1), "losses": [round(loss, 5) for loss in self.losses]}
+        with atomic_path(self.folder / f"{self.name}.log.json") as temporary:
+            temporary.write_text(json.dumps(log))
 
     def _resume(self) -> None:
         path = None if self.folder is None else self.folder / f"{self.name}.pt"
@@ -243,7 +252,7 @@ class ContrastiveRun:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.losses = state["step"], state["losses"]
+        self.step, self.losses, self.seconds = state["step"], state["losses"], state["seconds"]
 
 
 def schedule(step: int, config: StageConfig) -> float:
@@ -297,11 +306,21 @@ def fine_tune(
     """A short fine-tuning on the emoji, of the routers by default; returns the loss of every step.
 
     Args:
-        model: trained in place.
+        model: trained in place; which of its parameters are frozen is afterwards as it was before.
         steps: optimiser steps.
         lr: peak learning rate.
         trainable: patterns of parameter names.
         progress: shows a bar on a terminal.
+
+    Raises:
+        BadOverride: no steps or no learning rate. BadInput: no parameter has such a name.
     """
+    check_int("steps", steps, 1)
+    check_float("lr", lr, above=0)
     config = StageConfig(steps=steps, batch_size=64, lr=lr, trainable=tuple(trainable))
-    return ContrastiveRun(model, load_emoji(), config, name="fine_tune").run(progress)
+    frozen = {name: not parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        return ContrastiveRun(model, load_emoji(), config, name="fine_tune").run(progress)
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not frozen[name])

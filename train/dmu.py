@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,8 +72,8 @@ def read_recipe(path: Path) -> DmuConfig:
             f"no recipe '{path}'", f"looked in {path.absolute().parent}", f"python -m train.dmu {RECIPE.name}"
         )
     try:
-        return DmuConfig(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (ValidationError, yaml.YAMLError, TypeError) as error:
+        return DmuConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValidationError, yaml.YAMLError) as error:
         raise BadInput(f"cannot use the recipe '{path}'", _mistakes(error), f"compare with {RECIPE.name}") from error
 
 
@@ -83,6 +82,8 @@ def _mistakes(error: Exception) -> str:
         return str(error)
     lines = []
     for mistake in error.errors():
+        if not mistake["loc"]:
+            return "it holds no options"
         place = ".".join(map(str, mistake["loc"]))
         known = StageConfig.model_fields if len(mistake["loc"]) > 1 else DmuConfig.model_fields
         near = nearest(str(mistake["loc"][-1]), known) if mistake["type"] == "extra_forbidden" else []
@@ -104,7 +105,6 @@ class DmuRun:
         self.config, self.out, self.seed, self.progress = config, out, seed, progress
         self.emoji: EmojiSet = load_emoji()
         self.card = zoo.card(config.model)
-        self.seconds: dict[str, float] = {}
         self._check_resolved()
 
     def _check_resolved(self) -> None:
@@ -124,10 +124,8 @@ class DmuRun:
         """The model of a stage: from its folder when it is finished, else made now and saved."""
         folder = self.out / name
         if not (folder / "config.json").exists():
-            started = time.monotonic()
             make().save(folder)
             (self.out / f"{name}.pt").unlink(missing_ok=True)
-            self.seconds[name] = time.monotonic() - started
         model = zoo.load(folder, device="cpu")
         assert isinstance(model, ClipMoE)
         return model
@@ -203,6 +201,11 @@ class DmuRun:
         config = self.config.mcl.model_copy(update={"steps": self.added_steps})
         return self.stage("upcycled", lambda: self.train(self.upcycled(), config, "upcycled"))
 
+    def seconds(self) -> dict[str, float]:
+        """Time that each stage trained, over all its interruptions."""
+        logs = {path.name.removesuffix(".log.json"): path for path in sorted(self.out.glob("*.log.json"))}
+        return {name: json.loads(path.read_text())["seconds"] for name, path in logs.items()}
+
     def results(self, controls: bool) -> dict[str, Any]:
         """Measures every model of the run."""
         models = {"base": self.base(), "clip_moe": self.clip_moe()}
@@ -213,7 +216,7 @@ class DmuRun:
         results = {
             "seed": self.seed,
             "added_steps": self.added_steps,
-            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+            "seconds": self.seconds(),
             "retrieval": rows,
             "experts": expert_use(models["clip_moe"], self.emoji),
         }

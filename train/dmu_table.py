@@ -22,11 +22,11 @@ from train.evaluate import RANKS
 DENSE, MIXTURE = "clip_tiny", "clip_moe_tiny"
 MODELS = {
     "base": ("dense base", DENSE),
-    "base_longer": ("dense base trained on, all weights, as many steps", DENSE),
-    "upcycled": ("plain upcycling, experts and routers, as many steps", MIXTURE),
-    "expert_1": ("expert of MCL stage 1 alone", DENSE),
-    "expert_2": ("expert of MCL stage 2 alone", DENSE),
-    "expert_3": ("expert of MCL stage 3 alone", DENSE),
+    "base_longer": ("dense base, trained on", DENSE),  # all weights, for as many steps as the mixture had
+    "upcycled": ("plain upcycling", MIXTURE),  # copies of the base, experts and routers trained for as many steps
+    "expert_1": ("MCL expert 1 alone", DENSE),
+    "expert_2": ("MCL expert 2 alone", DENSE),
+    "expert_3": ("MCL expert 3 alone", DENSE),
     "clip_moe": ("CLIP-MoE", MIXTURE),
 }
 SPLITS = {

@@ -16,11 +16,11 @@ from zoo.registry import card, list_models
 if TYPE_CHECKING:
     from zoo.loading import load
     from zoo.model import Model
-    from zoo.weights import LoadReport
+    from zoo.state import LoadReport
 
 __all__ = ["Card", "LoadReport", "Model", "card", "list_models", "load"]
 
-_HOME = {"load": "zoo.loading", "Model": "zoo.model", "LoadReport": "zoo.weights"}
+_HOME = {"load": "zoo.loading", "Model": "zoo.model", "LoadReport": "zoo.state"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,9 +14,9 @@ import typer
 
 from mmoe.errors import BadInput, BadOverride, CorruptFile, Refused, UnknownName, did_you_mean, nearest
 from zoo.card import Card, Weights
-from zoo.registry import card
+from zoo.registry import card, model_folder
 from zoo.registry import list_models as find_models
-from zoo.table import columns, metric_tables, short
+from zoo.table import columns, metric_tables, routing_table, short, shorten
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -147,13 +147,15 @@ def info(
         typer.echo(_paragraph(title, text))
     for heading, table in metric_tables(found.metrics):
         typer.echo(f"\n{heading}\n{table}")
+    if found.routing.get("layers"):
+        typer.echo(f"\nmeasured routing\n{routing_table(found.routing)}\n")
     typer.echo(_paragraph("load it", line))
 
 
 def find_card(name: str) -> tuple[Card, Path | None]:
     """The card of a name or of a saved model's folder, and the folder; without torch."""
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not any(found.name == name for found in find_models()):
+    folder = model_folder(name)
+    if folder is not None:
         file = folder / "card.json"
         if not file.is_file():
             raise BadInput(f"no card in the folder '{name}'", "a saved model has a card.json", "mmoe list")
@@ -200,7 +202,6 @@ def _facts(found: Card, files: Mapping[str, dict[str, Any] | None]) -> list[tupl
         facts.append(("authors' code", _joined(found.code, url="{}", commit="at {:.12},", licence="licence {}")))
     facts += [("weights", text) for text in _weights_lines(found, files)]
     facts += [("routing", f"{key}: {value}") for key, value in found.routing.items() if key != "layers"]
-    facts += [("routing", _pairs(layer)) for layer in found.routing.get("layers", ())]
     if found.lineage:
         facts.append(("made by", _pairs(found.lineage)))
     facts += [("note", note) for note in found.notes]
@@ -291,7 +292,7 @@ def predict(
         what = f"{len(report.missing)} tensors are" if report else "all weights are"
         typer.echo(f"note: {what} random, so the result means nothing", err=True)
     for index, picture in enumerate(pictures):
-        rows = [[label, f"{probability:.1%}"] for label, probability in result.top(10, index)]
+        rows = [[shorten(label), f"{probability:.1%}"] for label, probability in result.top(10, index)]
         echo_table([picture, "probability"], rows, right={1})
         typer.echo()
     _echo_routing(routing.summary())
@@ -313,8 +314,8 @@ def _arguments(name: str, inputs: Sequence[str]) -> tuple[list[str], list[str]]:
 
     Pictures come first, at least one; what is not named like a picture is a label.
     """
-    folder = Path(name).expanduser()
-    if not name.startswith("hf-hub:") and (not folder.is_dir() or (folder / "card.json").is_file()):
+    folder = model_folder(name)
+    if not name.startswith("hf-hub:") and (folder is None or (folder / "card.json").is_file()):
         found, _ = find_card(name)
         if "zero-shot-classification" not in found.tasks:
             wrong = f"it does not classify pictures; its tasks are {', '.join(found.tasks)}"

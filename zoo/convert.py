@@ -9,9 +9,10 @@ when a verb runs.
 from __future__ import annotations
 
 import inspect
+import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,13 +26,14 @@ from zoo.registry import list_models
 
 if TYPE_CHECKING:
     from zoo.model import Model
-    from zoo.weights import State
+    from zoo.state import State
 
 app = typer.Typer(help="Make a model from another one or from the authors' weights.")
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the new model.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that has files.")]
 
+_NOTE = "mmoe"  # key in the metadata of a .safetensors file
 _ROUNDING = 1e-4  # largest relative difference that counts as rounding in fp32
 
 
@@ -52,7 +54,9 @@ def upcycle(
     ],
     out: Out,
     experts: Annotated[int, typer.Option(help="Experts per layer, copies of the dense block.")] = 4,
-    top_k: Annotated[int, typer.Option(help="Experts per token.")] = 2,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts per token. [default: 2, or 1 with a single expert]")
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Only the last N blocks of each tower. [default: all]")] = None,
     sources: Annotated[
         list[str] | None,
@@ -97,7 +101,8 @@ def upcycle(
     if difference is not None and not noise and difference > _ROUNDING:
         wrong = f"their outputs differ by {difference:.1e} of the largest, which is more than rounding"
         raise Refused("cannot upcycle: the mixture is not the dense model at the start", wrong, "open an issue")
-    options: dict[str, Any] = {"experts": len(others) or experts, "top_k": top_k, "layers": layers, "sources": sources}
+    options: dict[str, Any] = {"experts": model.config.num_experts, "top_k": model.config.top_k, "layers": layers}
+    options |= {"sources": sources}
     options |= {"context_length": context_length, "noise": noise or None, "seed": seed, "dtype": dtype}
     lineage = {"verb": "upcycle", "source": source, **{k: v for k, v in options.items() if v not in (None, [])}}
     model.card = _card(out, model, lineage, [start, *others])
@@ -132,18 +137,24 @@ def from_original(
 
     from zoo.config import make_config
     from zoo.loading import family_class
-    from zoo.weights import file_sha256, load_state, locate, read_state
+    from zoo.state import load_state, read_state
+    from zoo.weights import file_sha256, locate
 
     path = locate(str(file))
     takes = inspect.signature(convert.from_original).parameters
     if top_k is not None and "top_k" not in takes:
         raise BadOverride(f"--top-k for {family}", "its files say how many experts a token uses", "leave it out")
     config, state = convert.from_original(read_state(path), **({} if top_k is None else {"top_k": top_k}))
-    config = make_config(type(config), {**asdict(config), **overrides}, family)
+    told_by_file = _read_note(path, family)
+    asked = {**({} if top_k is None else {"top_k": top_k}), **overrides}
+    given = {**told_by_file.get("config", {}), **asked}
+    config = make_config(type(config), {**asdict(config), **given}, family)
     model = family_class(family)(config).eval()
     model.load_report = load_state(model, state, str(file))
-    assumed = {key: value for key, value in convert.assumed(config).items() if key not in overrides}
-    lineage = {"verb": "from-original", "source": file.name, "sha256": file_sha256(path), **assumed}
+    if told_by_file:
+        model.preprocessing = told_by_file["preprocessing"]
+    assumed = {key: value for key, value in convert.assumed(config).items() if key not in given}
+    lineage = {"verb": "from-original", "source": file.name, "sha256": file_sha256(path), **asked, **assumed}
     model.card = _card(out, model, lineage, [_Source(model=model, name=file.name, licence="unknown")])
     model.save(out)
     told = {"matched": len(model.load_report.matched), "assumed": assumed}
@@ -160,6 +171,8 @@ def to_original(
     as_json: Json = False,
 ) -> None:
     """Write a model's weights under the authors' names; they are read back and compared.
+
+    A .safetensors file also carries the options that names and shapes do not show, for the way back.
 
     \b
     mmoe convert to-original clip_moe_tiny --out original.safetensors
@@ -182,13 +195,27 @@ def to_original(
         raise Refused(f"cannot write {model!r} under the authors' names", "it does not survive the way back", "")
     with atomic_path(out) as temporary:
         if out.suffix == ".safetensors":
-            save_file(state, temporary, metadata={"format": "pt"})
+            save_file(state, temporary, metadata={"format": "pt", **_note(found)})
         else:
             torch.save(state, temporary)
     if as_json:
         print_json({"out": str(out), "tensors": len(state), "bytes": out.stat().st_size, "round_trip": "exact"})
         return
     typer.echo(f"{out}: {len(state)} tensors, {out.stat().st_size / 1e6:,.1f} MB; read back they are equal bit for bit")
+
+
+def _note(model: Model) -> dict[str, str]:
+    """Metadata for a file in the authors' layout, from which `_read_note` gets the options back."""
+    told = {"family": model.family, "config": asdict(model.config), "preprocessing": model.preprocessing}
+    return {_NOTE: json.dumps(told)}
+
+
+def _read_note(path: Path, family: str) -> dict[str, Any]:
+    """What `_note` put into a file; empty where there is none."""
+    from zoo.state import read_metadata
+
+    told: dict[str, Any] = json.loads(read_metadata(path).get(_NOTE, "{}"))
+    return told if told.get("family") == family else {}
 
 
 def _check_folder(out: Path, force: bool) -> None:
@@ -251,7 +278,7 @@ def _open_clip(name: str) -> _Source:
 
 def _open_file(path: Path, like: Model) -> _Source:
     """Weights of a dense model of the same shape, in our layout or the authors'."""
-    from zoo.weights import load_state, read_state
+    from zoo.state import load_state, read_state
 
     state: State = read_state(path)
     if not set(state) & set(like.state_dict()):
@@ -276,26 +303,15 @@ def _same(one: State, other: State) -> bool:
 
 def _card(out: Path, model: Model, lineage: Mapping[str, Any], sources: Sequence[_Source]) -> Card:
     """A card for a new model: what its family shares, its own sizes, and where it comes from."""
-    from mmoe.moe import moe_layers
-
     base = list_models(family=model.family)[0]
-    params = model.num_params()
-    layers = list(moe_layers(model).values())
-    moe: dict[str, Any] = {}
-    if layers:
-        moe = {"layers": len(layers), "experts": layers[0].num_experts, "top_k": model.config.top_k, "router": "topk"}
     parts = [{"name": one.name, "licence": one.licence, "source": one.name} for one in sources if not one.components]
     parts += [dict(part) for one in sources for part in one.components]
     licences = list(dict.fromkeys(one.licence for one in sources))
-    changed = {f.name: getattr(model.config, f.name) for f in fields(model.config)}
-    default = asdict(type(model.config)())
     return replace(
         base,
+        **model.facts(),
         name=out.resolve().name,
         summary=f"Made by `mmoe convert {lineage['verb']}` from {lineage['source']}.",
-        config={key: value for key, value in changed.items() if value != default[key]},
-        params={"total": params.total, "active": params.active},
-        moe=moe,
         licence="unknown" if "unknown" in licences else " AND ".join(licences),
         components=tuple(part for i, part in enumerate(parts) if part not in parts[:i]),
         weights={},

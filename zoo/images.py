@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def read_image(source: Any, background: tuple[int, int, int] = (255, 255, 255)) 
     (6, 4)
     """
     if isinstance(source, (str, Path)):
-        return _flatten(_open(Path(source)), background)
+        return _flatten(_open(source), background)
     if isinstance(source, Image.Image):
         return _flatten(source, background)
     return _flatten(_from_array(np.asarray(source)), background)
@@ -50,9 +51,11 @@ def as_seen(source: Any, resize_mode: str = "shortest") -> Image.Image:
     return ImageOps.pad(image, (max(image.size),) * 2) if resize_mode == "longest" else image
 
 
-def _open(path: Path) -> Image.Image:
-    asked, fix = f"cannot read the picture '{path}'", "give a PNG, JPEG or WebP file"
-    if not path.exists():
+def _open(source: str | Path) -> Image.Image:
+    path, asked, fix = Path(source), f"cannot read the picture '{source}'", "give a PNG, JPEG or WebP file"
+    if "://" in str(source):
+        raise BadInput(asked, "it is an address, not a file", f"download it first: wget '{source}'")
+    if not os.path.exists(path):
         raise BadInput(asked, f"no such file (looked in {path.absolute().parent})", fix)
     if path.is_dir():
         raise BadInput(asked, "it is a folder", fix)
@@ -60,12 +63,15 @@ def _open(path: Path) -> Image.Image:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width} x {image.height}"
-                raise BadInput(asked, f"it has {size} pixels; the limit is {MAX_PIXELS // 10**6} megapixels", fix)
+                wrong = f"it has {size} pixels; the limit is {MAX_PIXELS // 10**6} megapixels"
+                raise BadInput(asked, wrong, "make it smaller first")
             image.load()
             return image.copy()
     except UnidentifiedImageError as error:
         raise BadInput(asked, "it is not a picture in a known format", fix) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise BadInput(asked, str(error), "make it smaller first") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise BadInput(asked, f"the file is damaged: {error}", fix) from error
 
 
@@ -91,10 +97,19 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray((array * (255 / top)).round().astype(np.uint8))
 
 
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, which Pillow would cut off at 255; whole numbers up to 255 stay as they are."""
+    grey = np.asarray(image)
+    deep = image.mode.startswith("I;16") or (grey.min() >= 0 and 255 < grey.max() < 2**16)
+    return _from_array(grey >> 8 if deep else grey)
+
+
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # 16-bit grey, which convert() would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    elif image.mode == "F":
+        image = _from_array(np.asarray(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")

@@ -15,19 +15,9 @@ from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, Missin
 from zoo.card import Card
 from zoo.config import make_config
 from zoo.model import FORMAT, Model
-from zoo.registry import card, list_models
-from zoo.weights import (
-    WEIGHTS,
-    LoadReport,
-    State,
-    hub_errors,
-    load_state,
-    locate,
-    online,
-    read_state,
-    require_online,
-    split_hub,
-)
+from zoo.registry import card, list_models, model_folder
+from zoo.state import LoadReport, State, load_state, read_state
+from zoo.weights import WEIGHTS, hub_errors, locate, online, require_online, split_hub
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES |= {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -120,14 +110,15 @@ def _restore_preprocessing(model: Model, path: Path) -> None:
 def _find(name: str) -> _Origin:
     if name.startswith("hf-hub:"):
         return _from_folder(_hub_folder(name.removeprefix("hf-hub:")), name)
-    if Path(name).expanduser().is_dir() and not any(found.name == name for found in list_models()):
-        return _from_folder(Path(name).expanduser(), name)
+    folder = model_folder(name)
+    if folder is not None:
+        return _from_folder(folder, name)
     if name.startswith((".", "/", "~")):
         raise BadInput(
             f"no model folder '{name}'", f"looked in {Path(name).expanduser().absolute().parent}", "mmoe list"
         )
     found = card(name)
-    tag = name.removeprefix(found.name).removeprefix(".") or None
+    tag = name.removeprefix(f"{found.name}.") if name != found.name else None
     if tag is not None:
         found.find_weights(tag)
     return _Origin(label=found.name, card=found, model_class=family_class(found.family), config=found.config, tag=tag)

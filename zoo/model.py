@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +15,13 @@ from torch import nn
 import mmoe
 from mmoe.atomic import atomic_path
 from mmoe.errors import Refused
+from mmoe.moe import moe_layers
 from mmoe.profile import Params, count_params
+from mmoe.registry import routers
 from zoo.card import Card
-from zoo.weights import WEIGHTS, LoadReport, hub_errors, require_online
+from zoo.config import make_config
+from zoo.state import LoadReport
+from zoo.weights import WEIGHTS, hub_errors, require_online
 
 FORMAT = 1
 
@@ -63,7 +67,7 @@ class Model(nn.Module):
         config_class: frozen dataclass of options.
         card: what is known about the model, or None for one built by hand.
         config: the options it was built with.
-        load_report: what loading its weights did, or None with random weights.
+        load_report: what loading its weights did, or None where they are random or were trained since.
     """
 
     family: ClassVar[str]
@@ -98,13 +102,42 @@ class Model(nn.Module):
         """Parameter counts, total and active."""
         return count_params(self)
 
+    def facts(self) -> dict[str, Any]:
+        """What a card says about the structure of a model: "config", "params" and "moe"."""
+        params, layers = self.num_params(), list(moe_layers(self).values())
+        moe: dict[str, Any] = {}
+        if layers:
+            router = layers[0].router
+            moe = {"layers": len(layers), "experts": router.num_experts}
+            moe |= {"top_k": router.experts_per_token, "router": routers.name_of(router)}
+        default = asdict(self.config_class())
+        config = {key: value for key, value in asdict(self.config).items() if value != default[key]}
+        return {"config": config, "params": {"total": params.total, "active": params.active}, "moe": moe}
+
+    def _card_to_save(self) -> Card | None:
+        """The card, without numbers that were measured on other options or other weights."""
+        card = self.card
+        if card is None:
+            return None
+        given: Any = make_config(self.config_class, card.config, card.name)
+        changed = {f.name: getattr(self.config, f.name) for f in fields(given)}
+        changed = {key: value for key, value in changed.items() if value != getattr(given, key)}
+        measured = card.weights or card.metrics or card.routing
+        if not changed and (self.load_report is not None or not measured):
+            return card
+        weights = self.load_report.source if self.load_report is not None else "random at first"
+        lineage = {**card.lineage, "source": card.name, "weights": weights, **changed}
+        return replace(card, **self.facts(), weights={}, metrics=(), routing={}, lineage=lineage)
+
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Writes a folder that `zoo.load(folder)` reads alone: config, weights, preprocessing and card.
+
+        The card keeps measured numbers only where options and weights are those that they were measured on.
 
         Args:
             folder: made when it is not there. Its files are replaced only after all new ones are written, so that
                 a full disk leaves the old model.
-            dtype: type of the saved floating-point tensors; as they are when None.
+            dtype: type of the saved parameters; as they are when None.
 
         Returns:
             The folder.
@@ -112,15 +145,16 @@ class Model(nn.Module):
         folder, state = Path(folder).expanduser(), self._saved_state(dtype)
         config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(self.config)}
         data = {"config.json": config, "preprocess.json": self.preprocessing}
-        if self.card is not None:
-            data["card.json"] = self.card.as_dict()
+        card = self._card_to_save()
+        if card is not None:
+            data["card.json"] = card.as_dict()
         with ExitStack() as written:  # the files take their names when it closes, the last one first
             for name, values in data.items():
                 temporary = written.enter_context(atomic_path(folder / name))
                 temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             temporary = written.enter_context(atomic_path(folder / WEIGHTS))
             save_file(state, temporary, metadata={"format": "pt"})
-        if self.card is None:
+        if card is None:
             (folder / "card.json").unlink(missing_ok=True)
         return folder
 
@@ -131,8 +165,9 @@ class Model(nn.Module):
             )
         state: dict[str, torch.Tensor] = {}
         used: set[int] = set()
+        parameters = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         for name, value in self.state_dict().items():
-            target = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            target = dtype if dtype is not None and name in parameters else value.dtype  # buffers keep their precision
             value = value.detach().to("cpu", target).contiguous()
             storage = value.untyped_storage()
             if storage.data_ptr() in used or storage.nbytes() != value.nbytes:  # the file takes no shared memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,16 @@ def _has_licence(card: Card, wanted: str) -> bool:
         return fnmatchcase(card.licence.lower(), wanted.lower())
     parts = [card.licence, *(c["licence"] for c in card.components), *(w.licence for w in card.weights.values())]
     return not any("-NC" in part.upper() or part == "unknown" for part in parts)
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder that a name means, or None: the name of a card means the card.
+
+    >>> model_folder("clip_moe_tiny") is None
+    True
+    """
+    folder = os.path.expanduser(name)
+    return Path(folder) if name not in _cards() and os.path.isdir(folder) else None
 
 
 def card(name: str) -> Card:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe.atomic import open_atomic
-from mmoe.errors import BadInput
+from mmoe.errors import BadInput, Refused
 from mmoe.figures import first_choice, load_heatmap, patch_overlay, save_figure
 from mmoe.routing import Routing
 from mmoe.trace import Trace
@@ -105,7 +105,13 @@ def write(
         about: goes into the trace first.
         picture: first picture of the batch.
         preprocessing: of the model.
+
+    Raises:
+        Refused: experts are to be drawn and the model has none.
     """
+    drawn = [kind for kind in files if kind != "trace"]
+    if drawn and not len(routing):
+        raise Refused(f"cannot draw the {drawn[0]} of {about['model']!r}", "no layer of it has experts", "mmoe list")
     if "trace" in files:
         data = {**about, "layers": routing.summary(), "tokens": token_experts(routing, views)}
         with open_atomic(files["trace"]) as file:

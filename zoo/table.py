@@ -38,28 +38,62 @@ def metric_tables(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]
 
     A number with a partner named "... sd" is shown with it; shares are shown in percent.
 
-    >>> rows = [{"data": "d", "model": "a", "R@1": 0.5, "R@1 sd": 0.01, "provenance": "ours", "command": "c"}]
-    >>> print(*metric_tables(rows)[0], sep="\\n")
+    >>> row = {"data": "d", "model": "a", "total": 3000, "active": 2000, "R@1": 0.5, "R@1 sd": 0.01}
+    >>> print(*metric_tables([{**row, "provenance": "ours", "command": "c"}])[0], sep="\\n")
     d; ours: c
-    model  R@1
-    a      50.0±1.0
+    model  active / total  R@1
+    a      2.00k / 3.00k   50.0±1.0
     """
     tables = []
     for (data, provenance, command), group in groupby(metrics, lambda m: (m["data"], m["provenance"], m["command"])):
         rows = list(group)
         about = {"data", "model", "total", "active", "seeds", "provenance", "command"}
         keys = [key for key in rows[0] if key not in about and not key.endswith(" sd")]
-        cells = [[str(row.get("model", "")), *(_value(row, key) for key in keys)] for row in rows]
+        sizes = ["active / total"] if "total" in rows[0] else []
+        cells = [[str(row.get("model", "")), *(_value(row, key) for key in [*sizes, *keys])] for row in rows]
         seeds = f", seeds {', '.join(map(str, rows[0]['seeds']))}" if rows[0].get("seeds") else ""
-        tables.append((f"{data}; {provenance}{seeds}: {command}", columns(["model", *keys], cells)))
+        tables.append((f"{data}; {provenance}{seeds}: {command}", columns(["model", *sizes, *keys], cells)))
     return tables
 
 
 def _value(row: Mapping[str, Any], key: str) -> str:
+    if key == "active / total":
+        return f"{short(row['active'])} / {short(row['total'])}"
     value, spread = row.get(key), row.get(f"{key} sd")
     if not isinstance(value, float) or not 0 <= value <= 1:
         return str(value)
     return f"{100 * value:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
+
+
+def routing_table(routing: Mapping[str, Any]) -> str:
+    """Measured use of the experts, a row per layer.
+
+    >>> layer = {"layer": "block.0", "max_over_mean": 1.2, "dead": [], "entropy": 0.9, "load": [0.4, 0.6]}
+    >>> print(routing_table({"layers": [layer]}))
+    layer    max/mean load  dead  entropy  share of each expert in %
+    block.0           1.20  none     0.90  40.0  60.0
+    """
+    rows = [
+        [
+            row["layer"],
+            f"{row['max_over_mean']:.2f}",
+            ", ".join(map(str, row["dead"])) or "none",
+            f"{row['entropy']:.2f}",
+            "  ".join(f"{100 * share:.1f}" for share in row["load"]),
+        ]
+        for row in routing.get("layers", ())
+    ]
+    return columns(["layer", "max/mean load", "dead", "entropy", "share of each expert in %"], rows, right={1, 3})
+
+
+def shorten(text: str, width: int = 60) -> str:
+    """A text on one line of at most `width` signs.
+
+    >>> shorten("a fox that jumps", 8)
+    'a fox t…'
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
 def short(count: int) -> str:

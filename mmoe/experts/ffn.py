@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from mmoe.dispatch import grouped_linear
 from mmoe.experts.base import Activation, Experts, activation
+from mmoe.options import check_float
 from mmoe.registry import experts
 
 
@@ -63,6 +64,7 @@ class FFNExperts(Experts):
         out_dim: int | None = None,
     ) -> None:
         super().__init__()
+        check_float("dropout", dropout, low=0, below=1)
         self.num_experts, self.dropout, self.act = num_experts, dropout, activation(act)
         out = out_dim or dim
         self.up_proj = _packed(num_experts, hidden_dim, dim)
@@ -107,6 +109,7 @@ class GatedFFNExperts(Experts):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_float("dropout", dropout, low=0, below=1)
         self.num_experts, self.dropout, self.act = num_experts, dropout, activation(act)
         self.gate_up_proj = _packed(num_experts, 2 * hidden_dim, dim)
         self.gate_up_bias = _packed_bias(num_experts, 2 * hidden_dim, dim) if bias else None

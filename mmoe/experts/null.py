@@ -13,8 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mmoe.errors import BadOverride, did_you_mean
 from mmoe.experts.base import Experts
+from mmoe.options import check_choice, check_int
 from mmoe.registry import build_experts, experts
 
 Kind = Literal["zero", "copy"]
@@ -49,12 +49,8 @@ class WithNullExperts(Experts):
         real: str = "ffn",
     ) -> None:
         super().__init__()
-        if kind not in get_args(Kind):
-            raise BadOverride(f"kind={kind!r}", did_you_mean(kind, get_args(Kind)), "kind='zero'")
-        if not 0 <= num_null < num_experts:
-            raise BadOverride(
-                f"num_null={num_null} of {num_experts} experts", "at least one expert must be real", "num_null=1"
-            )
+        check_choice("kind", kind, get_args(Kind))
+        check_int("num_null", num_null, 0, num_experts - 1)
         self.num_experts, self.num_null, self.kind = num_experts, num_null, kind
         self.real: Experts = build_experts(real, dim=dim, hidden_dim=hidden_dim, num_experts=num_experts - num_null)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmoe.options import check_float
 from mmoe.registry import routers
 from mmoe.routing import Context, Router, Routing, finish_routing, gate_scores
 
@@ -36,8 +37,10 @@ class ExpertChoiceRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, *, capacity_factor: float = 2.0) -> None:
         super().__init__()
+        check_float("capacity_factor", capacity_factor, above=0)
         self.num_experts = num_experts
-        self.capacity_factor = self.experts_per_token = capacity_factor
+        self.capacity_factor = capacity_factor
+        self.experts_per_token = min(capacity_factor, num_experts)
         self.gate = nn.Linear(dim, num_experts, bias=False)
 
     def scores(self, x: Tensor) -> Tensor:

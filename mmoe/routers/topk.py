@@ -18,12 +18,13 @@ Shapes: T rows, D model width, E experts, K slots.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from mmoe.errors import BadOverride, did_you_mean
+from mmoe.options import check_choice, check_float, check_int
 from mmoe.registry import routers
 from mmoe.routing import Context, Router, Routing, finish_routing, gate_scores
 
@@ -69,15 +70,12 @@ class TopKRouter(Router):
         gate_bias: bool = False,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise BadOverride(
-                f"top_k={top_k} with {num_experts} experts",
-                f"top_k must lie between 1 and {num_experts}",
-                f"TopKRouter({dim}, {num_experts}, top_k={max(1, min(top_k, num_experts))})",
-            )
-        for option, value, known in (("score", score, get_args(Score)), ("weights", weights, get_args(Weights))):
-            if value not in known:
-                raise BadOverride(f"{option}={value!r}", did_you_mean(value, known), f"{option}={known[0]!r}")
+        check_int("top_k", top_k, 1, num_experts)
+        check_choice("score", score, get_args(Score))
+        check_choice("weights", weights, get_args(Weights))
+        check_float("scale", scale, above=0)
+        check_float("noise", noise, low=0)
+        check_float("bias_rate", bias_rate, low=0)
         self.num_experts, self.top_k = num_experts, top_k
         self.experts_per_token = top_k
         self.score, self.weights, self.scale, self.noise = score, weights, scale, noise
@@ -118,6 +116,14 @@ class TopKRouter(Router):
         if self.noise and self.training:
             selection = selection + self.noise * torch.randn_like(selection)
         return selection
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
+        """As every module, except that the bias keeps fp32: bf16 would swallow the steps of `update`."""
+        bias = self._buffers.get("select_bias")
+        super()._apply(fn, recurse)
+        if bias is not None and self.select_bias.dtype != bias.dtype:
+            self.select_bias = bias.to(self.select_bias.device)
+        return self
 
     @torch.no_grad()
     def update(self, routing: Routing) -> None:

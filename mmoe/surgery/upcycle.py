@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mmoe.errors import BadOverride, Refused, UnknownName, did_you_mean
+from mmoe.options import check_float, check_int
 from mmoe.profile import count_params
 from mmoe.registry import build_router, parse_spec
 from mmoe.routing import Router
@@ -87,7 +88,7 @@ def upcycle(
     model: Model,
     num_experts: int = 4,
     *,
-    top_k: int = 2,
+    top_k: int | None = None,
     layers: int | str | Sequence[str] | None = None,
     sources: Sequence[Source] | None = None,
     router: str | Mapping[str, Any] = "topk",
@@ -104,7 +105,7 @@ def upcycle(
     Args:
         model: host of any library; see `mmoe.sites` for the blocks that can be read.
         num_experts: E.
-        top_k: K, for routers that take it.
+        top_k: K, for routers that take it; 2 when None, or 1 where there is one expert.
         layers: which blocks. None: all of them. An int n: those of the last n layers of each stack (the visual and the
             text tower, say), all of a shorter stack; blocks outside a stack of layers are left alone. Else one or
             several patterns on the names of `mmoe.sites`, such as "visual.*".
@@ -144,6 +145,8 @@ def upcycle(
         True
     """
     _check(num_experts, sources, noise)
+    if dropout is not None:
+        check_float("dropout", dropout, low=0, below=1)
     chosen, refused = _choose(model, layers)
     states = None if sources is None else [s.state_dict() if isinstance(s, nn.Module) else s for s in sources]
     spec = {**parse_spec(router), **(router_options or {})}
@@ -155,7 +158,7 @@ def upcycle(
         except Refused as error:
             refused[site.name] = error.wrong
             continue
-        gate = _draw_router(spec, parts, top_k, generator)
+        gate = _draw_router(spec, parts, min(2, num_experts) if top_k is None else top_k, generator)
         blocks[site.name] = block = _build(site, parts, gate, dropout, noise, generator)
         done[site.name] = UpcycledSite(
             num_experts=num_experts,
@@ -175,8 +178,7 @@ def upcycle(
 
 
 def _check(num_experts: int, sources: Sequence[Source] | None, noise: float) -> None:
-    if num_experts < 1:
-        raise BadOverride(f"num_experts={num_experts}", "there must be at least one", "num_experts=4")
+    check_int("num_experts", num_experts, 1)
     if sources is not None and len(sources) != num_experts:
         raise Refused(
             f"upcycle {len(sources)} sources to {num_experts} experts",

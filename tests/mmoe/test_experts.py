@@ -264,7 +264,7 @@ class TestNull:
     def test_bad_options(self) -> None:
         with pytest.raises(BadOverride, match="kind='coppy'\n  did you mean: copy"):
             WithNullExperts(D, HIDDEN, 4, kind="coppy")  # type: ignore[arg-type]
-        with pytest.raises(BadOverride, match="num_null=4 of 4 experts\n  at least one expert must be real"):
+        with pytest.raises(BadOverride, match="num_null=4\n  num_null is a whole number from 0 to 3"):
             WithNullExperts(D, HIDDEN, 4, num_null=4)
 
 

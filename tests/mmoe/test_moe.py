@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -196,3 +200,19 @@ class TestFlatten:
 
     def test_absent_fields_stay_absent(self) -> None:
         assert Context().flatten(torch.Size((2, 3))) == Context()
+
+
+class TestCopies:
+    """What `trace`, `override` and `with_context` set belongs to the layer, not to its copies."""
+
+    @pytest.mark.parametrize("make", [copy.deepcopy, lambda moe: pickle.loads(pickle.dumps(moe))])
+    def test_made_inside_they_are_free(self, make: Callable[[MoE], MoE]) -> None:
+        moe, x = layer(), torch.randn(5, D)
+        context = Context(valid=torch.zeros(5, dtype=torch.bool))
+        with mmoe.override(moe, mmoe.switch_off([0])), mmoe.trace(moe) as routing, with_context(moe, context):
+            twin = make(moe)
+            y = twin(x)
+        assert not len(routing) and torch.equal(y, moe(x))
+        with mmoe.trace(twin) as routing:
+            twin(x)
+        assert len(routing) == 1

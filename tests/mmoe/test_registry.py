@@ -19,6 +19,14 @@ class TestBuild:
         router = build_router("topk:top_k=3,score=sigmoid,scale=2.5", dim=8, num_experts=4, top_k=1)
         assert (router.top_k, router.score, router.scale) == (3, "sigmoid", 2.5)
 
+    @pytest.mark.parametrize("size", ["dim", "num_experts"])
+    def test_sizes_belong_to_the_model(self, size: str) -> None:
+        with pytest.raises(BadOverride, match=f"'{size}' is not an option of the router 'topk'\n  it takes: top_k, sc"):
+            build_router(f"topk:{size}=3", dim=8, num_experts=4)
+        with pytest.raises(BadOverride, match="'num_experts' is not an option of the router 'fixed'\n  it takes no op"):
+            build_router("fixed:num_experts=3", num_experts=4)
+        assert build_router({"name": "topk", "dim": 8, "num_experts": 3}).num_experts == 3
+
     def test_by_mapping(self) -> None:
         built = build_experts({"name": "gated_ffn", "bias": True}, dim=8, hidden_dim=4, num_experts=2)
         assert isinstance(built, GatedFFNExperts) and built.gate_up_bias is not None
@@ -61,7 +69,7 @@ class TestErrors:
             ),
             (
                 "fixed:zzz=1",
-                "'zzz' is not an option of the router 'fixed'\n  it takes: num_experts\n  try: fixed:num_experts=...",
+                "'zzz' is not an option of the router 'fixed'\n  it takes no options\n  try: fixed",
             ),
             (
                 "topk:top_k",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mmoe import Context, DenseRouter, ExpertChoiceRouter, FFNExperts, FixedRouter, MoE, TopKRouter
+from mmoe import Context, DenseRouter, ExpertChoiceRouter, FFNExperts, FixedRouter, MoE, TopKRouter, build_router
 from mmoe.errors import BadInput, BadOverride
 
 T, D, E, K = 32, 16, 6, 3
@@ -136,13 +137,38 @@ def test_routers_that_use_every_slot_say_so(router: TopKRouter | DenseRouter) ->
     torch.compile(MoE(router, FFNExperts(D, 8, E)), backend="eager", fullgraph=True)(x)
 
 
-@pytest.mark.parametrize(("top_k", "works"), [(0, 1), (7, 6), (-1, 1)])
-def test_bad_top_k(top_k: int, works: int) -> None:
+@pytest.mark.parametrize(("top_k", "works"), [(0, 1), (7, 6), (-1, 1), (1.5, 1), ("2", 1), (True, 1)])
+def test_bad_top_k(top_k: Any, works: int) -> None:
     with pytest.raises(BadOverride) as error:
         TopKRouter(16, 6, top_k=top_k)
-    assert str(error.value) == (
-        f"top_k={top_k} with 6 experts\n  top_k must lie between 1 and 6\n  try: TopKRouter(16, 6, top_k={works})"
-    )
+    assert str(error.value) == f"top_k={top_k!r}\n  top_k is a whole number from 1 to 6\n  try: top_k={works}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "wrong"),
+    [
+        ("topk:scale=nan", "scale=nan\n  scale is a number above 0\n  try: scale=1"),
+        ("topk:noise=-1", "noise=-1\n  noise is a number of at least 0\n  try: noise=0"),
+        ("topk:bias_rate=inf", "bias_rate=inf\n  bias_rate is a number of at least 0"),
+        ("dense:temperature=0", "temperature=0\n  temperature is a number above 0\n  try: temperature=1"),
+        ("expert_choice:capacity_factor=-3", "capacity_factor=-3\n  capacity_factor is a number above 0"),
+        ("expert_choice:capacity_factor=x", "capacity_factor='x'\n  capacity_factor is a number above 0"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(spec: str, wrong: str) -> None:
+    with pytest.raises(BadOverride) as error:
+        build_router(spec, dim=D, num_experts=E)
+    assert str(error.value).startswith(wrong)
+
+
+def test_the_balancing_bias_keeps_its_precision() -> None:
+    moe = MoE(TopKRouter(D, E, bias_rate=1e-3), FFNExperts(D, 8, E))
+    moe.router.select_bias.fill_(0.7)
+    moe.to(torch.bfloat16)
+    assert (moe.router.gate.weight.dtype, moe.router.select_bias.dtype) == (torch.bfloat16, torch.float32)
+    assert (moe.router.select_bias == torch.tensor(0.7)).all(), "bf16 would round it"
+    moe.router.update(moe.route(torch.randn(T, D, dtype=torch.bfloat16)))
+    assert ((moe.router.select_bias - 0.7).abs() > 0.9e-3).all(), "bf16 would swallow the step"
 
 
 def test_unknown_policies() -> None:

@@ -76,6 +76,8 @@ class TestRecording:
 
     def test_nothing_is_stored_outside(self) -> None:
         host, x = Host(), torch.randn(5, D)
+        with mmoe.trace(host):
+            pass
         before = {name: dict(vars(module)) for name, module in host.named_modules()}
         host(x)
         with mmoe.trace(host) as routing:
@@ -124,6 +126,18 @@ class TestRecording:
             experts=torch.zeros(1, 1, dtype=torch.long), weights=on, num_experts=1, losses={"a": on}, state=(on, [on])
         ).detach()
         assert not any(tensor.requires_grad for tensor in (routing.losses["a"], routing.state[0], routing.state[1][0]))
+
+
+def test_every_router_takes_its_own_step_for_each_run() -> None:
+    host = nn.ModuleDict({name: MoE(TopKRouter(D, 2, top_k=1, bias_rate=0.1), FFNExperts(D, 4, 2)) for name in "ab"})
+    x = torch.ones(3, D)
+    with mmoe.trace(host) as routing:
+        host["a"](x)
+        host["b"](x)
+        host["b"](x)
+    mmoe.update_routers(host, routing)
+    steps = {name: sorted(round(b, 2) for b in layer.router.select_bias.tolist()) for name, layer in host.items()}
+    assert steps == {"a": [-0.1, 0.1], "b": [-0.2, 0.2]}
 
 
 class TestCheckpointing:

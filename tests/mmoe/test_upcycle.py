@@ -351,9 +351,20 @@ def test_wrong_sources() -> None:
         upcycle(model, 2, sources=[model, open_clip_host(text_layers=2)])
     with pytest.raises(BadOverride, match="differ already"):
         upcycle(model, 1, top_k=1, sources=[model], noise=0.1)
-    with pytest.raises(BadOverride, match="at least one"):
-        upcycle(model, 0)
+    for count in (0, 2.5):
+        with pytest.raises(BadOverride, match="num_experts is a whole number of at least 1"):
+            upcycle(model, count)  # type: ignore[arg-type]
+    with pytest.raises(BadOverride, match="dropout=3\n  dropout is a number of at least 0 and below 1"):
+        upcycle(model, 2, dropout=3)
     assert not mmoe.moe_layers(model)
+
+
+def test_a_single_expert_is_the_block_itself() -> None:
+    model = open_clip_host()
+    sparse, _ = upcycle(model, 1)
+    assert {layer.router.top_k for layer in mmoe.moe_layers(sparse).values()} == {1}
+    with pytest.raises(BadOverride, match="top_k=2\n  top_k is a whole number from 1 to 1"):
+        upcycle(model, 1, top_k=2)
 
 
 def test_noise_is_relative_and_spares_the_first_copy() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import zoo
-from mmoe.errors import BadInput
+from mmoe.errors import BadInput, BadOverride
+from mmoe.moe import moe_layers
 from train.augment import augment, on_background
 from train.contrastive import ContrastiveRun, StageConfig, batch_stream, epoch_batches, fine_tune, schedule
 from train.data.emoji import load_emoji
@@ -83,6 +84,33 @@ def test_only_chosen_parameters_move():
     assert moved == {name for name in before if ".router." in name}
 
 
+def test_fine_tuning_leaves_nothing_frozen():
+    model = tiny()
+    model.clip.logit_scale.requires_grad_(False)
+    fine_tune(model, steps=1, progress=False)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["clip.logit_scale"]
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ({"steps": 0}, "steps=0\n  steps is a whole number of at least 1\n  try: steps=1"),
+        ({"lr": -1.0}, "lr=-1.0\n  lr is a number above 0\n  try: lr=1"),
+    ],
+)
+def test_fine_tuning_without_a_meaning(options, wrong):
+    with pytest.raises(BadOverride) as error:
+        fine_tune(tiny(), progress=False, **options)
+    assert str(error.value) == wrong
+
+
+def test_bias_balancing_moves_with_the_steps():
+    model = tiny(router="topk:bias_rate=0.01")
+    fine_tune(model, steps=3, progress=False)
+    biases = torch.stack([layer.router.select_bias for layer in moe_layers(model).values()])
+    assert biases.abs().max() > 0.005 and biases.abs().max() < 0.031
+
+
 def test_loss_falls_below_chance():
     model = tiny(num_experts=0)
     config = StageConfig(steps=60, batch_size=32, lr=3e-3, muon_lr=1e-2, strength=0.2)
@@ -120,8 +148,9 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path):
     resumed = run_until(tiny(**options), tmp_path / "b", config, None)
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    losses = [json.loads((tmp_path / run / "stage.losses.json").read_text()) for run in "ab"]
-    assert losses[0] == losses[1]
+    logs = [json.loads((tmp_path / run / "stage.log.json").read_text()) for run in "ab"]
+    assert logs[0]["losses"] == logs[1]["losses"]
+    assert logs[1]["seconds"] > saved["seconds"] > 0
 
 
 def test_other_options_do_not_go_on(tmp_path):

@@ -98,6 +98,19 @@ def test_recipe_mistakes_are_all_reported(tmp_path):
     assert "mcl.lr: Input should be greater than 0" in caught.value.wrong
 
 
+def test_empty_recipe(tmp_path):
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(BadInput) as caught:
+        read_recipe(tmp_path / "empty.yaml")
+    assert caught.value.wrong == "it holds no options"
+
+
+def test_seconds_survive_a_second_run(run):
+    again = DmuRun(run.config, run.out, progress=False)
+    assert set(again.seconds()) == {"base", "mcl_1", "mcl_2", "mcl_3", "clip_moe"}
+    assert all(seconds > 0 for seconds in again.seconds().values())
+
+
 def test_missing_recipe(tmp_path):
     with pytest.raises(BadInput, match="no recipe"):
         read_recipe(tmp_path / "none.yaml")

@@ -344,12 +344,22 @@ def test_predict_with_a_saved_model(run: Any, small: Any, fox: Path, tmp_path: P
 def test_predict_with_a_dense_model(run: Any, small: Any, fox: Path, tmp_path: Path) -> None:
     folder = small(num_experts=0).save(tmp_path / "dense")
     assert run("predict", folder, fox, "a fox").out.endswith("no layer has experts\n")
-    done = run("predict", folder, fox, "a fox", "--overlay", tmp_path / "o.png")
-    assert (done.code, done.err) == (
-        2,
-        "error: cannot draw experts over the picture\n  no layer routes its patches\n  try: mmoe list\n",
-    )
-    assert run("predict", folder, fox, "a fox", "--heatmap", tmp_path / "h.png").code == 2
+    for kind in ("heatmap", "overlay"):
+        done = run("predict", folder, fox, "a fox", f"--{kind}", tmp_path / "h.png")
+        assert (done.code, done.err) == (
+            2,
+            f"error: cannot draw the {kind} of '{folder}'\n  no layer of it has experts\n  try: mmoe list\n",
+        )
+
+
+def test_long_labels_are_shortened_in_the_table(run: Any, fox: Path) -> None:
+    out = run("predict", NAME, fox, "a fox", "very " * 40 + "long").out
+    assert max(map(len, out.splitlines())) < 100 and "…" in out
+
+
+def test_a_name_of_any_length(run: Any) -> None:
+    done = run("info", "x" * 5000)
+    assert done.code == 2 and done.err.startswith("error: no model named 'xxx") and len(done.err) < 800
 
 
 # ---- mistakes ----

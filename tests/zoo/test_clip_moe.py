@@ -91,6 +91,30 @@ def test_the_best_labels(tiny: Any, pictures: list[Path]) -> None:
     assert json.loads(json.dumps(out.as_dict()))["labels"] == LABELS
 
 
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ({"k": -1}, "k=-1\n  k is a whole number of at least 1"),
+        ({"picture": 1}, "picture is a whole number from 0 to 0"),
+    ],
+)
+def test_best_labels_of_nothing(options: dict[str, int], wrong: str, tiny: Any, fox: Path) -> None:
+    with pytest.raises(BadOverride) as error:
+        tiny.predict(fox, ["a fox"]).top(**options)
+    assert wrong in str(error.value)
+
+
+def test_routers_that_compare_tokens_do_so_inside_a_sample(small: Any, pictures: list[Path]) -> None:
+    model, labels = small(router="expert_choice"), ["a fox", "two pizzas on a table"]
+    together = model.predict(pictures, labels).cosines
+    alone = torch.cat([model.predict(picture, labels).cosines for picture in pictures])
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(together[:, :1], model.predict(pictures, labels[:1]).cosines)
+    batch = model.preprocess(pictures)
+    hidden = model.hidden_states(batch["image"])
+    torch.testing.assert_close(hidden[:1], model.hidden_states(batch["image"][:1]))
+
+
 def test_a_template(tiny: Any, fox: Path) -> None:
     out = tiny.predict(fox, ["fox", "pizza"], template="a picture of a {}")
     said = tiny.predict(fox, ["a picture of a fox", "a picture of a pizza"])
@@ -103,6 +127,8 @@ def test_a_template(tiny: Any, fox: Path) -> None:
         ("fox.png", [], "{}", ["cannot compare a picture with no text", "there are none"]),
         ("fox.png", ["a fox", " "], "{}", ["cannot compare a picture with no text", "one label is empty"]),
         ("fox.png", ["a fox"], "a fox", ["cannot use the template 'a fox'", "it has no {} for the label"]),
+        ("fox.png", [1], "{}", ["cannot read 1 as a text", "it is a int"]),
+        ("fox.png", None, "{}", ["cannot read None as a text", "it is a NoneType"]),
         ([], ["a fox"], "{}", ["cannot prepare an empty list of pictures", "the list is empty"]),
         ("gone.png", ["a fox"], "{}", ["cannot read the picture 'gone.png'", "no such file"]),
     ],
@@ -410,7 +436,7 @@ def test_upcycling_that_is_refused(small: Any) -> None:
     with pytest.raises(Refused, match="upcycle a model that is a mixture already"):
         upcycle(small())
     dense = small(num_experts=0)
-    with pytest.raises(BadOverride, match="top_k=5 with num_experts=4"):
+    with pytest.raises(BadOverride, match="top_k=5\n  top_k is a whole number from 1 to 4"):
         upcycle(dense, 4, top_k=5)
     with pytest.raises(BadOverride, match="layers=0"):
         upcycle(dense, moe_layers=0)

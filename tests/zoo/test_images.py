@@ -108,10 +108,12 @@ def test_files_that_are_no_pictures(tmp_path: Path, fox: Path) -> None:
         (cut, "the file is damaged: "),
         (tmp_path, "it is a folder"),
         (tmp_path / "gone.png", f"no such file (looked in {tmp_path})"),
+        (tmp_path / ("x" * 5000), f"no such file (looked in {tmp_path})"),
     ):
         with pytest.raises(BadInput) as error:
             read_image(path)
-        assert str(error.value).startswith(f"cannot read the picture '{path}'\n  {wrong}")
+        assert str(error.value).startswith(f"cannot read the picture '{str(path)[:80]}")
+        assert f"\n  {wrong}" in str(error.value) and len(str(error.value)) < 800
         assert str(error.value).endswith("\n  try: give a PNG, JPEG or WebP file")
 
 
@@ -124,9 +126,41 @@ def test_a_picture_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyP
         warnings.simplefilter("error")
         with pytest.raises(BadInput, match="it has 2000 x 1001 pixels; the limit is 2 megapixels"):
             read_image(path)
-        with pytest.raises(BadInput, match="the file is damaged"):  # Pillow refuses what is twice as large
+        with pytest.raises(
+            BadInput, match=r"(?s)exceeds limit.*try: make it smaller first"
+        ):  # Pillow refuses what is twice as large
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900_000)
             read_image(path)
+
+
+def test_an_address_is_not_a_file() -> None:
+    with pytest.raises(BadInput) as error:
+        read_image("https://example.org/fox.png")
+    assert str(error.value) == (
+        "cannot read the picture 'https://example.org/fox.png'\n  it is an address, not a file\n"
+        "  try: download it first: wget 'https://example.org/fox.png'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("grey", "expected"),
+    [
+        (np.array([[0, 65535]], np.int32), [0, 255]),
+        (np.array([[0, 200]], np.int32), [0, 200]),
+        (np.array([[0.0, 0.5]], np.float32), [0, 128]),
+    ],
+)
+def test_grey_of_more_than_8_bits(tmp_path: Path, grey: np.ndarray, expected: list[int]) -> None:
+    path = tmp_path / "grey.tiff"
+    Image.fromarray(grey).save(path)
+    assert np.asarray(read_image(path))[0, :, 0].tolist() == expected
+
+
+def test_grey_out_of_range_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "grey.tiff"
+    Image.fromarray(np.array([[0.0, 900.0]], np.float32)).save(path)
+    with pytest.raises(BadInput, match="numbers between 0 and 900"):
+        read_image(path)
 
 
 def test_the_original_is_not_changed() -> None:

@@ -285,8 +285,13 @@ def test_overrides_of_a_folder(small: Any, tmp_path: Path) -> None:
         ({"position_split": 1.5}, ["position_split=1.5 does not fit", "position_split is int or None, not float"]),
         ({"activation": "relu"}, ["activation='relu' does not fit", "activation is 'quick_gelu' or 'gelu'"]),
         ({"image_mean": 0.5}, ["image_mean=0.5 does not fit", "image_mean is tuple"]),
-        ({"top_k": 9}, ["top_k=9 with num_experts=4", "top_k must lie between 1 and 4"]),
-        ({"vision_layers": 0}, ["vision_layers=0", "it must be at least 1", "vision_layers=1"]),
+        ({"top_k": 9}, ["top_k=9", "top_k is a whole number from 1 to 4", "top_k=4"]),
+        ({"vision_layers": 0}, ["vision_layers=0", "vision_layers is a whole number of at least 1", "vision_layers=1"]),
+        ({"num_experts": -1}, ["num_experts=-1", "num_experts is a whole number of at least 0", "num_experts=0"]),
+        (
+            {"expert_dropout": 2.0},
+            ["expert_dropout=2.0", "expert_dropout is a number of at least 0 and below 1", "expert_dropout=0"],
+        ),
         ({"vision_heads": 7}, ["7 heads in a tower of width ", "heads must share the width evenly"]),
         (
             {"image_size": 65, "patch_size": 16},
@@ -518,3 +523,10 @@ def test_a_backbone_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
         "the module 'open_clip' is not installed",
         "try: pip install open_clip_torch",
     ]
+
+
+def test_an_empty_tag_or_router_is_no_default() -> None:
+    with pytest.raises(UnknownWeights, match="no weights '' for 'clip_moe_tiny'"):
+        load("clip_moe_tiny.")
+    with pytest.raises(UnknownName, match="no router named ''"):
+        load("clip_moe_tiny", False, router="")

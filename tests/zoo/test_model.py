@@ -268,3 +268,41 @@ def test_save_expands_the_home_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     model = zoo.load("clip_moe_tiny", device="cpu")
     assert model.save("~/saved") == tmp_path / "saved"
     assert zoo.load("~/saved", device="cpu").load_report.coverage == 1
+
+
+def test_the_saved_card_tells_the_changed_structure(tiny: Any, tmp_path: Path) -> None:
+    model = zoo.load("clip_moe_tiny", device="cpu", router="topk:top_k=1")
+    card = zoo.load(model.save(tmp_path), device="cpu").card
+    params = model.num_params()
+    assert card.params == {"total": params.total, "active": params.active} != dict(tiny.card.params)
+    assert card.moe == {"layers": 7, "experts": 4, "top_k": 1, "router": "topk"}
+    assert not card.metrics and not card.routing and not card.weights, "they belong to two experts per token"
+    assert card.lineage["source"] == "clip_moe_tiny" and card.lineage["router"] == "topk:top_k=1"
+
+
+def test_a_dense_variant_says_that_it_is_dense(tmp_path: Path) -> None:
+    dense = zoo.load("clip_moe_tiny", False, device="cpu", num_experts=0)
+    card = zoo.load(dense.save(tmp_path), device="cpu").card
+    assert card.moe == {} and card.params["total"] == card.params["active"] == dense.num_params().total
+
+
+def test_numbers_are_those_of_the_weights_they_were_measured_on(tmp_path: Path) -> None:
+    from train.contrastive import fine_tune
+
+    model = zoo.load("clip_moe_tiny", False, device="cpu")
+    assert not zoo.load(model.save(tmp_path / "random"), device="cpu").card.weights
+    model = zoo.load("clip_moe_tiny", device="cpu")
+    fine_tune(model, steps=1, progress=False)
+    card = zoo.load(model.save(tmp_path / "trained"), device="cpu").card
+    assert not card.weights and not card.metrics and card.lineage["source"] == "clip_moe_tiny"
+    again = zoo.load(tmp_path / "trained", device="cpu")
+    assert again.save(tmp_path / "copy") and zoo.load(tmp_path / "copy", device="cpu").card == again.card
+
+
+def test_a_smaller_type_spares_the_balancing_bias(small: Any, tmp_path: Path) -> None:
+    model = small(router="topk:bias_rate=0.001")
+    router = model.clip.visual.transformer.resblocks[0].mlp.router
+    router.select_bias.fill_(0.7)
+    model.save(tmp_path, dtype=torch.float16)
+    saved = load_file(tmp_path / "model.safetensors")["clip.visual.transformer.resblocks.0.mlp.router.select_bias"]
+    assert saved.equal(router.select_bias)

@@ -20,7 +20,8 @@ from torch import nn
 
 from mmoe.errors import BadInput, CorruptFile, LoadMismatch, Offline
 from zoo import weights
-from zoo.weights import LoadReport, collapse, find_local, load_state, locate, online, read_state, split_hub
+from zoo.state import LoadReport, collapse, load_state, read_state
+from zoo.weights import find_local, locate, online, split_hub
 
 SHA_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 

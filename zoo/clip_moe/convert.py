@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from mmoe.errors import BadOverride, LoadMismatch, Refused, UnknownModel, UnknownWeights, did_you_mean, nearest
+from mmoe.options import check_int
 from mmoe.surgery import upcycle as upcycle_host
 from zoo.clip_moe.model import ClipMoE, ClipMoEConfig
-from zoo.weights import State, collapse, load_state, locate, read_state
+from zoo.state import State, collapse, load_state, read_state
+from zoo.weights import locate
 
 SHOWN_BY_TENSORS = (
     "embed_dim",
@@ -249,7 +251,7 @@ def upcycle(
     dense: ClipMoE,
     num_experts: int = 4,
     *,
-    top_k: int = 2,
+    top_k: int | None = None,
     moe_layers: int | None = None,
     sources: Sequence[Mapping[str, Tensor]] | None = None,
     noise: float = 0.0,
@@ -261,7 +263,7 @@ def upcycle(
     Args:
         dense: gives every tensor outside the experts; its own MLPs are expert 0.
         num_experts: copies of its MLPs when there are no sources.
-        top_k: experts per token.
+        top_k: experts per token; 2 when None, or 1 where there is one expert.
         moe_layers: last blocks of each tower that become mixtures; all when None.
         sources: state dicts of dense `ClipMoE`s; expert i takes the MLPs of source i, so they set `num_experts`.
         noise: relative noise on copied experts.
@@ -275,7 +277,9 @@ def upcycle(
         raise Refused("upcycle a model that is a mixture already", "its MLPs are experts", "give a dense CLIP")
     count = len(sources) if sources is not None else num_experts
     layers = moe_layers if moe_layers is not None else max(dense.config.vision_layers, dense.config.text_layers)
-    config = replace(dense.config, num_experts=count, top_k=top_k, moe_layers=layers, **options)
+    check_int("num_experts", count, 1)
+    k = min(2, count) if top_k is None else top_k
+    config = replace(dense.config, num_experts=count, top_k=k, moe_layers=layers, **options)
     hosts = None if sources is None else [_strip(source) for source in sources]
     host, _ = upcycle_host(dense.clip, count, top_k=config.top_k, layers=config.moe_layers, sources=hosts, noise=noise)
     state = {f"clip.{name}": value for name, value in host.state_dict().items()}

@@ -15,7 +15,7 @@ Shapes: B samples, N tokens, T = B*N rows, D width, C embedding, E experts, K sl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from mmoe.errors import BadInput, BadOverride
 from mmoe.moe import with_context
+from mmoe.options import check_float, check_int
 from mmoe.registry import build_experts, build_router
 from mmoe.routing import Context
 from mmoe.surgery import HostedMoE
@@ -37,6 +38,7 @@ from zoo.images import read_image
 from zoo.model import Model, TokenView
 
 BYTE_TOKENS, SPECIAL_TOKENS = 512, 2
+_PREDICT = "model.predict('fox.png', ['a fox', 'a dog'])"
 _SIZES = ("embed_dim", "image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers")
 _LEAST = {name: 1 for name in (*_SIZES, "vision_heads", "text_heads", "context_length")}
 _LEAST |= {"num_experts": 0, "moe_layers": 0, "vocab_size": 1}
@@ -106,16 +108,13 @@ class ClipMoEConfig:
     resize_mode: str = "shortest"
 
     def __post_init__(self) -> None:
-        if self.num_experts and not 1 <= self.top_k <= self.num_experts:
-            raise BadOverride(
-                f"top_k={self.top_k} with num_experts={self.num_experts}",
-                f"top_k must lie between 1 and {self.num_experts}",
-                f"top_k={min(2, self.num_experts)}",
-            )
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise BadOverride(f"{name}={value}", f"it must be at least {least}", f"{name}={least}")
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), least)
+        if self.num_experts:
+            check_int("top_k", self.top_k, 1, self.num_experts)
+        check_float("expert_dropout", self.expert_dropout, low=0, below=1)
+        check_float("label_smoothing", self.label_smoothing, low=0, below=1)
         for width, heads in ((self.vision_width, self.vision_heads), (self.text_width, self.text_heads)):
             heads = heads or max(1, width // 64)
             if width % heads:
@@ -170,6 +169,8 @@ class Classification:
 
     def top(self, k: int = 5, picture: int = 0) -> list[tuple[str, float]]:
         """The k most probable labels of one picture."""
+        check_int("k", k, 1)
+        check_int("picture", picture, 0, len(self.probs) - 1)
         best = self.probs[picture].topk(min(k, len(self.labels)))
         return [(self.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
@@ -224,16 +225,29 @@ class LongTextCLIP(CLIP):
         """Texts (B, N) cut behind the last end token of the batch, or as they are when padding is routed."""
         return text if self.route_padding else text[:, : int(text.argmax(-1).max()) + 1]
 
-    def _embed_text(self, text: Tensor) -> tuple[Tensor, Tensor, Context | None]:
+    def image_context(self, image: Tensor) -> Context:
+        """What the routers of the image tower are told about pictures (B, 3, H, W)."""
+        rows, columns = self.visual.grid_size
+        return Context(group_ids=_sample_ids(len(image), 1 + rows * columns, image.device))
+
+    def _embed_text(self, text: Tensor) -> tuple[Tensor, Tensor, Context]:
         length = text.shape[1]
         x = self.token_embedding(text) + self.positions(length)  # (B, N, D)
         ends = text.argmax(-1, keepdim=True)  # (B, 1)
         within = torch.arange(length, device=text.device) <= ends  # (B, N)
-        return x, self.attn_mask[:length, :length], None if self.route_padding else Context(valid=within)
+        samples = _sample_ids(len(text), length, text.device)
+        context = Context(group_ids=samples, valid=None if self.route_padding else within)
+        return x, self.attn_mask[:length, :length], context
 
     def _pool_text(self, x: Tensor, text: Tensor) -> Tensor:
         x = self.ln_final(x)[torch.arange(len(x), device=x.device), text.argmax(-1)]  # (B, D)
         return x @ self.text_projection
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Pixels (B, 3, H, W) -> features (B, C)."""
+        with with_context(self.visual, self.image_context(image)):
+            features: Tensor = super().encode_image(image, normalize=normalize)
+        return features
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Token ids (B, N) -> features (B, C)."""
@@ -248,7 +262,10 @@ class LongTextCLIP(CLIP):
         self, image: Tensor | None = None, text: Tensor | None = None, text_indices: Any = None, **options: Any
     ) -> dict[str, Any]:
         """As open_clip's, with the position tables of this class."""
-        output: dict[str, Any] = super().forward_intermediates(image=image, **options) if image is not None else {}
+        output: dict[str, Any] = {}
+        if image is not None:
+            with with_context(self.visual, self.image_context(image)):
+                output = super().forward_intermediates(image=image, **options)
         if text is None:
             return output
         text = self.cut(text)
@@ -263,16 +280,24 @@ class LongTextCLIP(CLIP):
         return output
 
 
+def _sample_ids(samples: int, length: int, device: torch.device) -> Tensor:
+    """Sample of each token, (B, N), for routers that choose inside a sample."""
+    return torch.arange(samples, device=device)[:, None].expand(samples, length)
+
+
 def _add_experts(clip: LongTextCLIP, config: ClipMoEConfig) -> None:
     """Puts a mixture in place of the MLP of the last `moe_layers` blocks of both towers."""
     for tower in (clip.visual.transformer, clip.transformer):
         for block in tower.resblocks[max(0, tower.layers - config.moe_layers) :]:
             sizes = {"dim": block.mlp.c_fc.in_features, "hidden_dim": block.mlp.c_fc.out_features}
             router = build_router(
-                config.router or "topk", dim=sizes["dim"], num_experts=config.num_experts, top_k=config.top_k
+                "topk" if config.router is None else config.router,
+                dim=sizes["dim"],
+                num_experts=config.num_experts,
+                top_k=config.top_k,
             )
             experts = build_experts(
-                config.experts or "ffn",
+                "ffn" if config.experts is None else config.experts,
                 **sizes,
                 num_experts=config.num_experts,
                 act=config.activation,
@@ -311,6 +336,15 @@ def make_tokenizer(vocab_size: int, context_length: int) -> SimpleTokenizer:
     tokenizer.all_special_ids = [tokenizer.encoder[token] for token in special]
     tokenizer.sot_token_id, tokenizer.eot_token_id = tokenizer.all_special_ids
     return tokenizer
+
+
+def _texts(given: Any) -> list[str]:
+    """One text or several as a list."""
+    many = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    for text in many:
+        if not isinstance(text, str):
+            raise BadInput(f"cannot read {text!r} as a text", f"it is a {type(text).__name__}", _PREDICT)
+    return many
 
 
 class ClipMoE(Model):
@@ -393,22 +427,17 @@ class ClipMoE(Model):
         if images is not None:
             many = images if isinstance(images, (list, tuple)) else [images]
             if not many:
-                raise BadInput(
-                    "cannot prepare an empty list of pictures",
-                    "the list is empty",
-                    "model.predict('fox.png', ['a fox'])",
-                )
+                raise BadInput("cannot prepare an empty list of pictures", "the list is empty", _PREDICT)
             background = tuple(self._preprocessing["background"])
             pictures = [self.image_transform(read_image(image, background)) for image in many]
             batch["image"] = torch.stack(pictures).to(self.device, self.dtype)
         if texts is not None:
-            batch["text"] = self.tokenizer([texts] if isinstance(texts, str) else list(texts)).to(self.device)
+            batch["text"] = self.tokenizer(_texts(texts)).to(self.device)
         return batch
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Pixels (B, 3, H, W) -> features (B, C)."""
-        features: Tensor = self.clip.encode_image(image, normalize=normalize)
-        return features
+        return self.clip.encode_image(image, normalize=normalize)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Token ids (B, N) -> features (B, C)."""
@@ -422,8 +451,12 @@ class ClipMoE(Model):
         blocks = self.config.vision_layers
         if not -blocks <= layer < blocks:
             raise BadInput(f"no block {layer}", f"the image tower has {blocks} blocks", "layer=-2")
-        states = self.clip.visual.forward_intermediates(
-            image, indices=[layer % blocks], output_fmt="NLC", output_extra_tokens=True, intermediates_only=True
+        states = self.clip.forward_intermediates(
+            image,
+            image_indices=[layer % blocks],
+            image_output_fmt="NLC",
+            image_output_extra_tokens=True,
+            intermediates_only=True,
         )
         return torch.cat([states["image_intermediates_prefix"][0], states["image_intermediates"][0]], dim=1)
 
@@ -439,12 +472,10 @@ class ClipMoE(Model):
         Raises:
             BadInput: no label is given, one is empty, or the template has no place for it.
         """
-        labels = [labels] if isinstance(labels, str) else list(labels)
+        labels = _texts(labels)
         if not labels or not all(label.strip() for label in labels):
             wrong = "one label is empty" if labels else "there are none"
-            raise BadInput(
-                "cannot compare a picture with no text", wrong, "model.predict('fox.png', ['a fox', 'a dog'])"
-            )
+            raise BadInput("cannot compare a picture with no text", wrong, _PREDICT)
         if "{}" not in template:
             raise BadInput(f"cannot use the template {template!r}", "it has no {} for the label", "'a photo of {}'")
         batch = self.preprocess(images, [template.replace("{}", label) for label in labels])
