@@ -273,15 +273,7 @@ class HostedMoE(MoE):
         """Last product of the experts."""
         return self._packed(-1)
 
-    @property
-    def fc1(self) -> _Weight:
-        """First product of the experts."""
-        return self._packed(0)
-
-    @property
-    def fc2(self) -> _Weight:
-        """Last product of the experts."""
-        return self._packed(-1)
+    fc1, fc2 = c_fc, c_proj  # the same under timm's names
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
