@@ -126,6 +126,8 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 def with_context(model: nn.Module, context: Context | None) -> Iterator[None]:
     """Gives every MoE layer of a host the same side input while the host runs.
 
+    Inside another one, the fields that `context` leaves None stay as they were.
+
     Example:
         >>> import torch
         >>> from mmoe import FFNExperts, TopKRouter
@@ -135,8 +137,8 @@ def with_context(model: nn.Module, context: Context | None) -> Iterator[None]:
     """
     layers = list(moe_layers(model).values())
     before = [layer._context for layer in layers]
-    for layer in layers:
-        layer._context = context
+    for layer, outer in zip(layers, before, strict=True):
+        layer._context = outer if context is None else context.over(outer)
     try:
         yield
     finally:

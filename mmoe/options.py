@@ -3,7 +3,7 @@
 >>> check_float("temperature", 0, above=0)
 Traceback (most recent call last):
 mmoe.errors.BadOverride: temperature=0
-  temperature is a number above 0
+  temperature is a finite number above 0
   try: temperature=1
 """
 
@@ -27,7 +27,7 @@ def check_int(option: str, value: Any, low: int, high: int | None = None) -> Non
     if number and low <= value <= (math.inf if high is None else high):
         return
     span = f"from {low} to {high}" if high is not None else f"of at least {low}"
-    works = high if number and high is not None and value > high else low
+    works = max(low, high) if number and high is not None and value > high else low
     raise BadOverride(f"{option}={value!r}", f"{option} is a whole number {span}", f"{option}={works}")
 
 
@@ -50,7 +50,17 @@ def check_float(
     limits = {"of at least": low, "above": above, "below": below}
     span = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
     works = low if low is not None else (1.0 if above is not None else 0.0)
-    raise BadOverride(f"{option}={value!r}", f"{option} is a number {span}".strip(), f"{option}={works:g}")
+    raise BadOverride(f"{option}={value!r}", f"{option} is a finite number {span}".strip(), f"{option}={works:g}")
+
+
+def check_bool(option: str, value: Any) -> None:
+    """True or False, not what merely counts as one.
+
+    Raises:
+        BadOverride: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise BadOverride(f"{option}={value!r}", f"{option} is true or false", f"{option}=true")
 
 
 def check_choice(option: str, value: Any, choices: Collection[str]) -> None:

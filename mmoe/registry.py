@@ -99,7 +99,7 @@ def parse_spec(spec: str | Mapping[str, Any]) -> dict[str, Any]:
     {'name': 'topk', 'top_k': 1, 'score': 'sigmoid'}
     """
     if not isinstance(spec, str):
-        if "name" not in spec:
+        if not isinstance(spec.get("name"), str):
             raise BadOverride(
                 f"no 'name' in {dict(spec)!r}", "a spec is a name or a mapping with a name", "topk:top_k=1"
             )

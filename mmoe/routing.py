@@ -39,6 +39,13 @@ class Context:
     task_ids: Tensor | None = None
     features: Tensor | None = None
 
+    def over(self, other: Context | None) -> Context:
+        """This context, with the fields of another one where this one has none."""
+        if other is None:
+            return self
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(other, **{name: value for name, value in given.items() if value is not None})
+
     def flatten(self, shape: torch.Size) -> Context:
         """Brings every field to rows (T, ...) for x of shape (*shape, D).
 

@@ -141,7 +141,7 @@ def _show(rows: list[dict[str, Any]], models: list[dict[str, Any]], dtype: str, 
     console = Console()
     for row in rows:
         cell = ", ".join(f"{name} {size}" for name, size in row["cell"].items())
-        table = Table(title=f"MoE layer, {cell}, {dtype}, {threads} threads", title_justify="left")
+        table = Table(title=f"MoE layer, {cell}, {dtype}, {threads} thread{'s' * (threads > 1)}", title_justify="left")
         for heading in ("", "forward ms", "vs dense", "forward + backward ms", "vs dense"):
             table.add_column(heading, justify="right" if heading else "left")
         for name in row["forward_ms"]:

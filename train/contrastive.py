@@ -173,6 +173,7 @@ class ContrastiveRun:
     def run(self, progress: bool = True) -> list[float]:
         """Trains to the end, from the checkpoint where there is one; returns the loss of every step."""
         self._resume()
+        self.model.load_report = None  # its weights are no longer the loaded ones
         model = self.accelerator.prepare(self.model.train())
         stream = batch_stream(self.emoji, self.config.batch_size, self.key, self.step, self.cells)
         begun = saved = time.monotonic()
@@ -190,9 +191,9 @@ class ContrastiveRun:
         except KeyboardInterrupt:
             self.save()
             raise
+        finally:
+            self.model.eval()
         self.save()
-        self.model.eval()
-        self.model.load_report = None  # its weights are no longer the loaded ones
         return self.losses
 
     def _step(self, model: nn.Module, pairs: list[tuple[int, int]]) -> float:
@@ -300,7 +301,7 @@ def fine_tune(
     steps: int = 20,
     *,
     lr: float = 3e-3,
-    trainable: Sequence[str] = ("*router*",),
+    trainable: str | Sequence[str] = ("*router*",),
     progress: bool = True,
 ) -> list[float]:
     """A short fine-tuning on the emoji, of the routers by default; returns the loss of every step.
@@ -309,7 +310,7 @@ def fine_tune(
         model: trained in place; which of its parameters are frozen is afterwards as it was before.
         steps: optimiser steps.
         lr: peak learning rate.
-        trainable: patterns of parameter names.
+        trainable: pattern of parameter names, or several.
         progress: shows a bar on a terminal.
 
     Raises:
@@ -317,7 +318,8 @@ def fine_tune(
     """
     check_int("steps", steps, 1)
     check_float("lr", lr, above=0)
-    config = StageConfig(steps=steps, batch_size=64, lr=lr, trainable=tuple(trainable))
+    patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
+    config = StageConfig(steps=steps, batch_size=64, lr=lr, trainable=patterns)
     frozen = {name: not parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         return ContrastiveRun(model, load_emoji(), config, name="fine_tune").run(progress)

@@ -69,11 +69,11 @@ def read_recipe(path: Path) -> DmuConfig:
     """
     if not path.is_file():
         raise BadInput(
-            f"no recipe '{path}'", f"looked in {path.absolute().parent}", f"python -m train.dmu {RECIPE.name}"
+            f"no recipe '{path}'", f"looked in {path.absolute().parent}", "python -m train.dmu   (the bundled recipe)"
         )
     try:
         return DmuConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (ValidationError, yaml.YAMLError) as error:
+    except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot use the recipe '{path}'", _mistakes(error), f"compare with {RECIPE.name}") from error
 
 
@@ -83,7 +83,7 @@ def _mistakes(error: Exception) -> str:
     lines = []
     for mistake in error.errors():
         if not mistake["loc"]:
-            return "it holds no options"
+            return "it holds no mapping from options to values"
         place = ".".join(map(str, mistake["loc"]))
         known = StageConfig.model_fields if len(mistake["loc"]) > 1 else DmuConfig.model_fields
         near = nearest(str(mistake["loc"][-1]), known) if mistake["type"] == "extra_forbidden" else []
@@ -105,6 +105,10 @@ class DmuRun:
         self.config, self.out, self.seed, self.progress = config, out, seed, progress
         self.emoji: EmojiSet = load_emoji()
         self.card = zoo.card(config.model)
+        if not self.card.moe:
+            raise BadInput(
+                f"grow experts for {config.model!r}", "it is a dense model", "model: clip_moe_tiny in the recipe"
+            )
         self._check_resolved()
 
     def _check_resolved(self) -> None:
@@ -263,7 +267,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/dmu"),
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     controls: Annotated[bool, typer.Option(help="Also train the controls with the same number of steps.")] = False,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them as they are.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves them as they are.")] = 0,
 ) -> None:
     """Trains the tiny CLIP-MoE by diversified multiplet upcycling; the same command goes on after an interruption."""
     if threads:

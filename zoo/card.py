@@ -87,6 +87,12 @@ class Card:
         """True when the default weights come with the project."""
         return bool(self.weights) and next(iter(self.weights.values())).source.startswith("bundled:")
 
+    @property
+    def whole_licence(self) -> str:
+        """Licence of the model with all its weights; "unknown" where one of them is."""
+        licences = list(dict.fromkeys([self.licence, *(weights.licence for weights in self.weights.values())]))
+        return "unknown" if "unknown" in licences else " AND ".join(licences)
+
     def find_weights(self, tag: str | None = None) -> tuple[str, Weights]:
         """Tag and weights; the default ones without a tag.
 
@@ -120,6 +126,8 @@ class Card:
         Raises:
             CorruptFile: keys that are unknown or missing.
         """
+        if not isinstance(data, Mapping):
+            raise CorruptFile(f"card in {origin}", f"it is a {type(data).__name__}, not a mapping", "see zoo/card.py")
         data = dict(data)
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known)
@@ -131,10 +139,12 @@ class Card:
             if key in data:
                 data[key] = tuple(data[key])
         try:
+            if "params" in data:
+                data["params"] = {kind: data["params"][kind] for kind in ("total", "active")}
             data["weights"] = {tag: Weights(**values) for tag, values in data.get("weights", {}).items()}
             return cls(**data)
-        except TypeError as error:
-            raise CorruptFile(f"card in {origin}", str(error), "see zoo/card.py") from error
+        except (TypeError, AttributeError, KeyError) as error:
+            raise CorruptFile(f"card in {origin}", f"{type(error).__name__}: {error}", "see zoo/card.py") from error
 
 
 def read_cards(path: Path) -> list[Card]:

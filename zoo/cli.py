@@ -269,6 +269,11 @@ def predict(
     _check_formats(files)
     pictures, labels = _arguments(name, inputs)
     overrides = parse_settings(settings or [])
+    router = router if router is not None else overrides.pop("router", None)
+    for option in ("device", "dtype", "weights", "router"):
+        if option in overrides:
+            asked = f"{option!r} is not an option of the config"
+            raise BadOverride(asked, "it has an option of its own", f"--{option} {overrides[option]}")
 
     from mmoe.trace import trace as record
     from zoo import routes

@@ -106,7 +106,7 @@ def upcycle(
     options |= {"context_length": context_length, "noise": noise or None, "seed": seed, "dtype": dtype}
     lineage = {"verb": "upcycle", "source": source, **{k: v for k, v in options.items() if v not in (None, [])}}
     model.card = _card(out, model, lineage, [start, *others])
-    model.save(out, dtype=saved_dtype)
+    model.save(out, dtype=saved_dtype, card=model.card)
     told = {"difference": difference, "seconds": round(time.perf_counter() - begin, 1)}
     _tell(out, model, asdict(before), told, as_json)
 
@@ -145,18 +145,15 @@ def from_original(
     if top_k is not None and "top_k" not in takes:
         raise BadOverride(f"--top-k for {family}", "its files say how many experts a token uses", "leave it out")
     config, state = convert.from_original(read_state(path), **({} if top_k is None else {"top_k": top_k}))
-    told_by_file = _read_note(path, family)
     asked = {**({} if top_k is None else {"top_k": top_k}), **overrides}
-    given = {**told_by_file.get("config", {}), **asked}
+    given = {**_read_note(path, family), **asked}
     config = make_config(type(config), {**asdict(config), **given}, family)
     model = family_class(family)(config).eval()
     model.load_report = load_state(model, state, str(file))
-    if told_by_file:
-        model.preprocessing = told_by_file["preprocessing"]
     assumed = {key: value for key, value in convert.assumed(config).items() if key not in given}
     lineage = {"verb": "from-original", "source": file.name, "sha256": file_sha256(path), **asked, **assumed}
     model.card = _card(out, model, lineage, [_Source(model=model, name=file.name, licence="unknown")])
-    model.save(out)
+    model.save(out, card=model.card)
     told = {"matched": len(model.load_report.matched), "assumed": assumed}
     _tell(out, model, None, {**told, "seconds": round(time.perf_counter() - begin, 1)}, as_json)
 
@@ -206,16 +203,19 @@ def to_original(
 
 def _note(model: Model) -> dict[str, str]:
     """Metadata for a file in the authors' layout, from which `_read_note` gets the options back."""
-    told = {"family": model.family, "config": asdict(model.config), "preprocessing": model.preprocessing}
-    return {_NOTE: json.dumps(told)}
+    return {_NOTE: json.dumps({"family": model.family, "config": asdict(model.config)})}
 
 
 def _read_note(path: Path, family: str) -> dict[str, Any]:
-    """What `_note` put into a file; empty where there is none."""
+    """The config that `_note` put into a file; empty where there is none of this family."""
     from zoo.state import read_metadata
 
-    told: dict[str, Any] = json.loads(read_metadata(path).get(_NOTE, "{}"))
-    return told if told.get("family") == family else {}
+    try:
+        told = json.loads(read_metadata(path)[_NOTE])
+        config = told["config"] if told["family"] == family else {}
+    except (KeyError, TypeError, ValueError):  # no note, or another program's
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _check_folder(out: Path, force: bool) -> None:
@@ -258,7 +258,7 @@ def _open(source: str, like: Model | None = None) -> _Source:
         raise Refused(f"cannot upcycle {source!r}", "it is a mixture already; give a dense model", fix)
     if found is None:
         return _Source(model=model, name=source, licence="unknown")
-    return _Source(model=model, name=found.name, licence=found.licence, components=found.components)
+    return _Source(model=model, name=found.name, licence=found.whole_licence, components=found.components)
 
 
 def _open_clip(name: str) -> _Source:

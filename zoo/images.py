@@ -15,6 +15,16 @@ from mmoe.errors import BadInput
 MAX_PIXELS = 50_000_000
 
 
+class _OutOfRange(BadInput):
+    """Numbers that are no colours; `told` says it without naming the source."""
+
+    def __init__(self, low: float, high: float, kind: str, top: int) -> None:
+        self.told = f"its numbers lie between {low:g} and {high:g}; {kind} of a picture lie between 0 and {top}"
+        fix = "array / 255" if 1 < high <= 255 else "scale the array first"
+        asked = f"cannot read a picture from numbers between {low:g} and {high:g}"
+        super().__init__(asked, f"{kind} of a picture lie between 0 and {top}", fix)
+
+
 def read_image(source: Any, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """A picture as RGB; transparency is laid over `background` and the camera's rotation applied.
 
@@ -28,7 +38,11 @@ def read_image(source: Any, background: tuple[int, int, int] = (255, 255, 255)) 
     (6, 4)
     """
     if isinstance(source, (str, Path)):
-        return _flatten(_open(source), background)
+        try:
+            return _flatten(_open(source), background)
+        except _OutOfRange as error:
+            fix = "save it with 8 bits per channel"
+            raise BadInput(f"cannot read the picture '{source}'", error.told, fix) from error
     if isinstance(source, Image.Image):
         return _flatten(source, background)
     return _flatten(_from_array(np.asarray(source)), background)
@@ -88,23 +102,24 @@ def _from_array(array: np.ndarray) -> Image.Image:
     top = 255 if array.dtype.kind in "ui" else 1
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= top):  # also for NaN
-        kind = "integers" if top == 255 else "floats"
-        raise BadInput(
-            f"cannot read a picture from numbers between {low:g} and {high:g}",
-            f"{kind} of a picture lie between 0 and {top}",
-            "array / 255" if 1 < high <= 255 else "scale the array first",
-        )
+        raise _OutOfRange(low, high, "integers" if top == 255 else "floats", top)
     return Image.fromarray((array * (255 / top)).round().astype(np.uint8))
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, which Pillow would cut off at 255; whole numbers up to 255 stay as they are."""
+    """Grey of more than 8 bits, which Pillow would cut off at 255.
+
+    A file says by its mode when it has 16 bits. Of 32-bit whole numbers ("I"), those up to 255 are taken as 8 bits,
+    larger ones as 16.
+    """
     grey = np.asarray(image)
     deep = image.mode.startswith("I;16") or (grey.min() >= 0 and 255 < grey.max() < 2**16)
     return _from_array(grey >> 8 if deep else grey)
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    if 0 in image.size:
+        raise BadInput("cannot read an empty picture", f"its size is {image.size}", "give a picture with pixels")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = _to_8_bits(image)

@@ -268,4 +268,4 @@ def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     return found
 
 
-__all__ = ["LoadReport", "family_class", "load"]
+__all__ = ["LoadReport", "family_class", "load", "pick_dtype"]

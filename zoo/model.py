@@ -115,29 +115,42 @@ class Model(nn.Module):
         return {"config": config, "params": {"total": params.total, "active": params.active}, "moe": moe}
 
     def _card_to_save(self) -> Card | None:
-        """The card, without numbers that were measured on other options or other weights."""
-        card = self.card
+        """A card for a folder: its structure and where it comes from, without numbers measured on other weights."""
+        card, report = self.card, self.load_report
         if card is None:
             return None
         given: Any = make_config(self.config_class, card.config, card.name)
         changed = {f.name: getattr(self.config, f.name) for f in fields(given)}
         changed = {key: value for key, value in changed.items() if value != getattr(given, key)}
         measured = card.weights or card.metrics or card.routing
-        if not changed and (self.load_report is not None or not measured):
-            return card
-        weights = self.load_report.source if self.load_report is not None else "random at first"
-        lineage = {**card.lineage, "source": card.name, "weights": weights, **changed}
-        return replace(card, **self.facts(), weights={}, metrics=(), routing={}, lineage=lineage)
+        if report is not None and not (report.missing or changed or measured):
+            return card  # a folder's own, saved again
+        weights = "random, or trained since they were loaded" if report is None else report.source
+        if report is not None and report.missing:
+            weights += f", {len(report.missing)} tensors random"
+        lineage = {"verb": "save", "source": card.name, "weights": weights, **changed}
+        return replace(
+            card,
+            **self.facts(),
+            summary=f"Saved from {card.name}.",
+            licence=card.whole_licence,
+            weights={},
+            metrics=(),
+            routing={},
+            lineage={**lineage, "before": card.lineage} if card.lineage else lineage,
+        )
 
-    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None, card: Card | None = None) -> Path:
         """Writes a folder that `zoo.load(folder)` reads alone: config, weights, preprocessing and card.
 
-        The card keeps measured numbers only where options and weights are those that they were measured on.
+        The card tells the structure and where the model comes from. Numbers stay behind, since nobody measured them on
+        what is saved here.
 
         Args:
             folder: made when it is not there. Its files are replaced only after all new ones are written, so that
                 a full disk leaves the old model.
             dtype: type of the saved parameters; as they are when None.
+            card: written as it is, in place of one made from the model's own.
 
         Returns:
             The folder.
@@ -145,7 +158,7 @@ class Model(nn.Module):
         folder, state = Path(folder).expanduser(), self._saved_state(dtype)
         config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(self.config)}
         data = {"config.json": config, "preprocess.json": self.preprocessing}
-        card = self._card_to_save()
+        card = card or self._card_to_save()
         if card is not None:
             data["card.json"] = card.as_dict()
         with ExitStack() as written:  # the files take their names when it closes, the last one first

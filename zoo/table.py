@@ -92,7 +92,7 @@ def shorten(text: str, width: int = 60) -> str:
     >>> shorten("a fox that jumps", 8)
     'a fox t…'
     """
-    line = " ".join(text.split())
+    line = "".join(sign if sign.isprintable() else " " for sign in " ".join(text.split()))
     return line if len(line) <= width else f"{line[: width - 1]}…"
 
 

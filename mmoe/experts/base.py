@@ -41,10 +41,10 @@ def activation(name: str | Activation) -> Activation:
         >>> activation("quick_gelu")(torch.zeros(1)).item()
         0.0
     """
-    if not isinstance(name, str):
+    if callable(name):
         return name
     if name not in ACTIVATIONS:
-        raise UnknownName(f"no activation named {name!r}", did_you_mean(name, ACTIVATIONS), "activation='gelu'")
+        raise UnknownName(f"no activation named {name!r}", did_you_mean(str(name), ACTIVATIONS), "activation='gelu'")
     return ACTIVATIONS[name]
 
 

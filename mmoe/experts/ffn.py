@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mmoe.dispatch import grouped_linear
 from mmoe.experts.base import Activation, Experts, activation
-from mmoe.options import check_float
+from mmoe.options import check_bool, check_float
 from mmoe.registry import experts
 
 
@@ -40,10 +40,10 @@ class FFNExperts(Experts):
         dim: D.
         hidden_dim: F.
         num_experts: E.
+        out_dim: output width; D when None.
         act: activation name or function.
         bias: gives both layers a bias.
         dropout: probability after the activation, in training.
-        out_dim: output width; D when None.
 
     Example:
         >>> FFNExperts(8, 16, 2)(torch.randn(5, 8), torch.tensor([2, 3])).shape
@@ -57,13 +57,14 @@ class FFNExperts(Experts):
         dim: int,
         hidden_dim: int,
         num_experts: int,
+        out_dim: int | None = None,
         *,
         act: str | Activation = "gelu",
         bias: bool = True,
         dropout: float = 0.0,
-        out_dim: int | None = None,
     ) -> None:
         super().__init__()
+        check_bool("bias", bias)
         check_float("dropout", dropout, low=0, below=1)
         self.num_experts, self.dropout, self.act = num_experts, dropout, activation(act)
         out = out_dim or dim
@@ -109,6 +110,7 @@ class GatedFFNExperts(Experts):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_bool("bias", bias)
         check_float("dropout", dropout, low=0, below=1)
         self.num_experts, self.dropout, self.act = num_experts, dropout, activation(act)
         self.gate_up_proj = _packed(num_experts, 2 * hidden_dim, dim)

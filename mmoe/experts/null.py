@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mmoe.experts.base import Experts
+from mmoe.experts.base import Activation, Experts
 from mmoe.options import check_choice, check_int
 from mmoe.registry import build_experts, experts
 
@@ -30,7 +30,8 @@ class WithNullExperts(Experts):
         num_experts: number of all routes, real and null.
         num_null: how many of them are null.
         kind: "zero" or "copy".
-        real: name of the real experts.
+        real: name or spec of the real experts.
+        act, dropout: of the real experts; their own default when None.
 
     Example:
         >>> experts = WithNullExperts(8, 16, 4, num_null=1)
@@ -47,12 +48,17 @@ class WithNullExperts(Experts):
         num_null: int = 1,
         kind: Kind = "zero",
         real: str = "ffn",
+        act: str | Activation | None = None,
+        dropout: float | None = None,
     ) -> None:
         super().__init__()
+        check_int("num_experts", num_experts, 1)
         check_choice("kind", kind, get_args(Kind))
         check_int("num_null", num_null, 0, num_experts - 1)
         self.num_experts, self.num_null, self.kind = num_experts, num_null, kind
-        self.real: Experts = build_experts(real, dim=dim, hidden_dim=hidden_dim, num_experts=num_experts - num_null)
+        options = {key: value for key, value in (("act", act), ("dropout", dropout)) if value is not None}
+        sizes = {"dim": dim, "hidden_dim": hidden_dim, "num_experts": num_experts - num_null}
+        self.real: Experts = build_experts(real, **sizes, **options)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Rows (N, D) sorted by expert -> (N, D); only rows of real experts are computed."""

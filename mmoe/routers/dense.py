@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmoe.options import check_float
+from mmoe.options import check_bool, check_float
 from mmoe.registry import routers
 from mmoe.routing import Context, Router, Routing, finish_routing, gate_scores
 
@@ -33,6 +33,7 @@ class DenseRouter(Router):
     def __init__(self, dim: int, num_experts: int, *, temperature: float = 1.0, gate_bias: bool = False) -> None:
         super().__init__()
         check_float("temperature", temperature, above=0)
+        check_bool("gate_bias", gate_bias)
         self.num_experts = self.experts_per_token = num_experts
         self.temperature = temperature
         self.gate = nn.Linear(dim, num_experts, bias=gate_bias)

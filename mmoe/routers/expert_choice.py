@@ -58,7 +58,7 @@ class ExpertChoiceRouter(Router):
         if context is not None and context.valid is not None:
             valid = context.valid
         sizes = groups.new_zeros(rows + 1).index_add_(0, groups, valid.long())  # valid rows per group
-        capacity = torch.ceil(sizes * self.capacity_factor / self.num_experts).long().clamp(max=sizes)
+        capacity = torch.ceil(sizes * (self.experts_per_token / self.num_experts)).long()
         rank = _rank_in_group(probs.detach().masked_fill(~valid[:, None], -1.0), groups)  # (T, E)
         chosen = (rank < capacity[groups][:, None]) & valid[:, None]  # (T, E)
         routing = Routing(

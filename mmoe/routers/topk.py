@@ -24,7 +24,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mmoe.options import check_choice, check_float, check_int
+from mmoe.options import check_bool, check_choice, check_float, check_int
 from mmoe.registry import routers
 from mmoe.routing import Context, Router, Routing, finish_routing, gate_scores
 
@@ -44,7 +44,7 @@ class TopKRouter(Router):
         weights: "renormalized", "raw" or "softmax_topk"; see the table of this file.
         scale: factor on the combine weights (DeepSeek's routed scaling factor).
         noise: standard deviation of Gaussian noise on the selection in training; 0 turns it off.
-        bias_rate: step of the loss-free bias balancing done by `update`; 0 turns it off and keeps no bias.
+        bias_rate: step of the loss-free bias balancing done by `mmoe.update_routers`; 0 turns it off and keeps no bias.
         gate_bias: gives the gate an additive bias.
 
     Example:
@@ -70,19 +70,21 @@ class TopKRouter(Router):
         gate_bias: bool = False,
     ) -> None:
         super().__init__()
+        check_int("num_experts", num_experts, 1)
         check_int("top_k", top_k, 1, num_experts)
         check_choice("score", score, get_args(Score))
         check_choice("weights", weights, get_args(Weights))
         check_float("scale", scale, above=0)
         check_float("noise", noise, low=0)
         check_float("bias_rate", bias_rate, low=0)
+        check_bool("gate_bias", gate_bias)
         self.num_experts, self.top_k = num_experts, top_k
         self.experts_per_token = top_k
         self.score, self.weights, self.scale, self.noise = score, weights, scale, noise
         self.bias_rate = bias_rate
         self.gate = nn.Linear(dim, num_experts, bias=gate_bias)
         if bias_rate:
-            self.register_buffer("select_bias", torch.zeros(num_experts))
+            self.register_buffer("select_bias", torch.zeros(num_experts, dtype=torch.float32))
 
     def scores(self, x: Tensor) -> Tensor:
         """Raw scores: x (T, D) -> logits (T, E) in fp32."""

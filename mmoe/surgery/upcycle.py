@@ -185,9 +185,9 @@ def _check(num_experts: int, sources: Sequence[Source] | None, noise: float) -> 
             "expert e takes the blocks of source e, so there must be as many",
             f"mmoe.upcycle(model, num_experts={len(sources)}, sources=sources)",
         )
-    if noise and (sources is not None or noise < 0):
-        wrong = "experts of several sources differ already" if sources is not None else "it must not be negative"
-        raise BadOverride(f"noise={noise}", wrong, "noise=0.0")
+    check_float("noise", noise, low=0)
+    if noise and sources is not None:
+        raise BadOverride(f"noise={noise}", "experts of several sources differ already", "noise=0.0")
 
 
 def _reasons(refused: Mapping[str, str]) -> str:

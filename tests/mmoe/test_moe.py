@@ -107,14 +107,21 @@ class TestWithContext:
             assert moe(x, Context(valid=everything)).any() and not moe(x).any()
 
     def test_nests_and_restores(self) -> None:
-        moe, outer, inner = layer(), Context(), Context()
-        with with_context(moe, outer):
-            with with_context(moe, inner):
-                assert moe._context is inner
-            assert moe._context is outer
+        moe, x, valid = layer(), torch.randn(4, D), torch.tensor([True, True, False, True])
+
+        def context_seen() -> Context | None:
+            with mmoe.trace(moe) as routing:
+                moe(x)
+            return routing[0].context
+
+        with with_context(moe, Context(valid=valid, task_ids=torch.zeros(4))):
+            with with_context(moe, Context(task_ids=torch.ones(4))):
+                inner = context_seen()
             with with_context(moe, None):
-                assert moe._context is None
-        assert moe._context is None
+                outer = context_seen()
+        assert inner.valid.equal(valid) and inner.task_ids.equal(torch.ones(4))
+        assert outer.valid.equal(valid) and outer.task_ids.equal(torch.zeros(4))
+        assert context_seen() is None
 
     def test_restores_after_an_exception(self) -> None:
         moe = layer()

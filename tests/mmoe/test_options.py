@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmoe.errors import BadOverride
-from mmoe.options import check_choice, check_float, check_int
+from mmoe.options import check_bool, check_choice, check_float, check_int
 
 NAN, INF = float("nan"), float("inf")
 
@@ -29,6 +29,7 @@ def test_whole_numbers(value: Any) -> None:
         (lambda value: check_float("k", value, above=0), [0, -0.5, INF]),
         (lambda value: check_float("k", value, low=0, below=1), [1, 1.5, -0.1]),
         (lambda value: check_choice("k", value, ["zero", "copy"]), ["", "zeros", "nothing", 3]),
+        (lambda value: check_bool("k", True if value == "true" else value), [0, 1, "no", None]),
     ],
 )
 def test_what_is_proposed_passes(check: Callable[[Any], None], bad: list[Any]) -> None:
@@ -36,7 +37,7 @@ def test_what_is_proposed_passes(check: Callable[[Any], None], bad: list[Any]) -
         with pytest.raises(BadOverride) as error:
             check(value)
         assert error.value.asked == f"k={value!r}"
-        found = re.fullmatch(r"k=(?:'(\w+)'|([\d.]+))", error.value.fix)
+        found = re.fullmatch(r"k=(?:'?([a-z]+)'?|([\d.]+))", error.value.fix)
         assert found is not None
         check(found[1] or float(found[2]) if found[1] or "." in found[2] else int(found[2]))
 

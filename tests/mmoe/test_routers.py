@@ -147,12 +147,12 @@ def test_bad_top_k(top_k: Any, works: int) -> None:
 @pytest.mark.parametrize(
     ("spec", "wrong"),
     [
-        ("topk:scale=nan", "scale=nan\n  scale is a number above 0\n  try: scale=1"),
-        ("topk:noise=-1", "noise=-1\n  noise is a number of at least 0\n  try: noise=0"),
-        ("topk:bias_rate=inf", "bias_rate=inf\n  bias_rate is a number of at least 0"),
-        ("dense:temperature=0", "temperature=0\n  temperature is a number above 0\n  try: temperature=1"),
-        ("expert_choice:capacity_factor=-3", "capacity_factor=-3\n  capacity_factor is a number above 0"),
-        ("expert_choice:capacity_factor=x", "capacity_factor='x'\n  capacity_factor is a number above 0"),
+        ("topk:scale=nan", "scale=nan\n  scale is a finite number above 0\n  try: scale=1"),
+        ("topk:noise=-1", "noise=-1\n  noise is a finite number of at least 0\n  try: noise=0"),
+        ("topk:bias_rate=inf", "bias_rate=inf\n  bias_rate is a finite number of at least 0"),
+        ("dense:temperature=0", "temperature=0\n  temperature is a finite number above 0\n  try: temperature=1"),
+        ("expert_choice:capacity_factor=-3", "capacity_factor=-3\n  capacity_factor is a finite number above 0"),
+        ("expert_choice:capacity_factor=x", "capacity_factor='x'\n  capacity_factor is a finite number above 0"),
     ],
 )
 def test_options_without_a_meaning_are_refused(spec: str, wrong: str) -> None:
@@ -219,8 +219,9 @@ class TestExpertChoice:
         routing = router(torch.randn(T, D), Context(valid=torch.arange(T) < 8))
         assert routing.counts().tolist() == [2, 2, 2, 2]
 
-    def test_an_expert_takes_a_token_once_at_most(self) -> None:
-        assert ExpertChoiceRouter(D, 4, capacity_factor=9.0)(torch.randn(T, D)).counts().tolist() == [T] * 4
+    @pytest.mark.parametrize("factor", [9.0, 1e19])
+    def test_an_expert_takes_a_token_once_at_most(self, factor: float) -> None:
+        assert ExpertChoiceRouter(D, 4, capacity_factor=factor)(torch.randn(T, D)).counts().tolist() == [T] * 4
 
     def test_every_group_gets_its_own_capacity(self) -> None:
         router, x = ExpertChoiceRouter(D, 4, capacity_factor=1.0), torch.randn(16, D)

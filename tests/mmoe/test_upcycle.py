@@ -354,7 +354,7 @@ def test_wrong_sources() -> None:
     for count in (0, 2.5):
         with pytest.raises(BadOverride, match="num_experts is a whole number of at least 1"):
             upcycle(model, count)  # type: ignore[arg-type]
-    with pytest.raises(BadOverride, match="dropout=3\n  dropout is a number of at least 0 and below 1"):
+    with pytest.raises(BadOverride, match="dropout=3\n  dropout is a finite number of at least 0 and below 1"):
         upcycle(model, 2, dropout=3)
     assert not mmoe.moe_layers(model)
 

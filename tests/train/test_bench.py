@@ -42,7 +42,7 @@ def test_the_table_fits_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["bench", "--repeats", "1", "--threads", "1"]) == 0
     out = capsys.readouterr().out
-    assert "MoE layer, T 16, D 32, F 24, E 4, K 2, fp32, 1 threads" in out
+    assert "MoE layer, T 16, D 32, F 24, E 4, K 2, fp32, 1 thread" in out
     assert max(map(len, out.splitlines())) <= 80
 
 

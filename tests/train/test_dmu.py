@@ -98,11 +98,18 @@ def test_recipe_mistakes_are_all_reported(tmp_path):
     assert "mcl.lr: Input should be greater than 0" in caught.value.wrong
 
 
+def test_a_dense_card_grows_no_experts(tmp_path):
+    path = tmp_path / "dense.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "model": "clip_tiny"}))
+    with pytest.raises(BadInput, match="grow experts for 'clip_tiny'\n  it is a dense model"):
+        DmuRun(read_recipe(path), tmp_path / "run")
+
+
 def test_empty_recipe(tmp_path):
     (tmp_path / "empty.yaml").touch()
     with pytest.raises(BadInput) as caught:
         read_recipe(tmp_path / "empty.yaml")
-    assert caught.value.wrong == "it holds no options"
+    assert caught.value.wrong == "it holds no mapping from options to values"
 
 
 def test_seconds_survive_a_second_run(run):

@@ -357,6 +357,18 @@ def test_long_labels_are_shortened_in_the_table(run: Any, fox: Path) -> None:
     assert max(map(len, out.splitlines())) < 100 and "…" in out
 
 
+@pytest.mark.parametrize(("option", "value"), [("device", "cpu"), ("dtype", "bf16"), ("weights", "emoji")])
+def test_options_that_are_no_settings(option: str, value: str, run: Any, fox: Path) -> None:
+    done = run("predict", NAME, fox, "a fox", "--set", f"{option}={value}")
+    assert done.err == (
+        f"error: {option!r} is not an option of the config\n  it has an option of its own\n  try: --{option} {value}\n"
+    )
+
+
+def test_a_router_may_be_a_setting(run: Any, fox: Path) -> None:
+    assert "4 of 4        4" in run("predict", NAME, fox, "a fox", "--set", "router=dense").out
+
+
 def test_a_name_of_any_length(run: Any) -> None:
     done = run("info", "x" * 5000)
     assert done.code == 2 and done.err.startswith("error: no model named 'xxx") and len(done.err) < 800

@@ -115,6 +115,16 @@ def test_routers_that_compare_tokens_do_so_inside_a_sample(small: Any, pictures:
     torch.testing.assert_close(hidden[:1], model.hidden_states(batch["image"][:1]))
 
 
+def test_side_input_of_the_caller_stays(small: Any, fox: Path) -> None:
+    model = small(router="fixed")
+    image = model.preprocess(fox)["image"]
+    routes = torch.arange(5) % 4  # class token and 2 x 2 patches
+    with mmoe.with_context(model.clip.visual, mmoe.Context(expert_ids=routes)), mmoe.trace(model) as routing:
+        model.encode_image(image)
+    assert [run.experts.flatten().tolist() for run in routing] == [routes.tolist()] * 2
+    assert routing[0].context.group_ids.tolist() == [0] * 5
+
+
 def test_a_template(tiny: Any, fox: Path) -> None:
     out = tiny.predict(fox, ["fox", "pizza"], template="a picture of a {}")
     said = tiny.predict(fox, ["a picture of a fox", "a picture of a pizza"])
@@ -127,8 +137,9 @@ def test_a_template(tiny: Any, fox: Path) -> None:
         ("fox.png", [], "{}", ["cannot compare a picture with no text", "there are none"]),
         ("fox.png", ["a fox", " "], "{}", ["cannot compare a picture with no text", "one label is empty"]),
         ("fox.png", ["a fox"], "a fox", ["cannot use the template 'a fox'", "it has no {} for the label"]),
-        ("fox.png", [1], "{}", ["cannot read 1 as a text", "it is a int"]),
-        ("fox.png", None, "{}", ["cannot read None as a text", "it is a NoneType"]),
+        ("fox.png", [1], "{}", ["cannot read 1 as a text", "its type is int"]),
+        ("fox.png", None, "{}", ["cannot read None as a text", "its type is NoneType"]),
+        (None, ["a fox"], "{}", ["cannot predict without a picture", "none is given"]),
         ([], ["a fox"], "{}", ["cannot prepare an empty list of pictures", "the list is empty"]),
         ("gone.png", ["a fox"], "{}", ["cannot read the picture 'gone.png'", "no such file"]),
     ],

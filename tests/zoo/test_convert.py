@@ -267,8 +267,10 @@ def test_the_authors_weights_there_and_back(suffix: str, run: Any, small: Any, t
     assert done.out.startswith(f"{file}: ") and done.out.endswith("; read back they are equal bit for bit\n")
     done = run("convert", "from-original", "clip_moe", file, "--top-k", "1", "--out", again)
     assert (done.code, done.err) == (0, "")
-    assumed = "activation=quick_gelu, vision_heads=1, text_heads=1"
-    told = f"assumed      {assumed} (not in the file; change it with --set)\n"
+    assumed = {"activation": "quick_gelu", "vision_heads": 1, "text_heads": 1}
+    assumed |= {"position_split": 20, "route_padding": True}
+    listed = ", ".join(f"{key}={value}" for key, value in assumed.items())
+    told = f"assumed      {listed} (not in the file; change it with --set)\n"
     assert (told in done.out) == (suffix == "pt"), "a .safetensors file says it"
     found = zoo.load(again, device="cpu")
     assert all(value.equal(found.state_dict()[name]) for name, value in model.state_dict().items())
@@ -279,7 +281,7 @@ def test_the_authors_weights_there_and_back(suffix: str, run: Any, small: Any, t
         "source": file.name,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "top_k": 1,
-        **({"activation": "quick_gelu", "vision_heads": 1, "text_heads": 1} if suffix == "pt" else {}),
+        **(assumed if suffix == "pt" else {}),
     }
 
 
@@ -287,7 +289,8 @@ def test_what_the_file_does_not_say_can_be_set(run: Any, small: Any, tmp_path: P
     save_file(to_original(small(num_experts=0).state_dict()), tmp_path / "a.safetensors")
     words = ["convert", "from-original", "clip_moe", tmp_path / "a.safetensors", "--out", tmp_path / "out"]
     found = run(*words, "--set", "activation=gelu", "--json").json
-    assert found["assumed"] == {"vision_heads": 1, "text_heads": 1} and found["before"] is None
+    assert found["assumed"] == {"vision_heads": 1, "text_heads": 1, "position_split": 20}
+    assert found["before"] is None
     assert zoo.load(tmp_path / "out", device="meta").config.activation == "gelu"
     done = run(*words, "--set", "activation=relu", "--force")
     assert done.code == 2 and done.err.startswith("error: activation='relu' does not fit clip_moe\n")
@@ -297,7 +300,6 @@ def test_what_the_file_does_not_say_can_be_set(run: Any, small: Any, tmp_path: P
 
 def test_a_file_of_ours_says_what_names_do_not(run: Any, small: Any, tmp_path: Path) -> None:
     model = small(top_k=1, activation="gelu", vision_heads=4, text_heads=2, route_padding=False)
-    model.preprocessing = {**model.preprocessing, "mean": [0.1, 0.2, 0.3]}
     model.save(tmp_path / "a")
     run("convert", "to-original", tmp_path / "a", "--out", tmp_path / "a.safetensors")
     words = ["convert", "from-original", "clip_moe", tmp_path / "a.safetensors"]
@@ -308,6 +310,13 @@ def test_a_file_of_ours_says_what_names_do_not(run: Any, small: Any, tmp_path: P
     run(*words, "--out", tmp_path / "c", "--top-k", "2", "--set", "vision_heads=1")
     config = zoo.load(tmp_path / "c", device="meta").config
     assert (config.top_k, config.vision_heads, config.text_heads) == (2, 1, 2)
+
+
+@pytest.mark.parametrize("note", ["{", "1", "[1]", '"0.1.0"', "{}", '{"family": "clip_moe", "config": [1]}'])
+def test_notes_of_others_are_ignored(note: str, run: Any, small: Any, tmp_path: Path) -> None:
+    save_file(to_original(small(num_experts=0).state_dict()), tmp_path / "a.safetensors", metadata={"mmoe": note})
+    done = run("convert", "from-original", "clip_moe", tmp_path / "a.safetensors", "--out", tmp_path / "b")
+    assert done.code == 0 and "assumed      activation=quick_gelu" in done.out
 
 
 @pytest.mark.parametrize(
@@ -331,9 +340,12 @@ def test_files_that_are_refused(
 
 
 def test_to_original_that_is_refused(run: Any, small: Any, tmp_path: Path) -> None:
-    folder = small(router="topk:gate_bias=true").save(tmp_path / "biased")
-    done = run("convert", "to-original", folder, "--out", tmp_path / "a.pt")
-    assert done.code == 2 and "unknown keys: " in done.err and not (tmp_path / "a.pt").exists()
+    others = [{"experts": "gated_ffn"}, {"experts": "with_null"}, {"experts": "ffn:bias=false"}, {"router": "fixed"}]
+    for i, options in enumerate([*others, {"router": "topk:bias_rate=0.1"}, {"router": "topk:gate_bias=true"}]):
+        folder = small(**options).save(tmp_path / str(i))
+        done = run("convert", "to-original", folder, "--out", tmp_path / "a.pt")
+        assert done.code == 2 and not (tmp_path / "a.pt").exists(), options
+        assert done.err.startswith("error: cannot write this model under the authors' names\n  the"), options
     done = run("convert", "to-original", folder, "--out", tmp_path / "a.bin")
     assert done.err == (
         f"error: cannot write weights to '{tmp_path / 'a.bin'}'\n  the suffix names the format\n"

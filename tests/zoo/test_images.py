@@ -159,8 +159,15 @@ def test_grey_of_more_than_8_bits(tmp_path: Path, grey: np.ndarray, expected: li
 def test_grey_out_of_range_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "grey.tiff"
     Image.fromarray(np.array([[0.0, 900.0]], np.float32)).save(path)
-    with pytest.raises(BadInput, match="numbers between 0 and 900"):
+    with pytest.raises(BadInput) as error:
         read_image(path)
+    assert str(error.value) == (
+        f"cannot read the picture '{path}'\n"
+        "  its numbers lie between 0 and 900; floats of a picture lie between 0 and 1\n"
+        "  try: save it with 8 bits per channel"
+    )
+    with pytest.raises(BadInput, match="cannot read an empty picture"):
+        read_image(Image.new("I", (0, 4)))
 
 
 def test_the_original_is_not_changed() -> None:

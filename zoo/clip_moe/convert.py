@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,7 +66,7 @@ def from_original(state: Mapping[str, Tensor], *, top_k: int = 2) -> tuple[ClipM
         LoadMismatch: keys that are unknown or missing, or mixtures that are not the last blocks of each tower.
     """
     state = {name: value for name, value in state.items() if name not in _NOT_WEIGHTS}
-    unknown = [name for name in state if not (_BLOCK.fullmatch(name) or _REST.fullmatch(name))]
+    unknown = _unknown(state)
     if unknown:
         raise LoadMismatch(
             "convert this checkpoint to clip_moe",
@@ -106,17 +106,34 @@ def pack_block(state: Mapping[str, Tensor], block: str) -> State:
 
 
 def to_original(state: Mapping[str, Tensor]) -> State:
-    """Our state dict under the authors' names; the inverse of `from_original`."""
+    """Our state dict under the authors' names; the inverse of `from_original`.
+
+    Raises:
+        Refused: the authors have no names for some tensors, such as those of other routers and experts.
+    """
     original: State = {}
     for name, value in state.items():
         name = name.removeprefix("clip.")
         block, _, part = name.partition(".mlp.experts.")
-        if part:
+        if part in _PACKED:
             for expert, rows in enumerate(value):
                 original[f"{block}.experts.{expert}.{_PACKED[part]}"] = rows.clone()
         else:
             original[name.replace(".mlp.router.gate.", ".gate.")] = value
+    unknown = _unknown(original)
+    experts = [name.removesuffix(".c_fc.weight") for name in original if name.endswith(".experts.0.c_fc.weight")]
+    needed = [f"{name}.c_fc.bias" for name in experts] + [
+        f"{name[: -len('.experts.0')]}.gate.weight" for name in experts
+    ]
+    missing = [name for name in needed if name not in original]
+    if unknown or missing:
+        wrong = f"they have no {collapse(unknown)}" if unknown else f"theirs have {collapse(missing)}, it has none"
+        raise Refused("cannot write this model under the authors' names", wrong, "model.save(folder)")
     return original
+
+
+def _unknown(state: Iterable[str]) -> list[str]:
+    return [name for name in state if not (_BLOCK.fullmatch(name) or _REST.fullmatch(name))]
 
 
 def assumed(config: ClipMoEConfig) -> dict[str, Any]:
@@ -124,7 +141,11 @@ def assumed(config: ClipMoEConfig) -> dict[str, Any]:
     widths = {"vision_heads": config.vision_width, "text_heads": config.text_width}
     found: dict[str, Any] = {"activation": config.activation}
     found |= {key: getattr(config, key) or max(1, width // 64) for key, width in widths.items()}
-    return {"top_k": config.top_k, **found} if config.num_experts else found
+    if config.position_split is not None:
+        found["position_split"] = config.position_split
+    if config.num_experts:
+        found |= {"top_k": config.top_k, "route_padding": config.route_padding}
+    return found
 
 
 def _moe_blocks(state: Mapping[str, Tensor]) -> list[str]:

@@ -104,8 +104,8 @@ class ClipMoEConfig:
     init_logit_scale: float = 4.6052
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    interpolation: str = "bicubic"
-    resize_mode: str = "shortest"
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -113,19 +113,32 @@ class ClipMoEConfig:
                 check_int(name, getattr(self, name), least)
         if self.num_experts:
             check_int("top_k", self.top_k, 1, self.num_experts)
-        check_float("expert_dropout", self.expert_dropout, low=0, below=1)
-        check_float("label_smoothing", self.label_smoothing, low=0, below=1)
-        for width, heads in ((self.vision_width, self.vision_heads), (self.text_width, self.text_heads)):
-            heads = heads or max(1, width // 64)
+        for name in ("expert_dropout", "label_smoothing"):
+            check_float(name, getattr(self, name), low=0, below=1)
+        for name in ("short_coef", "balance_coef", "text_balance_scale"):
+            check_float(name, getattr(self, name), low=0)
+        for name in ("vision_mlp_ratio", "text_mlp_ratio"):
+            check_float(name, getattr(self, name), above=0)
+        check_float("init_logit_scale", self.init_logit_scale)
+        if self.position_split is not None:
+            check_int("position_split", self.position_split, 0)
+        for name, least in (("image_mean", {"low": 0}), ("image_std", {"above": 0})):
+            if len(getattr(self, name)) != 3:
+                wrong = f"{name} has a number for each of red, green and blue"
+                raise BadOverride(f"{name}={getattr(self, name)}", wrong, f"{name}=(0.5, 0.5, 0.5)")
+            for value in getattr(self, name):
+                check_float(name, value, **least)
+        for tower in ("vision", "text"):
+            width = getattr(self, f"{tower}_width")
+            heads = getattr(self, f"{tower}_heads") or max(1, width // 64)
             if width % heads:
-                raise BadOverride(
-                    f"{heads} heads in a tower of width {width}", "heads must share the width evenly", "vision_heads=1"
-                )
+                asked = f"{heads} heads in a tower of width {width}"
+                raise BadOverride(asked, "heads must share the width evenly", f"{tower}_heads=1")
         if self.image_size % self.patch_size:
             raise BadOverride(
                 f"image_size={self.image_size} with patch_size={self.patch_size}",
                 "patches must cover the picture",
-                f"image_size={self.image_size // self.patch_size * self.patch_size}",
+                f"image_size={max(1, self.image_size // self.patch_size) * self.patch_size}",
             )
 
 
@@ -300,6 +313,7 @@ def _add_experts(clip: LongTextCLIP, config: ClipMoEConfig) -> None:
                 "ffn" if config.experts is None else config.experts,
                 **sizes,
                 num_experts=config.num_experts,
+                out_dim=sizes["dim"],
                 act=config.activation,
                 dropout=config.expert_dropout,
             )
@@ -343,7 +357,7 @@ def _texts(given: Any) -> list[str]:
     many = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     for text in many:
         if not isinstance(text, str):
-            raise BadInput(f"cannot read {text!r} as a text", f"it is a {type(text).__name__}", _PREDICT)
+            raise BadInput(f"cannot read {text!r} as a text", f"its type is {type(text).__name__}", _PREDICT)
     return many
 
 
@@ -476,7 +490,9 @@ class ClipMoE(Model):
         if not labels or not all(label.strip() for label in labels):
             wrong = "one label is empty" if labels else "there are none"
             raise BadInput("cannot compare a picture with no text", wrong, _PREDICT)
-        if "{}" not in template:
+        if images is None:
+            raise BadInput("cannot predict without a picture", "none is given", _PREDICT)
+        if not isinstance(template, str) or "{}" not in template:
             raise BadInput(f"cannot use the template {template!r}", "it has no {} for the label", "'a photo of {}'")
         batch = self.preprocess(images, [template.replace("{}", label) for label in labels])
         out = self(**batch)
