@@ -121,10 +121,9 @@ def to_original(state: Mapping[str, Tensor]) -> State:
         else:
             original[name.replace(".mlp.router.gate.", ".gate.")] = value
     unknown = _unknown(original)
-    experts = [name.removesuffix(".c_fc.weight") for name in original if name.endswith(".experts.0.c_fc.weight")]
-    needed = [f"{name}.c_fc.bias" for name in experts] + [
-        f"{name[: -len('.experts.0')]}.gate.weight" for name in experts
-    ]
+    first = ".experts.0.c_fc.weight"
+    mixtures = [name.removesuffix(first) for name in original if name.endswith(first)]
+    needed = [f"{mixture}.{part}" for mixture in mixtures for part in ("gate.weight", "experts.0.c_fc.bias")]
     missing = [name for name in needed if name not in original]
     if unknown or missing:
         wrong = f"they have no {collapse(unknown)}" if unknown else f"theirs have {collapse(missing)}, it has none"
