@@ -349,8 +349,8 @@ def card_text(card: Card) -> str:
     else:
         parts.append("## Numbers\nNone measured yet.")
     if card.routing:
-        about = "\n".join(f"* {key}: {_plain(value)}" for key, value in card.routing.items() if key != "layers")
-        parts.append(f"## Measured routing\n{about}\n```text\n{routing_table(card.routing)}\n```")
+        about, table = routing_table(card.routing)
+        parts.append(f"## Measured routing\n{_plain(about[:1].upper() + about[1:])}\n```text\n{table}\n```")
     if card.paper:
         arxiv = card.paper.get("arxiv")
         link = f", [arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else ""

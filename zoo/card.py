@@ -55,8 +55,8 @@ class Card:
         paper: title, authors, arxiv, venue.
         code: url, commit and licence of the authors' code.
         weights: sets of weights by tag; the first is the default.
-        metrics: measured numbers, each with data, value, provenance ("paper" or "ours") and command.
-        routing: measured use of the experts, with the command.
+        metrics: measured numbers by name, with data, provenance ("paper" or "ours") and command in each entry.
+        routing: measured use of the experts: data, command and layers.
         lineage: how a model was made from others: source, options and command.
         examples: inputs that the demo offers.
         notes: things to know before use.

@@ -148,7 +148,8 @@ def info(
     for heading, table in metric_tables(found.metrics):
         typer.echo(f"\n{heading}\n{table}")
     if found.routing.get("layers"):
-        typer.echo(f"\nmeasured routing\n{routing_table(found.routing)}\n")
+        about, table = routing_table(found.routing)
+        typer.echo(f"\n{about}\n{table}\n")
     typer.echo(_paragraph("load it", line))
 
 
@@ -201,7 +202,6 @@ def _facts(found: Card, files: Mapping[str, dict[str, Any] | None]) -> list[tupl
     if found.code:
         facts.append(("authors' code", _joined(found.code, url="{}", commit="at {:.12},", licence="licence {}")))
     facts += [("weights", text) for text in _weights_lines(found, files)]
-    facts += [("routing", f"{key}: {value}") for key, value in found.routing.items() if key != "layers"]
     if found.lineage:
         facts.append(("made by", _pairs(found.lineage)))
     facts += [("note", note) for note in found.notes]

@@ -65,11 +65,12 @@ def _value(row: Mapping[str, Any], key: str) -> str:
     return f"{100 * value:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
 
 
-def routing_table(routing: Mapping[str, Any]) -> str:
-    """Measured use of the experts, a row per layer.
+def routing_table(routing: Mapping[str, Any]) -> tuple[str, str]:
+    """Measured use of the experts, as a heading and a table with a row per layer.
 
     >>> layer = {"layer": "block.0", "max_over_mean": 1.2, "dead": [], "entropy": 0.9, "load": [0.4, 0.6]}
-    >>> print(routing_table({"layers": [layer]}))
+    >>> print(*routing_table({"data": "d", "command": "c", "layers": [layer]}), sep="\\n")
+    use of the experts on d: c
     layer    max/mean load  dead  entropy  share of each expert in %
     block.0           1.20  none     0.90  40.0  60.0
     """
@@ -83,7 +84,11 @@ def routing_table(routing: Mapping[str, Any]) -> str:
         ]
         for row in routing.get("layers", ())
     ]
-    return columns(["layer", "max/mean load", "dead", "entropy", "share of each expert in %"], rows, right={1, 3})
+    heading = (
+        f"use of the experts on {routing.get('data', 'unknown data')}: {routing.get('command', 'unknown command')}"
+    )
+    header = ["layer", "max/mean load", "dead", "entropy", "share of each expert in %"]
+    return heading, columns(header, rows, right={1, 3})
 
 
 def shorten(text: str, width: int = 60) -> str:

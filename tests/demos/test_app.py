@@ -510,5 +510,8 @@ def test_metrics_are_shown_with_their_provenance() -> None:
         "provenance": "ours",
         "command": "python -m x",
     }
-    text = panels.card_text(replace(zoo.card(MODEL), metrics=(metric,), routing={"max / mean": 1.2}))
-    assert "emoji; ours: python -m x" in text and "50.0±1.0" in text and "max / mean: 1.2" in text
+    layer = {"layer": "text.0", "max_over_mean": 1.2, "dead": [], "entropy": 0.5, "load": [0.4, 0.6]}
+    routing = {"data": "emoji", "command": "python -m y", "layers": [layer]}
+    text = panels.card_text(replace(zoo.card(MODEL), metrics=(metric,), routing=routing))
+    assert "emoji; ours: python -m x" in text and "50.0±1.0" in text
+    assert "Use of the experts on emoji: python -m y" in text and "40.0  60.0" in text

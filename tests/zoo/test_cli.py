@@ -156,10 +156,13 @@ def test_info(run: Any) -> None:
         f"sha256 {weights.sha256}" if weights.sha256 else "no checksum known",
         "clip_moe_tiny.safetensors (",
         "load it model = zoo.load('clip_moe_tiny')",
-        *(str(metric["value"]) for metric in card.metrics),
         *card.notes,
     ):
         assert part in text
+    assert card.metrics, "the bundled model was measured"
+    for metric in card.metrics:
+        recall, spread = 100 * metric["T2I R@1"], 100 * metric["T2I R@1 sd"]
+        assert metric["data"] in text and f"{recall:.1f}±{spread:.1f}" in text
 
 
 def test_info_of_what_is_not_here(run: Any) -> None:
@@ -184,11 +187,14 @@ def test_info_of_metrics_routing_and_lineage(run: Any, tmp_path: Path) -> None:
     data["metrics"] = [
         {"data": "emoji test", "metric": "top-1", "value": 0.91, "provenance": "ours", "command": "mmoe x"}
     ]
-    data |= {"routing": {"max over mean load": 1.3}, "lineage": {"verb": "upcycle"}, "notes": ["Be careful."]}
+    layer = {"layer": "text.0", "max_over_mean": 1.3, "dead": [2], "entropy": 0.5, "load": [0.25, 0.75]}
+    data["routing"] = {"data": "emoji", "command": "mmoe y", "layers": [layer]}
+    data |= {"lineage": {"verb": "upcycle"}, "notes": ["Be careful."]}
     (tmp_path / "card.json").write_text(json.dumps(data))
     text = " ".join(run("info", tmp_path).out.split())
     assert "emoji test; ours: mmoe x model metric value top-1 91.0" in text
-    assert "routing max over mean load: 1.3" in text
+    assert "use of the experts on emoji: mmoe y layer max/mean load dead entropy share" in text
+    assert "text.0 1.30 2 0.50 25.0 75.0" in text
     assert "made by verb upcycle" in text and "note Be careful." in text
     assert f"load it model = zoo.load('{tmp_path}')" in text
 
