@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import zoo
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -34,6 +36,14 @@ def test_commands_run(command, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_table_is_the_cards():
+    rows = [m for m in zoo.card("clip_moe_tiny").metrics if m["data"].startswith("1,341 seen concepts, Twemoji")]
+    found = {m["model"]: f"{100 * m['T2I R@1']:.1f} ± {100 * m['T2I R@1 sd']:.1f}" for m in rows}
+    assert len(found) == 7
+    for model, cell in found.items():
+        assert cell in README, model
 
 
 def test_examples_were_found():
