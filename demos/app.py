@@ -113,7 +113,7 @@ def _draw_side(cards: list[Card], first: Card, store: ModelStore) -> _Side:
         picker = _draw_picker(cards, first)
         status = gr.HTML(_status(store), elem_classes="picker-status", elem_id="status")
         with gr.Row():
-            unload = gr.Button("Unload", size="sm", min_width=90, elem_id="unload")
+            unload = gr.Button("Unload this model", size="sm", min_width=90, elem_id="unload")
             fetch = gr.Button("Fetch and load", size="sm", min_width=110, visible=not first.bundled, elem_id="fetch")
         return _Side(picker, status, unload, fetch, message_area())
 

@@ -175,10 +175,13 @@ class Page(Family):
         self._wire_chooser(shell, chooser, picture, labels, message)
         gr.HTML(look.section("Words to pictures", "Which of the 1,641 emoji is nearest to your words?"))
         self._draw_search(shell, picture, labels)
+        made_from: list[Any] = [shell.model, picture, labels]
+        edits = [shell.model.input, picture.input, picture.clear, labels.input, chooser[2].select]
+        shell.forget(edits, [result, note], message=message, blank=lambda _: [look.NO_RESULT, ""])
         shell.on(
             [run.click, labels.submit],
             self.compare,
-            [shell.model, picture, labels],
+            made_from,
             [result, note],
             api_name="clip_moe_predict",
             names=["model", "image", "labels"],
@@ -255,6 +258,11 @@ class Page(Family):
         note = gr.HTML(look.hint("Press Search: the first search in a style looks at all 1,641 pictures once."))
         grid = look.tiles([], label="Nearest emoji", size=64, empty="", elem_id="clip_moe-found")
         table = gr.JSON(visible=False, label="nearest")
+
+        def blank(count: int) -> list[Any]:
+            return [gr.HTML("", items=[]), "", None]
+
+        shell.forget([shell.model.input, style.input], [grid, note, table], message=message, blank=blank)
         shell.on(
             [search.click, query.submit],
             self.search,
@@ -263,7 +271,7 @@ class Page(Family):
             api_name="clip_moe_search",
             names=["model", "query", "style"],
             message=message,
-            blank=lambda _: [gr.HTML("", items=[]), "", None],
+            blank=blank,
             show_progress_on=[note],
         )
         self._wire_pick(shell, "clip_moe_pick_found", grid, picture, labels, message)

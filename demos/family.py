@@ -106,6 +106,27 @@ class Shell:
             follow(event)
         return event
 
+    def forget(
+        self, events: Sequence[Any], outputs: Sequence[Any], *, message: gr.HTML, blank: Blank | None = None
+    ) -> None:
+        """Clears results as soon as something that they were made from changes.
+
+        Args:
+            events: what changes it. A page that is opened sends `change` for what is filled in, but not `input`.
+            outputs: components.
+            message: where the error card of these results is.
+            blank: what the outputs become, None each by default.
+        """
+        gr.on(
+            list(events),
+            lambda: ["", *(blank or clear)(len(outputs))],
+            None,
+            [message, *outputs],
+            api_visibility="private",
+            show_progress="hidden",
+            queue=False,
+        )
+
 
 def clear(count: int) -> list[Any]:
     """Empties the outputs of an event that failed."""

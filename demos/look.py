@@ -115,6 +115,7 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
 .picker label input { margin-top: 4px; flex: none; }
 .output-class:only-child { font-size: 1rem !important; font-weight: 400 !important;
   color: var(--body-text-color-subdued) !important; }
+.confidence-set .text { overflow-wrap: anywhere; min-width: 0; }
 .picker-status { min-height: 60px; font-size: .85rem; color: var(--body-text-color-subdued); }
 """
 
@@ -167,6 +168,8 @@ def head(card: Card) -> str:
     if moe:
         facts.append(chip(f"{moe['experts']} experts in each of {moe['layers']} layers, {moe['top_k']} per token"))
     facts.append(chip(f"licence {card.licence}"))
+    others = {weights.licence for weights in card.weights.values()} - {card.licence}
+    facts += [chip(f"weights: licence {licence}", "warn") for licence in sorted(others)]
     return (
         f'<header class="page-head"><h1>{escape(card.name)}</h1><p>{escape(card.summary)}</p>'
         f'<div class="chips">{"".join(facts)}</div></header>'

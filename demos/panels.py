@@ -44,8 +44,10 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
     table = look.table(record.NUMBERS_HEADER, label="Routing of every layer", elem_id=f"{family.name}-numbers")
     whole = [state, about, depth, picture, texts, bars, heatmap, table]
 
-    def blank(count: int) -> list[Any]:
-        return [None, "", gr.skip(), None, None, None, None, look.rows([])]
+    def blank(count: int, told: str = "") -> list[Any]:
+        return [None, look.hint(told), gr.skip(), None, None, None, None, look.rows([])]
+
+    shell.forget([shell.model.change], whole, message=message, blank=lambda n: blank(n, 'Press "Run again".'))
 
     inputs = [state, depth, shell.model, *sources]
     names = ["state", "layer", "model", *family.parameters]
@@ -128,7 +130,7 @@ class _RoutingPanel:
     def _layer(self, found: record.RoutingRecord, depth: int) -> tuple[Any, ...]:
         from mmoe.figures import load_bars
 
-        bars = load_bars(record.loads(found, depth), title="Share of tokens per expert")
+        bars = load_bars(record.loads(found, depth), title="Load per expert")
         return record.overlay(found, depth), record.token_lines(found, depth), bars
 
 
@@ -198,20 +200,7 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
     shown = gr.State("", time_to_live=KEEP_SECONDS)
     with gr.Row():
         with gr.Column(scale=4, min_width=270):
-            switches = gr.HTML(
-                "{}",
-                html_template=SWITCH_TEMPLATE,
-                css_template=SWITCH_CSS,
-                js_on_load=SWITCH_JS,
-                rows=[],
-                experts=0,
-                start=0,
-                caption="Ticked experts are off; the router chooses among the others.",
-                label="Experts to switch off",
-                elem_id=f"{family.name}-switches",
-                container=True,
-                padding=True,
-            )
+            switches = _switches(f"{family.name}-switches")
             run = gr.Button("Run without them", variant="primary", elem_id=f"{family.name}-ablate")
         with gr.Column(scale=6, min_width=270):
             verdict = gr.HTML(look.hint("Here come the results: all experts on, the ticked ones off, and the change."))
@@ -230,6 +219,12 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
                 elem_id=f"{family.name}-difference",
             )
     name = f"{family.name}_ablate"
+    results = [verdict, before, after, table]
+
+    def blank(count: int) -> list[Any]:
+        return ["", look.NO_RESULT, look.NO_RESULT, look.rows([])]
+
+    shell.forget([one.change for one in (shell.model, *sources)], results, message=message, blank=blank)
     shell.on(
         tab.select,
         panel.layers,
@@ -244,11 +239,29 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
         run.click,
         panel.run,
         [switches, shell.model, *sources],
-        [verdict, before, after, table],
+        results,
         api_name=name,
         names=["switched_off", "model", *family.parameters],
         message=message,
-        blank=lambda _: ["", look.NO_RESULT, look.NO_RESULT, look.rows([])],
+        blank=blank,
+    )
+
+
+def _switches(elem_id: str) -> gr.HTML:
+    """A table of boxes, a row per layer and a column per expert; its value is JSON from layers to ticked experts."""
+    return gr.HTML(
+        "{}",
+        html_template=SWITCH_TEMPLATE,
+        css_template=SWITCH_CSS,
+        js_on_load=SWITCH_JS,
+        rows=[],
+        experts=0,
+        start=0,
+        caption="Ticked experts are off; the router chooses among the others.",
+        label="Experts to switch off",
+        elem_id=elem_id,
+        container=True,
+        padding=True,
     )
 
 
@@ -277,10 +290,10 @@ class _AblatePanel:
         """
         import mmoe
 
-        off = read_switches(switched_off)
         inputs = self.family.read(*values)
         with self.shell.store.use(model, note) as loaded:
             record.experts_of(loaded.model, model)
+            off = read_switches(switched_off)
             note("Running with all experts", 0.5)
             before = self.family.predict(loaded.model, inputs)
             note("Running without some", 0.8)

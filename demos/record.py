@@ -99,7 +99,11 @@ def experts_of(model: Model, name: str) -> dict[str, int]:
 
     sizes = {layer: moe.router.num_experts for layer, moe in moe_layers(model).items()}
     if not sizes:
-        raise Refused(f"{name} has no routing", "it is a dense model: no layer has experts", "mmoe list '*moe*'")
+        raise Refused(
+            f"{name} has no routing",
+            "it is a dense model: no layer has experts",
+            "choose a model with experts, such as clip_moe_tiny",
+        )
     return sizes
 
 

@@ -46,7 +46,7 @@ def tour(
     console.print(f"{params.total:,} parameters, {params.active:,} of them active for a token. {model.load_report}")
 
     picture = asset(PICTURE)
-    _step(console, 2, "Ask which label fits a picture", f"model.predict({PICTURE!r}, labels)")
+    _step(console, 2, "Ask which label fits a picture", f"model.predict('assets/{PICTURE}', labels)")
     result, record = record_routing(
         model,
         lambda: model.predict(picture, LABELS),

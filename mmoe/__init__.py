@@ -54,6 +54,7 @@ _HOME = {
     "sites": "surgery",
     "upcycle": "surgery",
     "MmoeError": "errors",
+    "first_choice": "figures",
     "load_bars": "figures",
     "load_heatmap": "figures",
     "patch_overlay": "figures",

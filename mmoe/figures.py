@@ -151,9 +151,7 @@ def token_strip(
     return _with_legend(canvas, ids, num_experts, "tokens")
 
 
-def load_heatmap(
-    load: Trace | Shares, *, names: Sequence[str] | None = None, title: str = "Share of tokens per expert"
-) -> Figure:
+def load_heatmap(load: Trace | Shares, *, names: Sequence[str] | None = None, title: str = "Load per expert") -> Figure:
     """Layers by experts, with the share printed in percent in each cell.
 
     Args:
@@ -189,7 +187,7 @@ def load_heatmap(
 
 
 def load_bars(load: Routing | Shares | Mapping[str, Shares], *, title: str = "Load per expert") -> Figure:
-    """Share of tokens per expert as bars, with the even share as a line.
+    """Share of the used slots that each expert got as bars, with the even share as a line.
 
     Args:
         load: a routing, the (E,) shares or counts of each expert, or several of these by group, such as
@@ -203,6 +201,8 @@ def load_bars(load: Routing | Shares | Mapping[str, Shares], *, title: str = "Lo
     """
     from matplotlib.ticker import MaxNLocator
 
+    if isinstance(load, Trace):
+        raise BadInput("bars of a whole trace", "they show one layer", "load_bars(routing[0])")
     groups = load if isinstance(load, Mapping) else {"": load.load() if isinstance(load, Routing) else load}
     shares = {name: 100 * _table(_array(value))[0] for name, value in groups.items()}
     widths = {name: len(share) for name, share in shares.items()}

@@ -165,7 +165,7 @@ class ContrastiveRun:
             parameter.requires_grad_(any(fnmatchcase(parameter_name, pattern) for pattern in config.trainable))
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise BadInput(
-                f"train {', '.join(config.trainable)}", "no parameter has such a name", "trainable: ['*router*']"
+                f"train {', '.join(config.trainable)}", "no parameter has such a name", "trainable=['*.mlp.*'] or ['*']"
             )
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in make_optimizers(model, config)]
@@ -235,7 +235,7 @@ class ContrastiveRun:
         }
         with atomic_path(self.folder / f"{self.name}.pt") as temporary:
             torch.save(state, temporary)
-        log = {"seconds": round(self.seconds, 1), "losses": [round(loss, 5) for loss in self.losses]}
+        log = {"seconds": round(self.seconds, 3), "losses": [round(loss, 5) for loss in self.losses]}
         with atomic_path(self.folder / f"{self.name}.log.json") as temporary:
             temporary.write_text(json.dumps(log))
 
@@ -309,7 +309,7 @@ def fine_tune(
     Args:
         model: trained in place; which of its parameters are frozen is afterwards as it was before.
         steps: optimiser steps.
-        lr: peak learning rate.
+        lr: peak learning rate. The default is for routers; all weights of a trained model want about 1e-4.
         trainable: pattern of parameter names, or several.
         progress: shows a bar on a terminal.
 

@@ -293,6 +293,9 @@ def predict(
         paths = {kind: str(path) for kind, path in files.items()}
         print_json({**told, "routing": routing.summary(), "files": paths})
         return
+    made_of = str(model.card.lineage.get("weights", "")) if model.card is not None else ""
+    if made_of.startswith("random"):
+        typer.echo(f"note: this model's card says that its weights were {made_of}", err=True)
     if report is None or report.missing:
         what = f"{len(report.missing)} tensors are" if report else "all weights are"
         typer.echo(f"note: {what} random, so the result means nothing", err=True)

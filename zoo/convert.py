@@ -45,6 +45,7 @@ class _Source:
     name: str
     licence: str
     components: tuple[Mapping[str, str], ...] = field(default_factory=tuple)
+    random: bool = False
 
 
 @app.command()
@@ -69,7 +70,7 @@ def upcycle(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Turn the feed-forward blocks of a dense model into mixtures of experts.
+    """Turn a dense model's feed-forward blocks into experts.
 
     With one source the new model computes what the dense one does, which is measured. With several, each gives one
     expert and SOURCE gives the rest.
@@ -103,6 +104,8 @@ def upcycle(
         raise Refused("cannot upcycle: the mixture is not the dense model at the start", wrong, "open an issue")
     options: dict[str, Any] = {"experts": model.config.num_experts, "top_k": model.config.top_k, "layers": layers}
     options |= {"sources": sources}
+    if start.random:
+        options["weights"] = "random"
     options |= {"context_length": context_length, "noise": noise or None, "seed": seed, "dtype": dtype}
     lineage = {"verb": "upcycle", "source": source, **{k: v for k, v in options.items() if v not in (None, [])}}
     model.card = _card(out, model, lineage, [start, *others])
@@ -125,7 +128,7 @@ def from_original(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Convert weights under the authors' names to a folder that loads alone.
+    """Convert the authors' weights to a folder that loads.
 
     \b
     mmoe convert from-original clip_moe clip-moe-4-2-sharegpt4v.pt --top-k 2 --out clip_moe_l14
@@ -167,9 +170,10 @@ def to_original(
     force: Annotated[bool, typer.Option("--force", help="Replace a file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model's weights under the authors' names; they are read back and compared.
+    """Write a model's weights under the authors' names.
 
-    A .safetensors file also carries the options that names and shapes do not show, for the way back.
+    They are read back and compared. A .safetensors file also carries the options that names and shapes do not show,
+    for the way back.
 
     \b
     mmoe convert to-original clip_moe_tiny --out original.safetensors
@@ -248,6 +252,9 @@ def _open(source: str, like: Model | None = None) -> _Source:
         return _open_clip(source.removeprefix("open_clip:"))
     from zoo.loading import load
 
+    if source.startswith(("timm:", "transformers:", "hf:")):
+        fix = "sparse, report = mmoe.upcycle(model, num_experts=4)   (any torch model, in Python)"
+        raise Refused(f"cannot upcycle {source!r} to a folder", "only open_clip's CLIPs become models of the zoo", fix)
     if like is not None and Path(source).is_file():
         return _open_file(Path(source), like)
     model = load(source, device="cpu")
@@ -273,7 +280,8 @@ def _open_clip(name: str) -> _Source:
     licence, source = convert.open_clip_licence(architecture, tag)
     what = f"open_clip {architecture}, " + (f"weights {tag}" if tag else "architecture with random weights")
     part = {"name": what, "licence": licence, "source": source}
-    return _Source(model=model, name=f"open_clip:{name}", licence=licence if tag else "Apache-2.0", components=(part,))
+    licence = licence if tag else "Apache-2.0"
+    return _Source(model=model, name=f"open_clip:{name}", licence=licence, components=(part,), random=not tag)
 
 
 def _open_file(path: Path, like: Model) -> _Source:

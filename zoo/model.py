@@ -20,7 +20,7 @@ from mmoe.profile import Params, count_params
 from mmoe.registry import routers
 from zoo.card import Card
 from zoo.config import make_config
-from zoo.state import LoadReport
+from zoo.state import LoadReport, collapse
 from zoo.weights import WEIGHTS, hub_errors, require_online
 
 FORMAT = 1
@@ -154,7 +154,11 @@ class Model(nn.Module):
 
         Returns:
             The folder.
+
+        Raises:
+            Refused: the layers are not those of the config, for example after `mmoe.upcycle`.
         """
+        self._check_layout()
         folder, state = Path(folder).expanduser(), self._saved_state(dtype)
         config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(self.config)}
         data = {"config.json": config, "preprocess.json": self.preprocessing}
@@ -170,6 +174,20 @@ class Model(nn.Module):
         if card is None:
             (folder / "card.json").unlink(missing_ok=True)
         return folder
+
+    def _check_layout(self) -> None:
+        """A folder is built from its config again, so the layers must be those of the config."""
+        with torch.device("meta"):
+            built = type(self)(self.config).state_dict()
+        own = self.state_dict()
+        differ = [name for name in {**built, **own} if name not in own or name not in built]
+        differ += [name for name in own if name in built and own[name].shape != built[name].shape]
+        if differ:
+            raise Refused(
+                f"save a {type(self).__name__} whose layers are not those of its config",
+                f"they differ in {collapse(differ)}",
+                "torch.save(model, FILE), or make it from the command line: mmoe convert --help",
+            )
 
     def _saved_state(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         if self.device.type == "meta":

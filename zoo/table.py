@@ -36,7 +36,8 @@ def _width(text: str) -> int:
 def metric_tables(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Metrics of a card that share their data, as a heading and a table each.
 
-    A number with a partner named "... sd" is shown with it; shares are shown in percent.
+    A number with a partner named "... sd" is shown with it; shares are shown in percent. A heading names the command
+    where it is another one than before.
 
     >>> row = {"data": "d", "model": "a", "total": 3000, "active": 2000, "R@1": 0.5, "R@1 sd": 0.01}
     >>> print(*metric_tables([{**row, "provenance": "ours", "command": "c"}])[0], sep="\\n")
@@ -44,7 +45,7 @@ def metric_tables(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]
     model  active / total  R@1
     a      2.00k / 3.00k   50.0±1.0
     """
-    tables = []
+    tables, said = [], ""
     for (data, provenance, command), group in groupby(metrics, lambda m: (m["data"], m["provenance"], m["command"])):
         rows = list(group)
         about = {"data", "model", "total", "active", "seeds", "provenance", "command"}
@@ -52,7 +53,10 @@ def metric_tables(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]
         sizes = ["active / total"] if "total" in rows[0] else []
         cells = [[str(row.get("model", "")), *(_value(row, key) for key in [*sizes, *keys])] for row in rows]
         seeds = f", seeds {', '.join(map(str, rows[0]['seeds']))}" if rows[0].get("seeds") else ""
-        tables.append((f"{data}; {provenance}{seeds}: {command}", columns(["model", *sizes, *keys], cells)))
+        source = f"{provenance}{seeds}: {command}"
+        heading = data if source == said else f"{data}; {source}"
+        tables.append((heading, columns(["model", *sizes, *keys], cells)))
+        said = source
     return tables
 
 

@@ -249,3 +249,24 @@ def test_on_a_phone(server: str, browser: Any, shots: Path) -> None:
     visit.tab("Card")
     visit.shot("5_card")
     visit.close()
+
+
+def test_results_do_not_outlive_what_they_were_made_from(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    page.click("#clip_moe-run")
+    visit.shares("#clip_moe-result")
+    page.locator("#clip_moe-chooser .tile", has_text="pizza").click()
+    page.locator("#clip_moe-result", has_text="no result yet").wait_for()
+    page.click("#clip_moe-run")
+    assert next(iter(visit.shares("#clip_moe-result"))) == "pizza"
+    visit.tab("Routing")
+    page.wait_for_selector("#clip_moe-overlay img")
+    page.locator("#picker input").nth(2).check()
+    page.get_by_role("heading", name="clip_tiny").wait_for()
+    page.wait_for_selector("#clip_moe-overlay img", state="detached")
+    page.get_by_text('Press "Run again".').wait_for()
+    visit.shot("7_other_model")
+    visit.tab("Try")
+    page.locator("#clip_moe-result", has_text="no result yet").wait_for()
+    visit.close()

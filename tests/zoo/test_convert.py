@@ -100,6 +100,7 @@ def test_its_card_says_where_it_comes_from(run: Any, tmp_path: Path) -> None:
         "noise": 0.1,
         "seed": 3,
         "dtype": "fp32",
+        "weights": "random",
     }
     assert card.moe == {"layers": 2, "experts": 4, "top_k": 2, "router": "topk"}
     model = zoo.load(out, device="meta")
@@ -107,6 +108,21 @@ def test_its_card_says_where_it_comes_from(run: Any, tmp_path: Path) -> None:
     assert not card.weights and not card.metrics and not card.notes
     text = " ".join(run("info", out).out.split())
     assert f"made by verb upcycle, source {ARCH}" in text and "licence Apache-2.0" in text
+
+
+def test_random_weights_are_never_forgotten(run: Any, tmp_path: Path, fox: Path) -> None:
+    run("convert", "upcycle", ARCH, "--out", tmp_path / "a")
+    done = run("predict", tmp_path / "a", fox, "a fox")
+    assert done.code == 0 and done.err == "note: this model's card says that its weights were random\n"
+
+
+def test_other_libraries_are_for_python(run: Any, tmp_path: Path) -> None:
+    done = run("convert", "upcycle", "timm:vit_tiny_patch16_224", "--out", tmp_path / "a")
+    assert done.code == 2 and done.err.startswith(
+        "error: cannot upcycle 'timm:vit_tiny_patch16_224' to a folder\n"
+        "  only open_clip's CLIPs become models of the zoo\n"
+        "  try: sparse, report = mmoe.upcycle(model, num_experts=4)"
+    )
 
 
 def test_the_seed_decides(run: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+import mmoe
 import zoo
 from mmoe.errors import BadInput, Offline, Refused
 from zoo import model as model_module
@@ -331,3 +332,10 @@ def test_a_smaller_type_spares_the_balancing_bias(small: Any, tmp_path: Path) ->
     model.save(tmp_path, dtype=torch.float16)
     saved = load_file(tmp_path / "model.safetensors")["clip.visual.transformer.resblocks.0.mlp.router.select_bias"]
     assert saved.equal(router.select_bias)
+
+
+def test_a_model_that_was_rebuilt_by_hand_is_not_saved(small: Any, tmp_path: Path) -> None:
+    sparse, _ = mmoe.upcycle(small(num_experts=0), 2)
+    with pytest.raises(Refused, match=r"whose layers are not those of its config\n  they differ in clip\.visual"):
+        sparse.save(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
