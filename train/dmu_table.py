@@ -110,20 +110,22 @@ def routing(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_yaml(results: list[dict[str, Any]]) -> str:
-    """Metrics over all runs and routing of the first, one entry a line, to paste into a card."""
+    """For the cards of both models: metrics over all runs, and routing of the first; one entry a line."""
 
     def line(entry: dict[str, Any]) -> str:
-        return "  - " + yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10**6).strip()
+        return "    - " + yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10**6).strip()
 
-    used = routing(results[0])
+    entries, used = metrics(results), routing(results[0])
+    base = [entry for entry in entries if entry["model"] == MODELS["base"][0]]
     layers = ["  " + line(layer) for layer in used.pop("layers")]
-    about = [f"  {key}: {json.dumps(value)}" for key, value in used.items()]
-    return "\n".join(["metrics:", *map(line, metrics(results)), "routing:", *about, "  layers:", *layers]) + "\n"
+    about = [f"    {key}: {json.dumps(value)}" for key, value in used.items()]
+    mixture = [f"{MIXTURE}:", "  metrics:", *map(line, entries), "  routing:", *about, "    layers:", *layers]
+    return "\n".join([*mixture, f"{DENSE}:", "  metrics:", *map(line, base)]) + "\n"
 
 
 def main(
     folders: Annotated[list[Path], typer.Argument(help="Folders of finished runs with different seeds.")],
-    to_yaml: Annotated[Path | None, typer.Option("--yaml", help="Write metrics and routing for the card here.")] = None,
+    to_yaml: Annotated[Path | None, typer.Option("--yaml", help="Write metrics and routing of the cards here.")] = None,
 ) -> None:
     """Print the table of several runs."""
     try:

@@ -34,8 +34,10 @@ def test_mean_and_spread_over_seeds(tmp_path):
 def test_yaml_for_the_card_reads_back(tmp_path):
     results = read_results([write(tmp_path / "0", 0, 0.2)])
     read = yaml.safe_load(as_yaml(results))
-    assert read["metrics"] == metrics(results)
-    assert read["routing"]["layers"][0]["load"] == [0.5, 0.5]
+    assert read["clip_moe_tiny"]["metrics"] == metrics(results)
+    assert read["clip_moe_tiny"]["routing"]["layers"][0]["load"] == [0.5, 0.5]
+    assert {entry["model"] for entry in read["clip_tiny"]["metrics"]} == {"dense base"}
+    assert len(read["clip_tiny"]["metrics"]) == len(SPLITS)
 
 
 def test_unfinished_run(tmp_path):
