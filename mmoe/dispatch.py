@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mmoe.routing import Routing
 
-Backend = Literal["auto", "grouped", "loop"]
+Backend = Literal["auto", "fused", "grouped", "loop"]
 
 
 class Dispatch(NamedTuple):
@@ -66,7 +66,7 @@ def grouped_linear(
         weight: (E, O, I) packed weights.
         counts: (E,) rows per expert, summing to N.
         bias: (E, O) packed biases, or None.
-        backend: "auto" takes grouped_mm where its rules allow.
+        backend: "auto" takes grouped_mm where its rules allow; so does "fused", which is no way to run one product.
 
     Returns:
         (N, O), under autocast in its dtype as `nn.Linear` does.
@@ -74,7 +74,7 @@ def grouped_linear(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if backend == "auto":
+    if backend in ("auto", "fused"):
         backend = "grouped" if _grouped_allowed(x, weight) else "loop"
     if backend == "loop":
         return _loop(x, weight, counts, bias)

@@ -108,8 +108,11 @@ class MoE(nn.Module):
         routing = self.route(rows, context, state)
         sent = dispatch(routing)
         inputs = rows if self.pre is None else self.pre(rows)
-        out = self.experts(inputs[sent.token_idx], sent.counts)  # (N, D)
-        y = combine(out, sent, len(rows))  # (T, D)
+        if self.experts.fuses(inputs, sent):
+            y = self.experts(inputs, sent.counts, sent)  # (T, D)
+        else:
+            out = self.experts(inputs[sent.token_idx], sent.counts)  # (N, D)
+            y = combine(out, sent, len(rows))  # (T, D)
         if self.post is not None:
             y = self.post(y)
         if self.shared is not None:

@@ -6,6 +6,7 @@ Shapes of a cell: T rows, D width, F inner width, E experts, K slots per row; ga
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import time
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-CELLS = ((32, 512, 1024, 8, 2), (1024, 512, 1024, 8, 2), (1024, 512, 256, 64, 8))
+CELLS = ((32, 512, 1024, 8, 2), (1024, 512, 1024, 8, 2), (1024, 512, 256, 64, 8), (4096, 512, 256, 64, 8))
 
 
 def bench(
@@ -67,18 +68,16 @@ def time_cell(cell: tuple[int, int, int, int, int], dtype: Any, repeats: int) ->
 
 
 def _candidates(dim: int, hidden: int, num_experts: int, top_k: int, dtype: Any) -> dict[str, Callable[[Any], Any]]:
-    """Dense layer of inner width K*F, our layer with both backends, and transformers' block with the same weights."""
+    """Dense layer of inner width K*F, our layer with each backend, and transformers' block with the same weights."""
     import mmoe
 
     dense = mmoe.GatedFFN(dim, hidden * top_k).to(dtype)
-    ours = {}
-    for backend in ("grouped", "loop"):
-        moe = mmoe.MoE(
-            mmoe.TopKRouter(dim, num_experts, top_k=top_k), mmoe.GatedFFNExperts(dim, hidden, num_experts)
-        ).to(dtype)
-        moe.experts.backend = backend
-        ours[f"mmoe {backend}"] = moe
-    theirs = _transformers_block(ours["mmoe grouped"], dim, hidden, num_experts, top_k).to(dtype)
+    router, experts = mmoe.TopKRouter(dim, num_experts, top_k=top_k), mmoe.GatedFFNExperts(dim, hidden, num_experts)
+    moe = mmoe.MoE(router, experts).to(dtype)
+    ours = {f"mmoe {backend}": copy.deepcopy(moe) for backend in ("auto", "fused", "grouped", "loop")}
+    for name, layer in ours.items():
+        layer.experts.backend = name.removeprefix("mmoe ")
+    theirs = _transformers_block(moe, dim, hidden, num_experts, top_k).to(dtype)
     return {"dense": dense, **ours, "transformers": lambda x: theirs(x[None])}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmoe.dispatch import Backend
+from mmoe.dispatch import Backend, Dispatch
 from mmoe.errors import UnknownName, did_you_mean
 
 Activation = Callable[[Tensor], Tensor]
@@ -54,7 +54,8 @@ class Experts(nn.Module):
     Attributes:
         num_experts: E, the number of routes.
         packed: names of the parameters whose leading dimension is the expert.
-        backend: how grouped products run; see `mmoe.dispatch.grouped_linear`.
+        backend: "fused" gathers, computes and adds up in one step where that can run (`mmoe.experts.fused`);
+            "grouped" and "loop" are ways of `mmoe.dispatch.grouped_linear`; "auto" takes what is fastest.
     """
 
     packed: ClassVar[tuple[str, ...]] = ()
@@ -72,6 +73,10 @@ class Experts(nn.Module):
             (N, D).
         """
         raise NotImplementedError
+
+    def fuses(self, x: Tensor, sent: Dispatch) -> bool:
+        """True where `forward` takes the rows before they are sent, with `sent`, and returns their weighted sums."""
+        return False
 
     def packed_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that are divided among the experts, by name."""

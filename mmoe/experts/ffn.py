@@ -10,13 +10,15 @@ F inner width, E experts. The dense twins `FFN` and `GatedFFN` serve as shared e
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmoe.dispatch import grouped_linear
+from mmoe.dispatch import Dispatch, grouped_linear
 from mmoe.experts.base import Activation, Experts, activation
+from mmoe.experts.fused import fusable, pays, routed_ffn
 from mmoe.options import check_bool, check_float
 from mmoe.registry import experts
 
@@ -32,8 +34,34 @@ def _packed_bias(num_experts: int, outputs: int, inputs: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(num_experts, outputs).uniform_(-bound, bound))
 
 
+class _PackedFFN(Experts):
+    """What plain and gated experts share: the fused step."""
+
+    gated: ClassVar[bool]
+    dropout: float
+    act: Activation
+    down_proj: nn.Parameter
+    down_bias: nn.Parameter | None
+
+    def _up(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the first product."""
+        raise NotImplementedError
+
+    def fuses(self, x: Tensor, sent: Dispatch) -> bool:
+        """On a CPU, without dropout, where it pays or is asked for."""
+        if self.backend not in ("auto", "fused") or (self.dropout and self.training):
+            return False
+        weight = self._up()[0]
+        return fusable(x, weight) and (self.backend == "fused" or pays(len(sent.token_idx), weight))
+
+    def _fused(self, x: Tensor, sent: Dispatch) -> Tensor:
+        up, up_bias = self._up()
+        slots = sent.weights, sent.token_idx, sent.counts
+        return routed_ffn(x, *slots, up, up_bias, self.down_proj, self.down_bias, self.act, self.gated)
+
+
 @experts.register("ffn")
-class FFNExperts(Experts):
+class FFNExperts(_PackedFFN):
     """E two-layer perceptrons.
 
     Args:
@@ -51,6 +79,7 @@ class FFNExperts(Experts):
     """
 
     packed = ("up_proj", "up_bias", "down_proj", "down_bias")
+    gated = False
 
     def __init__(
         self,
@@ -73,15 +102,20 @@ class FFNExperts(Experts):
         self.down_proj = _packed(num_experts, out, hidden_dim)
         self.down_bias = _packed_bias(num_experts, out, hidden_dim) if bias else None
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Rows (N, D) sorted by expert -> (N, D)."""
+    def _up(self) -> tuple[Tensor, Tensor | None]:
+        return self.up_proj, self.up_bias
+
+    def forward(self, x: Tensor, counts: Tensor, sent: Dispatch | None = None) -> Tensor:
+        """Rows (N, D) sorted by expert -> (N, D); with `sent`, rows (T, D) -> their weighted sums (T, D)."""
+        if sent is not None:
+            return self._fused(x, sent)
         hidden = self.act(grouped_linear(x, self.up_proj, counts, self.up_bias, self.backend))  # (N, F)
         hidden = F.dropout(hidden, self.dropout, self.training)
         return grouped_linear(hidden, self.down_proj, counts, self.down_bias, self.backend)
 
 
 @experts.register("gated_ffn")
-class GatedFFNExperts(Experts):
+class GatedFFNExperts(_PackedFFN):
     """E gated perceptrons (SwiGLU with the default activation).
 
     Args:
@@ -98,6 +132,7 @@ class GatedFFNExperts(Experts):
     """
 
     packed = ("gate_up_proj", "gate_up_bias", "down_proj", "down_bias")
+    gated = True
 
     def __init__(
         self,
@@ -118,8 +153,13 @@ class GatedFFNExperts(Experts):
         self.down_proj = _packed(num_experts, dim, hidden_dim)
         self.down_bias = _packed_bias(num_experts, dim, hidden_dim) if bias else None
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Rows (N, D) sorted by expert -> (N, D)."""
+    def _up(self) -> tuple[Tensor, Tensor | None]:
+        return self.gate_up_proj, self.gate_up_bias
+
+    def forward(self, x: Tensor, counts: Tensor, sent: Dispatch | None = None) -> Tensor:
+        """Rows (N, D) sorted by expert -> (N, D); with `sent`, rows (T, D) -> their weighted sums (T, D)."""
+        if sent is not None:
+            return self._fused(x, sent)
         gate_up = grouped_linear(x, self.gate_up_proj, counts, self.gate_up_bias, self.backend)  # (N, 2F)
         gate, up = gate_up.chunk(2, dim=-1)
         hidden = F.dropout(self.act(gate) * up, self.dropout, self.training)  # (N, F)

@@ -121,7 +121,7 @@ class TestFlops:
 
         assert profile(nn.Identity(), attend).flops == 2 * B * 4 * N * 2 * N * (8 + 8)
 
-    @pytest.mark.parametrize("backend", ["loop", "grouped"])
+    @pytest.mark.parametrize("backend", ["loop", "grouped", "fused"])
     def test_do_not_depend_on_the_backend(self, backend: str) -> None:
         block = Block().eval()
         block.moe.experts.backend = backend

@@ -21,9 +21,9 @@ def _small(monkeypatch):
 def test_all_mixtures_of_a_cell_give_the_same():
     _, dim, hidden, experts, top_k = CELL
     candidates = bench._candidates(dim, hidden, experts, top_k, torch.float32)
-    for name in ("mmoe grouped", "mmoe loop"):  # each candidate has weights of its own but for the pair of the peer
-        assert candidates[name](torch.randn(16, dim)).shape == (16, dim)
     x = torch.randn(16, dim)
+    for backend in ("auto", "fused", "loop"):
+        torch.testing.assert_close(candidates[f"mmoe {backend}"](x), candidates["mmoe grouped"](x))
     torch.testing.assert_close(candidates["transformers"](x)[0], candidates["mmoe grouped"](x))
 
 
@@ -33,7 +33,10 @@ def test_json(capsys):
     (row,) = told["layers"]
     assert row["cell"] == dict(zip("TDFEK", CELL, strict=True))
     for times in (row["forward_ms"], row["forward_backward_ms"]):
-        assert set(times) == {"dense", "mmoe grouped", "mmoe loop", "transformers"} and min(times.values()) > 0
+        assert (
+            set(times) == {"dense", "mmoe auto", "mmoe fused", "mmoe grouped", "mmoe loop", "transformers"}
+            and min(times.values()) > 0
+        )
     (model,) = told["models"]
     assert model["name"] == "clip_moe_tiny" and model["active_params"] < model["total_params"]
 

@@ -1,0 +1,187 @@
+"""The fused step of feed-forward experts: the same results and gradients as one product per expert, everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import mmoe
+from mmoe import Context, FFNExperts, FixedRouter, GatedFFNExperts, MoE, TopKRouter
+from mmoe.experts.fused import pays, routed_ffn
+
+T, D, F, E = 24, 16, 12, 5
+EXPERTS = {
+    "plain": lambda: FFNExperts(D, F, E),
+    "plain without bias": lambda: FFNExperts(D, F, E, bias=False, act="relu"),
+    "plain to another width": lambda: FFNExperts(D, F, E, 8),
+    "gated": lambda: GatedFFNExperts(D, F, E),
+    "gated with bias": lambda: GatedFFNExperts(D, F, E, bias=True, act="gelu"),
+    "an activation that returns its input": lambda: GatedFFNExperts(D, F, E, act=lambda x: x),
+    "plain, an activation that returns its input": lambda: FFNExperts(D, F, E, act=lambda x: x),
+}
+ROUTES: dict[str, Callable[[], Tensor]] = {
+    "one each": lambda: torch.randint(E, (T,)),
+    "two each": lambda: torch.stack([torch.randperm(E)[:2] for _ in range(T)]),
+    "some unused": lambda: torch.randint(E + 1, (T, 3)),
+    "one expert has all": lambda: torch.full((T,), 3),
+    "the same twice": lambda: torch.full((T, 2), 1),
+    "nothing used": lambda: torch.full((T, 2), E),
+}
+
+
+def results(moe: MoE, backend: str, x: Tensor, context: Context | None = None) -> list[Tensor | None]:
+    """Output and all gradients."""
+    moe.experts.backend = backend  # type: ignore[assignment]
+    moe.zero_grad()
+    x = x.detach().requires_grad_()
+    y = moe(x, context)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype)).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in moe.parameters())]
+
+
+def check(moe: MoE, x: Tensor, context: Context | None = None) -> None:
+    rows = x.reshape(-1, x.shape[-1])
+    moe.experts.backend = "fused"
+    flat = None if context is None else context.flatten(x.shape[:-1])
+    assert moe.experts.fuses(rows, mmoe.dispatch(moe.route(rows, flat)))
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if x.dtype == torch.float32 else {"atol": 0.15, "rtol": 0.05}
+    for ours, reference in zip(results(moe, "fused", x, context), results(moe, "loop", x, context), strict=True):
+        assert (ours is None) == (reference is None)
+        if ours is not None and reference is not None:
+            assert ours.dtype == reference.dtype
+            torch.testing.assert_close(ours, reference, **tolerance)
+
+
+@pytest.fixture(params=list(EXPERTS))
+def experts(request: pytest.FixtureRequest) -> Any:
+    return EXPERTS[request.param]()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_a_router(experts: Any, dtype: torch.dtype) -> None:
+    check(MoE(TopKRouter(D, E), experts).to(dtype), torch.randn(2, T, D, dtype=dtype))
+
+
+@pytest.mark.parametrize("routes", list(ROUTES))
+def test_any_routes(experts: Any, routes: str) -> None:
+    check(MoE(FixedRouter(E), experts), torch.randn(T, D), Context(expert_ids=ROUTES[routes]()))
+
+
+def test_padding(experts: Any) -> None:
+    check(MoE(TopKRouter(D, E), experts), torch.randn(T, D), Context(valid=torch.rand(T) > 0.5))
+
+
+@pytest.mark.parametrize("shape", [(0, D), (1, D), (2, 0, D)])
+def test_few_rows(experts: Any, shape: tuple[int, ...]) -> None:
+    check(MoE(TopKRouter(D, E), experts), torch.randn(shape))
+
+
+def test_rows_that_are_not_contiguous(experts: Any) -> None:
+    check(MoE(TopKRouter(D, E), experts), torch.randn(D, T).t())
+
+
+@pytest.mark.parametrize("frozen", ["router", "experts", "experts.down", "experts.up", "experts.gate_up"])
+def test_frozen_parts_get_no_gradient(experts: Any, frozen: str) -> None:
+    moe = MoE(TopKRouter(D, E), experts)
+    for name, parameter in moe.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    check(moe, torch.randn(T, D))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_are_those_of_differences(gated: bool) -> None:
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.double, requires_grad=True)
+
+    width, inner, slots, counts = 3, 4, torch.tensor([0, 2, 4, 1, 2]), torch.tensor([2, 0, 3])
+    packed = (values(3, inner, width), values(3, inner), values(3, 2, inner // (1 + gated)), values(3, 2))
+
+    def step(x: Tensor, weights: Tensor, *packed: Tensor) -> Tensor:
+        return routed_ffn(x, weights, slots, counts, *packed, torch.tanh, gated)
+
+    assert torch.autograd.gradcheck(step, (values(5, width), values(5), *packed))
+
+
+def test_the_same_bits_run_to_run(experts: Any) -> None:
+    moe, x = MoE(TopKRouter(D, E), experts), torch.randn(T, D)
+    for one, other in zip(results(moe, "fused", x), results(moe, "fused", x), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_gradients(experts: Any) -> None:
+    moe, x = MoE(TopKRouter(D, E), experts), torch.randn(T, D)
+    expected = results(moe, "fused", x)[0]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(moe(x), expected)
+
+
+def test_under_gradient_checkpointing(experts: Any) -> None:
+    moe, x = MoE(TopKRouter(D, E), experts), torch.randn(T, D, requires_grad=True)
+    expected = results(moe, "fused", x)
+    moe.zero_grad()
+    y = checkpoint(moe, x, use_reentrant=False)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    for got, want in zip([y, x.grad, *(p.grad for p in moe.parameters())], expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_second_derivative_is_refused(experts: Any) -> None:
+    moe, x = MoE(TopKRouter(D, E), experts), torch.randn(T, D, requires_grad=True)
+    moe.experts.backend = "fused"
+    (first,) = torch.autograd.grad(moe(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+class TestFallsBack:
+    """Where the fused step cannot run, the layer computes the same another way."""
+
+    def fuses(self, moe: MoE, x: Tensor) -> bool:
+        moe.experts.backend = "fused"
+        return moe.experts.fuses(x, mmoe.dispatch(moe.route(x)))
+
+    def test_with_dropout_in_training(self) -> None:
+        moe, x = MoE(TopKRouter(D, E), FFNExperts(D, F, E, dropout=0.5)), torch.randn(T, D)
+        assert not self.fuses(moe.train(), x) and self.fuses(moe.eval(), x)
+
+    def test_under_autocast(self) -> None:
+        moe, x = MoE(TopKRouter(D, E), FFNExperts(D, F, E)), torch.randn(T, D)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not self.fuses(moe, x) and moe(x).dtype == torch.bfloat16
+
+    def test_under_compile(self) -> None:
+        moe, x = MoE(TopKRouter(D, E), FFNExperts(D, F, E)), torch.randn(T, D)
+        moe.experts.backend = "fused"
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(moe, backend="eager", fullgraph=True)(x), moe(x))
+
+    def test_under_functional_transforms(self) -> None:
+        moe, x = MoE(TopKRouter(D, E), FFNExperts(D, F, E)), torch.randn(T, D)
+        moe.experts.backend = "fused"
+        parameters = dict(moe.named_parameters())
+        grads = torch.func.grad(lambda p: torch.func.functional_call(moe, p, (x,)).square().sum())(parameters)
+        moe(x).square().sum().backward()
+        for name, parameter in moe.named_parameters():
+            torch.testing.assert_close(grads[name], parameter.grad)
+
+    def test_with_other_experts(self) -> None:
+        moe = MoE(TopKRouter(D, E), mmoe.WithNullExperts(D, F, E))
+        assert not self.fuses(moe, torch.randn(T, D))
+
+
+def test_it_pays_for_many_slots_of_one_expert() -> None:
+    single, half = torch.empty(4, 64, 8), torch.empty(4, 64, 8, dtype=torch.bfloat16)
+    assert pays(512, single) and not pays(511, single)
+    assert not pays(512, half) and pays(2**18, half)
+
+
+def test_auto_takes_it_where_it_pays() -> None:
+    moe, x = MoE(TopKRouter(D, 2, top_k=1), FFNExperts(D, F, 2)), torch.randn(256, D)
+    assert moe.experts.fuses(x, mmoe.dispatch(moe.route(x)))
+    assert not moe.experts.fuses(x[:255], mmoe.dispatch(moe.route(x[:255])))
