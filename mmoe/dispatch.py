@@ -91,9 +91,11 @@ def _grouped_allowed(x: Tensor, weight: Tensor) -> bool:
 
 def _loop(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:
     groups: tuple[Tensor, ...] = torch.split(x, counts.tolist())
+    weights = weight.unbind()  # backward stacks their gradients once; indexing would add up E tensors of full size
+    biases = [None] * len(weights) if bias is None else bias.unbind()
     products = [
-        F.linear(rows, weight[e], None if bias is None else bias[e])
-        for e, rows in enumerate(groups)
+        F.linear(rows, w, b)
+        for rows, w, b in zip(groups, weights, biases, strict=True)
         if len(rows) or not len(x)  # without any row the empty products keep the graph: DDP wants all gradients
     ]
     return torch.cat(products)
