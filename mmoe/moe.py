@@ -108,7 +108,8 @@ class MoE(nn.Module):
         routing = self.route(rows, context, state)
         sent = dispatch(routing)
         inputs = rows if self.pre is None else self.pre(rows)
-        if self.experts.fuses(inputs, sent):
+        fuses = getattr(self.experts, "fuses", None)  # peft wraps experts in a module that does not have it
+        if fuses is not None and fuses(inputs, sent):
             y = self.experts(inputs, sent.counts, sent)  # (T, D)
         else:
             out = self.experts(inputs[sent.token_idx], sent.counts)  # (N, D)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mmoe
 from mmoe import Context, FFNExperts, FixedRouter, GatedFFNExperts, MoE, TopKRouter
-from mmoe.experts.fused import pays, routed_ffn
+from mmoe.experts.fused import _blocks, pays, routed_ffn
 
 T, D, F, E = 24, 16, 12, 5
 EXPERTS = {
@@ -170,6 +171,20 @@ class TestFallsBack:
         for name, parameter in moe.named_parameters():
             torch.testing.assert_close(grads[name], parameter.grad)
 
+    def test_with_low_rank_adapters_on_packed_experts(self) -> None:
+        host, x = nn.Sequential(MoE(TopKRouter(D, E), GatedFFNExperts(D, F, E))), torch.randn(T, D)
+        host[0].experts.backend = "fused"
+        before = host(x).detach()
+        config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+        adapted = get_peft_model(host, config)
+        torch.testing.assert_close(adapted(x), before)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        y = adapted(x)
+        assert (y - before).abs().max() > 0.1
+        torch.testing.assert_close(adapted.merge_and_unload()(x), y, atol=1e-4, rtol=1e-4)
+
     def test_with_other_experts(self) -> None:
         moe = MoE(TopKRouter(D, E), mmoe.WithNullExperts(D, F, E))
         assert not self.fuses(moe, torch.randn(T, D))
@@ -178,7 +193,22 @@ class TestFallsBack:
 def test_it_pays_for_many_slots_of_one_expert() -> None:
     single, half = torch.empty(4, 64, 8), torch.empty(4, 64, 8, dtype=torch.bfloat16)
     assert pays(512, single) and not pays(511, single)
-    assert not pays(512, half) and pays(2**18, half)
+    assert pays(16, half) and not pays(15, half)
+
+
+def test_blocks_of_half_precision_hold_every_slot_once() -> None:
+    counts = [3, 4, 0, 4, 40, 5, 4, 0]
+    tokens, weights = torch.arange(60), torch.rand(60, dtype=torch.bfloat16)
+    blocks = _blocks(counts, tokens, weights, inner=8)
+    assert 1 < len(blocks) < sum(count > 0 for count in counts), "neither all experts nor one in a block"
+    assert torch.cat([block.of_slots(block.rows(tokens[:, None]))[:, 0] for block in blocks]).equal(tokens)
+    assert torch.cat([block.of_slots(block.scale)[:, 0] for block in blocks]).equal(weights)
+    for block in blocks:
+        experts, places, _ = block.scale.shape
+        assert (block.scale == 0).sum() == experts * places - sum(counts[block.experts])
+        assert block.tokens.min() >= tokens[block.slots].min(), "a place that is filled up repeats a row of the block"
+    single = _blocks(counts, tokens, weights.float(), inner=8)
+    assert [len(block.tokens) for block in single] == [count for count in counts if count]
 
 
 def test_auto_takes_it_where_it_pays() -> None:
