@@ -158,7 +158,7 @@ def _endpoint(work: Callable[..., Any], names: Sequence[str], outputs: int, blan
     parameters = [inspect.Parameter(name, kind) for name in names]
     if heavy:
         parameters.append(inspect.Parameter("progress", kind, default=gr.Progress()))
-    handler.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    handler.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # gradio reads it
     handler.__name__ = work.__name__
     return handler
 

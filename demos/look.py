@@ -115,7 +115,8 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
 .picker label input { margin-top: 4px; flex: none; }
 .output-class:only-child { font-size: 1rem !important; font-weight: 400 !important;
   color: var(--body-text-color-subdued) !important; }
-.confidence-set .text { overflow-wrap: anywhere; min-width: 0; }
+.confidence-set .inner-wrap { min-width: 0; }
+.confidence-set .text { overflow-wrap: break-word; max-width: calc(100% - 56px); }
 .picker-status { min-height: 60px; font-size: .85rem; color: var(--body-text-color-subdued); }
 """
 

@@ -135,10 +135,10 @@ class Card:
             near = nearest(unknown[0], known)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise CorruptFile(f"card in {origin}", f"unknown keys: {', '.join(unknown)}{hint}", "see zoo/card.py")
-        for key in ("tasks", "modalities", "components", "metrics", "examples", "notes"):
-            if key in data:
-                data[key] = tuple(data[key])
         try:
+            for key in ("tasks", "modalities", "components", "metrics", "examples", "notes"):
+                if key in data:
+                    data[key] = tuple(data[key])
             if "params" in data:
                 data["params"] = {kind: data["params"][kind] for kind in ("total", "active")}
             data["weights"] = {tag: Weights(**values) for tag, values in data.get("weights", {}).items()}

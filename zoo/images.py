@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mmoe.errors import BadInput
 
 MAX_PIXELS = 50_000_000
+_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
 class _OutOfRange(BadInput):
@@ -121,6 +122,8 @@ def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Imag
     if 0 in image.size:
         raise BadInput("cannot read an empty picture", f"its size is {image.size}", "give a picture with pixels")
     image = ImageOps.exif_transpose(image)
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
     elif image.mode == "F":

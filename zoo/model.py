@@ -125,7 +125,7 @@ class Model(nn.Module):
         measured = card.weights or card.metrics or card.routing
         if report is not None and not (report.missing or changed or measured):
             return card  # a folder's own, saved again
-        weights = "random, or trained since they were loaded" if report is None else report.source
+        weights = "random, or trained since they were loaded" if report is None else f"loaded from {report.source}"
         if report is not None and report.missing:
             weights += f", {len(report.missing)} tensors random"
         lineage = {"verb": "save", "source": card.name, "weights": weights, **changed}

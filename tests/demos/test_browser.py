@@ -270,3 +270,23 @@ def test_results_do_not_outlive_what_they_were_made_from(server: str, browser: A
     visit.tab("Try")
     page.locator("#clip_moe-result", has_text="no result yet").wait_for()
     visit.close()
+
+
+def test_labels_break_between_words_first(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 390, shots)
+    page = visit.page
+    page.locator("#clip_moe-labels textarea").fill(f"airplane, spouting whale, {'x' * 200}")
+    visit.tab("Ablate")
+    page.wait_for_selector("#clip_moe-switches input")
+    page.click("#clip_moe-ablate")
+    page.wait_for_selector("#clip_moe-after .confidence-set")
+    page.locator("#clip_moe-after").scroll_into_view_if_needed()
+    visit.shot("8_labels")
+    lines = "e => e.getBoundingClientRect().height / parseFloat(getComputedStyle(e).lineHeight)"
+    name = page.locator("#clip_moe-after .confidence-set .text", has_text="airplane").first
+    assert name.evaluate(lines) < 1.7, "a word of eight letters stays on one line"
+    panel = page.locator("#clip_moe-after").bounding_box()
+    for share in page.locator("#clip_moe-after .confidence-set .confidence").all():
+        box = share.bounding_box()
+        assert box["x"] + box["width"] <= panel["x"] + panel["width"], "every percentage is inside the panel"
+    visit.close()

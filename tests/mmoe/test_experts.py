@@ -207,7 +207,7 @@ class TestFormulas:
     def test_gate_of_a_shared_expert_scales_its_output(self) -> None:
         gated, x = GatedFFN(D, HIDDEN, gate=True), torch.randn(6, D)
         plain = GatedFFN(D, HIDDEN)
-        plain.load_state_dict(gated.state_dict(), strict=False)
+        plain.load_state_dict(gated.state_dict(), strict=False)  # it has no gate
         assert gated.gate is not None
         torch.testing.assert_close(gated(x), plain(x) * gated.gate(x).sigmoid())
 
@@ -263,7 +263,7 @@ class TestNull:
 
     def test_bad_options(self) -> None:
         with pytest.raises(BadOverride, match="kind='coppy'\n  did you mean: copy"):
-            WithNullExperts(D, HIDDEN, 4, kind="coppy")  # type: ignore[arg-type]
+            WithNullExperts(D, HIDDEN, 4, kind="coppy")  # type: ignore[arg-type]  # wrong on purpose
         with pytest.raises(BadOverride, match="num_null=4\n  num_null is a whole number from 0 to 3"):
             WithNullExperts(D, HIDDEN, 4, num_null=4)
 

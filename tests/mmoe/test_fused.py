@@ -37,7 +37,7 @@ ROUTES: dict[str, Callable[[], Tensor]] = {
 
 def results(moe: MoE, backend: str, x: Tensor, context: Context | None = None) -> list[Tensor | None]:
     """Output and all gradients."""
-    moe.experts.backend = backend  # type: ignore[assignment]
+    moe.experts.backend = backend  # type: ignore[assignment]  # any of the names
     moe.zero_grad()
     x = x.detach().requires_grad_()
     y = moe(x, context)

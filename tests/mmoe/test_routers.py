@@ -173,10 +173,10 @@ def test_the_balancing_bias_keeps_its_precision() -> None:
 
 def test_unknown_policies() -> None:
     with pytest.raises(BadOverride) as error:
-        TopKRouter(16, 6, score="sofmax")  # type: ignore[arg-type]
+        TopKRouter(16, 6, score="sofmax")  # type: ignore[arg-type]  # wrong on purpose
     assert str(error.value) == "score='sofmax'\n  did you mean: softmax\n  try: score='softmax'"
     with pytest.raises(BadOverride) as error:
-        TopKRouter(16, 6, weights="renormalised")  # type: ignore[arg-type]
+        TopKRouter(16, 6, weights="renormalised")  # type: ignore[arg-type]  # wrong on purpose
     assert str(error.value) == "weights='renormalised'\n  did you mean: renormalized\n  try: weights='renormalized'"
 
 

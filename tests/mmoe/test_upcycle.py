@@ -353,7 +353,7 @@ def test_wrong_sources() -> None:
         upcycle(model, 1, top_k=1, sources=[model], noise=0.1)
     for count in (0, 2.5):
         with pytest.raises(BadOverride, match="num_experts is a whole number of at least 1"):
-            upcycle(model, count)  # type: ignore[arg-type]
+            upcycle(model, count)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(BadOverride, match="dropout=3\n  dropout is a finite number of at least 0 and below 1"):
         upcycle(model, 2, dropout=3)
     assert not mmoe.moe_layers(model)

@@ -133,6 +133,13 @@ def test_a_picture_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyP
             read_image(path)
 
 
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_premultiplied_transparency(mode: str) -> None:
+    plain = Image.new({"La": "LA", "RGBa": "RGBA"}[mode], (2, 2), (200, 128) if mode == "La" else (200, 100, 50, 128))
+    expected = np.asarray(read_image(plain)).astype(int)
+    assert np.abs(np.asarray(read_image(plain.convert(mode))).astype(int) - expected).max() <= 1
+
+
 def test_an_address_is_not_a_file() -> None:
     with pytest.raises(BadInput) as error:
         read_image("https://example.org/fox.png")
