@@ -57,7 +57,8 @@ def demo(
 
             webbrowser.open(url)
         with contextlib.suppress(KeyboardInterrupt):
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+            for ending in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
+                signal.signal(ending, signal.default_int_handler)
             threading.Event().wait()
         app.close(verbose=False)
         typer.echo("\nstopped")
