@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -53,14 +51,3 @@ def test_the_verbs_are_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_an_interrupt_ends_a_gallery_that_a_script_started() -> None:
-    """A shell starts its background jobs with SIGINT ignored."""
-    port = free_port("127.0.0.1", 18990)
-    words = [sys.executable, "-m", "mmoe", "demo", "--no-browser", "--port", str(port)]
-    script = f"trap '' INT; exec {shlex.join(words)}"
-    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None and "runs at" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
