@@ -47,18 +47,18 @@ def demo(
         _check_name(name)
     port = free_port(host) if port is None else free_port(host, port, tried=1)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    for ending in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
+        signal.signal(ending, signal.default_int_handler)
     with _own_temporary_folder():
         app, url = serve(name, host=host, port=port, share=share)
-        typer.echo(f"The gallery runs at {url}   (Ctrl-C stops it)")
-        if share and app.share_url:
-            typer.echo(f"Anyone with this address can use it: {app.share_url}")
-        if not no_browser and _has_screen():
-            import webbrowser
-
-            webbrowser.open(url)
         with contextlib.suppress(KeyboardInterrupt):
-            for ending in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
-                signal.signal(ending, signal.default_int_handler)
+            typer.echo(f"The gallery runs at {url}   (Ctrl-C stops it)")
+            if share and app.share_url:
+                typer.echo(f"Anyone with this address can use it: {app.share_url}")
+            if not no_browser and _has_screen():
+                import webbrowser
+
+                webbrowser.open(url)
             threading.Event().wait()
         app.close(verbose=False)
         typer.echo("\nstopped")

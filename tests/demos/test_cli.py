@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -51,3 +52,18 @@ def test_the_verbs_are_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_gallery_that_a_script_started_in_the_background(ending: signal.Signals) -> None:
+    ignoring = "trap '' INT; exec \"$@\""
+    start = ["sh", "-c", ignoring, "sh", sys.executable, "-u", "-m", "mmoe", "demo", "--no-browser"]
+    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as gallery:
+        assert gallery.stdout is not None
+        try:
+            assert "runs at" in gallery.stdout.readline()
+            gallery.send_signal(ending)
+            assert gallery.wait(60) == 0
+            assert gallery.stdout.read().strip() == "stopped"
+        finally:
+            gallery.kill()
