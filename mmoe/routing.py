@@ -145,9 +145,8 @@ class Routing:
     def entropy(self) -> Tensor:
         """Entropy of each counted row's probabilities in nats, (T_valid,)."""
         probs = self.used_probs()
-        return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(
-            -1
-        )  # torch.special.entr has an infinite gradient at 0
+        log_probs = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()  # entr() has an infinite gradient at 0
+        return -(probs * log_probs).sum(-1)
 
     def detach(self) -> Routing:
         """The same routing without its graph."""
