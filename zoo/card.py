@@ -17,6 +17,10 @@ from mmoe.errors import CorruptFile, UnknownWeights, nearest
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+_MOE = {"layers", "experts", "top_k", "router"}
+_METRIC = {"data", "provenance", "command"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """One set of weights of a model.
@@ -142,6 +146,9 @@ class Card:
             if "params" in data:
                 data["params"] = {kind: data["params"][kind] for kind in ("total", "active")}
             data["weights"] = {tag: Weights(**values) for tag, values in data.get("weights", {}).items()}
+            for entry, needed in [(data.get("moe"), _MOE), *((metric, _METRIC) for metric in data.get("metrics", ()))]:
+                if entry and not needed <= set(entry):
+                    raise KeyError(*sorted(needed - set(entry)))
             return cls(**data)
         except (TypeError, AttributeError, KeyError) as error:
             raise CorruptFile(f"card in {origin}", f"{type(error).__name__}: {error}", "see zoo/card.py") from error

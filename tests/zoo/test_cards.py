@@ -144,6 +144,9 @@ def test_models_share_what_is_above_them(shared: Any) -> None:
         ({"zzz": 1, "aaa": 2}, "unknown keys: aaa, zzz"),
         ({"weights": {"a": {"sorce": "x", "licence": "MIT"}}}, "unexpected keyword argument 'sorce'"),
         ({"weights": {"a": {"source": "x"}}}, "missing 1 required keyword-only argument: 'licence'"),
+        ({"moe": {"layers": 1, "experts": 4, "top_k": 2}}, "KeyError: 'router'"),
+        ({"moe": 4}, "TypeError"),
+        ({"metrics": [{"data": "d", "command": "c"}]}, "KeyError: 'provenance'"),
     ],
 )
 def test_wrong_keys_are_errors(own: dict[str, Any], message: str, shared: Any) -> None:
