@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmoe.errors import BadInput
+from mmoe.options import check_bool, check_int
 
 
 @dataclass(kw_only=True)
@@ -206,10 +207,36 @@ class Router(nn.Module):
         """Optional step outside autograd after an optimiser step (for example bias balancing); nothing by default."""
 
 
-def gate_scores(gate: nn.Linear, x: Tensor) -> Tensor:
-    """Applies a gate in the precision of its own weight, outside autocast, and returns fp32 logits (T, E)."""
-    with torch.autocast(x.device.type, enabled=False):
-        return nn.functional.linear(x.to(gate.weight.dtype), gate.weight, gate.bias).float()
+class LinearRouter(Router):
+    """A router with one linear gate, logits r = W_g x + b.
+
+    The gate works in the precision of its own weight, outside autocast.
+
+    Args:
+        dim: model width D.
+        num_experts: E.
+        gate_bias: gives the gate an additive bias.
+
+    Attributes:
+        weight: (E, D).
+        bias: (E,) or None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, dim: int, num_experts: int, gate_bias: bool = False) -> None:
+        super().__init__()
+        check_int("num_experts", num_experts, 1)
+        check_bool("gate_bias", gate_bias)
+        self.num_experts = num_experts
+        gate = nn.Linear(dim, num_experts, bias=gate_bias)
+        self.weight = gate.weight
+        self.register_parameter("bias", gate.bias)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Raw scores: x (T, D) -> logits (T, E) in fp32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).float()
 
 
 def finish_routing(routing: Routing, context: Context | None) -> Routing:

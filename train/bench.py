@@ -96,7 +96,7 @@ def _transformers_block(moe: Any, dim: int, hidden: int, num_experts: int, top_k
     block = Qwen3MoeSparseMoeBlock(config)
     block.experts.gate_up_proj.data.copy_(moe.experts.gate_up_proj)
     block.experts.down_proj.data.copy_(moe.experts.down_proj)
-    block.gate.weight.data.copy_(moe.router.gate.weight)
+    block.gate.weight.data.copy_(moe.router.weight)
     return block
 
 

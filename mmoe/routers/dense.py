@@ -8,15 +8,15 @@ Source: Jacobs et al. 1991, "Adaptive mixtures of local experts". Shapes: T rows
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmoe.options import check_bool, check_float
+from mmoe.options import check_float
 from mmoe.registry import routers
-from mmoe.routing import Context, Router, Routing, finish_routing, gate_scores
+from mmoe.routing import Context, LinearRouter, Routing, finish_routing
 
 
 @routers.register("dense")
-class DenseRouter(Router):
+class DenseRouter(LinearRouter):
     """All experts, softmax weights.
 
     Args:
@@ -31,16 +31,10 @@ class DenseRouter(Router):
     """
 
     def __init__(self, dim: int, num_experts: int, *, temperature: float = 1.0, gate_bias: bool = False) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts, gate_bias)
         check_float("temperature", temperature, above=0)
-        check_bool("gate_bias", gate_bias)
-        self.num_experts = self.experts_per_token = num_experts
+        self.experts_per_token = num_experts
         self.temperature = temperature
-        self.gate = nn.Linear(dim, num_experts, bias=gate_bias)
-
-    def scores(self, x: Tensor) -> Tensor:
-        """Raw scores: x (T, D) -> logits (T, E) in fp32."""
-        return gate_scores(self.gate, x)
 
     def select(self, logits: Tensor, context: Context | None = None) -> Routing:
         """Every expert with its softmax weight."""

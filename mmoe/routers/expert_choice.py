@@ -10,15 +10,15 @@ Shapes: T rows, D width, E experts; K = E slots, slot e holds e or the sentinel.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmoe.options import check_float
 from mmoe.registry import routers
-from mmoe.routing import Context, Router, Routing, finish_routing, gate_scores
+from mmoe.routing import Context, LinearRouter, Routing, finish_routing
 
 
 @routers.register("expert_choice")
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(LinearRouter):
     """Each expert picks the tokens it scores highest.
 
     Args:
@@ -36,16 +36,10 @@ class ExpertChoiceRouter(Router):
     batch_dependent = True
 
     def __init__(self, dim: int, num_experts: int, *, capacity_factor: float = 2.0) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts)
         check_float("capacity_factor", capacity_factor, above=0)
-        self.num_experts = num_experts
         self.capacity_factor = capacity_factor
         self.experts_per_token = min(capacity_factor, num_experts)
-        self.gate = nn.Linear(dim, num_experts, bias=False)
-
-    def scores(self, x: Tensor) -> Tensor:
-        """Raw scores: x (T, D) -> logits (T, E) in fp32."""
-        return gate_scores(self.gate, x)
 
     def select(self, logits: Tensor, context: Context | None = None) -> Routing:
         """The best rows of every expert inside each group; padding takes no capacity."""

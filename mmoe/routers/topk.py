@@ -22,18 +22,18 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmoe.options import check_bool, check_choice, check_float, check_int
+from mmoe.options import check_choice, check_float, check_int
 from mmoe.registry import routers
-from mmoe.routing import Context, Router, Routing, finish_routing, gate_scores
+from mmoe.routing import Context, LinearRouter, Routing, finish_routing
 
 Score = Literal["softmax", "sigmoid"]
 Weights = Literal["renormalized", "raw", "softmax_topk"]
 
 
 @routers.register("topk")
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """Each token picks its K best experts.
 
     Args:
@@ -69,26 +69,18 @@ class TopKRouter(Router):
         bias_rate: float = 0.0,
         gate_bias: bool = False,
     ) -> None:
-        super().__init__()
-        check_int("num_experts", num_experts, 1)
+        super().__init__(dim, num_experts, gate_bias)
         check_int("top_k", top_k, 1, num_experts)
         check_choice("score", score, get_args(Score))
         check_choice("weights", weights, get_args(Weights))
         check_float("scale", scale, above=0)
         check_float("noise", noise, low=0)
         check_float("bias_rate", bias_rate, low=0)
-        check_bool("gate_bias", gate_bias)
-        self.num_experts, self.top_k = num_experts, top_k
-        self.experts_per_token = top_k
+        self.top_k = self.experts_per_token = top_k
         self.score, self.weights, self.scale, self.noise = score, weights, scale, noise
         self.bias_rate = bias_rate
-        self.gate = nn.Linear(dim, num_experts, bias=gate_bias)
         if bias_rate:
             self.register_buffer("select_bias", torch.zeros(num_experts, dtype=torch.float32))
-
-    def scores(self, x: Tensor) -> Tensor:
-        """Raw scores: x (T, D) -> logits (T, E) in fp32."""
-        return gate_scores(self.gate, x)
 
     def select(self, logits: Tensor, context: Context | None = None) -> Routing:
         """Top-k of the selection scores; weights from the unbiased, noise-free scores."""

@@ -24,6 +24,7 @@ from mmoe.errors import LoadMismatch, Refused, UnknownName, did_you_mean
 from mmoe.experts.base import Activation, Experts
 from mmoe.experts.ffn import FFNExperts, GatedFFNExperts
 from mmoe.moe import MoE
+from mmoe.routing import LinearRouter
 from mmoe.surgery.layout import Layout, is_host_moe, looks_like_ffn, maps_width_to_itself, prove, recognize, why_not
 
 Places = tuple[tuple[nn.Module, str], ...]
@@ -212,13 +213,12 @@ class Site:
     def router(self) -> RouterWeights | None:
         """The router's weights; None for a dense block and for a router without a linear gate."""
         router = self.module.router if isinstance(self.module, MoE) else None
-        gate = getattr(router, "gate", None)
-        if not isinstance(gate, nn.Linear):
+        if not isinstance(router, LinearRouter):
             return None
         select_bias = getattr(router, "select_bias", None)
         return RouterWeights(
-            weight=gate.weight.detach(),
-            bias=None if gate.bias is None else gate.bias.detach(),
+            weight=router.weight.detach(),
+            bias=None if router.bias is None else router.bias.detach(),
             select_bias=select_bias.detach() if isinstance(select_bias, Tensor) else None,
             top_k=getattr(router, "top_k", None),
             score=getattr(router, "score", "softmax"),

@@ -282,7 +282,7 @@ class TestLayoutOfTransformers:
         )
         state = theirs.state_dict()
         assert set(state) == {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}
-        state["router.gate.weight"] = state.pop("gate.weight")
+        state["router.weight"] = state.pop("gate.weight")
         ours.load_state_dict(state)
         x = torch.randn(2, 7, D)
         torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)

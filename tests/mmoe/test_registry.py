@@ -13,7 +13,7 @@ from mmoe.registry import Registry, experts, parse_spec, routers
 class TestBuild:
     def test_by_name_with_defaults(self) -> None:
         router = build_router("topk", dim=8, num_experts=4)
-        assert isinstance(router, TopKRouter) and router.num_experts == 4 and router.gate.in_features == 8
+        assert isinstance(router, TopKRouter) and router.num_experts == 4 and router.weight.shape == (4, 8)
 
     def test_options_in_the_spec_win(self) -> None:
         router = build_router("topk:top_k=3,score=sigmoid,scale=2.5", dim=8, num_experts=4, top_k=1)

@@ -20,7 +20,7 @@ T, D, E, K = 32, 16, 6, 3
 
 
 def logits_of(router: TopKRouter | DenseRouter | ExpertChoiceRouter, x: Tensor) -> Tensor:
-    return x @ router.gate.weight.T
+    return x @ router.weight.T
 
 
 class TestTopK:
@@ -68,7 +68,7 @@ class TestTopK:
     def test_gate_bias_is_added(self) -> None:
         router = TopKRouter(D, E, gate_bias=True)
         x = torch.randn(T, D)
-        torch.testing.assert_close(router(x).logits, x @ router.gate.weight.T + router.gate.bias)
+        torch.testing.assert_close(router(x).logits, x @ router.weight.T + router.bias)
 
     def test_noise_is_off_by_default(self) -> None:
         router, x = TopKRouter(D, E).train(), torch.randn(T, D)
@@ -88,7 +88,7 @@ class TestTopK:
     @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
     def test_bias_balancing_evens_out_a_skewed_load(self, score: str) -> None:
         router = TopKRouter(D, E, top_k=2, score=score, bias_rate=0.002)
-        x = torch.randn(512, D) + 2 * router.gate.weight[0].detach() / router.gate.weight[0].norm()
+        x = torch.randn(512, D) + 2 * router.weight[0].detach() / router.weight[0].norm()
         skewed = router(x).load().max()
         for _ in range(400):
             router.update(router(x))
@@ -101,15 +101,15 @@ class TestTopK:
     def test_update_steps_by_the_rate_against_the_load(self) -> None:
         router = TopKRouter(D, 4, top_k=1, bias_rate=0.1)
         with torch.no_grad():
-            router.gate.weight.zero_()
-            router.gate.weight[1] = 1.0
+            router.weight.zero_()
+            router.weight[1] = 1.0
         router.update(router(torch.ones(8, D)))
         torch.testing.assert_close(router.select_bias, torch.tensor([0.1, -0.1, 0.1, 0.1]))
 
     def test_update_without_balancing_does_nothing(self) -> None:
         router = TopKRouter(D, E)
         router.update(router(torch.randn(T, D)))
-        assert list(router.state_dict()) == ["gate.weight"]
+        assert list(router.state_dict()) == ["weight"]
 
     @pytest.mark.parametrize("options", [{}, {"bias_rate": 0.1}, {"bias_rate": 0.1, "score": "sigmoid"}])
     def test_an_excluded_expert_is_not_chosen(self, options: dict[str, object]) -> None:
@@ -165,7 +165,7 @@ def test_the_balancing_bias_keeps_its_precision() -> None:
     moe = MoE(TopKRouter(D, E, bias_rate=1e-3), FFNExperts(D, 8, E))
     moe.router.select_bias.fill_(0.7)
     moe.to(torch.bfloat16)
-    assert (moe.router.gate.weight.dtype, moe.router.select_bias.dtype) == (torch.bfloat16, torch.float32)
+    assert (moe.router.weight.dtype, moe.router.select_bias.dtype) == (torch.bfloat16, torch.float32)
     assert (moe.router.select_bias == torch.tensor(0.7)).all(), "bf16 would round it"
     moe.router.update(moe.route(torch.randn(T, D, dtype=torch.bfloat16)))
     assert ((moe.router.select_bias - 0.7).abs() > 0.9e-3).all(), "bf16 would swallow the step"
@@ -202,7 +202,7 @@ class TestExpertChoice:
     @pytest.mark.parametrize("capacity_factor", [0.5, 1.0, 2.0])
     def test_load_is_perfectly_balanced(self, capacity_factor: float) -> None:
         router = ExpertChoiceRouter(D, 4, capacity_factor=capacity_factor)
-        skewed = torch.randn(T, D) + 5 * router.gate.weight[1].detach()
+        skewed = torch.randn(T, D) + 5 * router.weight[1].detach()
         assert router(skewed).counts().tolist() == [int(T * capacity_factor / 4)] * 4
 
     def test_each_expert_takes_its_best_tokens(self) -> None:
@@ -225,7 +225,7 @@ class TestExpertChoice:
 
     def test_every_group_gets_its_own_capacity(self) -> None:
         router, x = ExpertChoiceRouter(D, 4, capacity_factor=1.0), torch.randn(16, D)
-        x[:8] += 50 * router.gate.weight[0].detach()
+        x[:8] += 50 * router.weight[0].detach()
         groups = torch.arange(16) // 8
         experts = router(x, Context(group_ids=groups)).experts
         assert [(experts[groups == g] < 4).sum().item() for g in (0, 1)] == [8, 8]

@@ -266,7 +266,7 @@ def test_moe_sites() -> None:
     weights, found = site.weights(), site.router()
     assert site.kind == "moe" and weights.gated and weights.num_experts == 4
     assert torch.equal(weights.up, moe.experts.gate_up_proj) and weights.up_bias is None
-    assert found is not None and torch.equal(found.weight, router.gate.weight)
+    assert found is not None and torch.equal(found.weight, router.weight)
     assert (found.top_k, found.score, found.weights, found.scale) == (3, "sigmoid", "renormalized", 2.0)
     assert found.bias is None and found.select_bias is not None
     null = nn.ModuleList([mmoe.MoE(mmoe.TopKRouter(D, 4), mmoe.WithNullExperts(D, F, 4))])

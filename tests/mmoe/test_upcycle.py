@@ -186,7 +186,7 @@ def test_open_clip_still_knows_its_dtype() -> None:
     keys = {key for key in sparse.state_dict() if ".mlp." in key}
     experts = ("up_proj", "up_bias", "down_proj", "down_bias")
     assert keys == {
-        f"{name}.{part}" for name in sites(model) for part in ("router.gate.weight", *(f"experts.{e}" for e in experts))
+        f"{name}.{part}" for name in sites(model) for part in ("router.weight", *(f"experts.{e}" for e in experts))
     }
 
 
@@ -198,7 +198,7 @@ def test_gradients_reach_experts_and_once_they_differ_the_router() -> None:
             out = clip_call(sparse.train())
         (out * torch.randn_like(out)).sum().backward()
         for name, layer in mmoe.moe_layers(sparse).items():
-            gate = layer.get_parameter("router.gate.weight").grad.abs().max()
+            gate = layer.get_parameter("router.weight").grad.abs().max()
             experts = layer.get_parameter("experts.up_proj").grad.abs().max()
             assert gate > 1e-4 * experts if noise else gate < 1e-5 * experts, name
         name = routing.layers[0]  # all its tokens matter for the output

@@ -30,7 +30,7 @@ def token_major(rows: Tensor, samples: int) -> Tensor:
 def gates(model: ClipMoE) -> dict[str, nn.Parameter]:
     """Router matrices under the authors' names."""
     named = {n.removeprefix("clip."): p for n, p in model.named_parameters() if ".router." in n}
-    return {name.replace(".mlp.router.gate.", ".gate."): p for name, p in named.items()}
+    return {name.replace(".mlp.router.", ".gate."): p for name, p in named.items()}
 
 
 def build(recording) -> ClipMoE:
@@ -94,7 +94,7 @@ def run_block(recording, index: int) -> None:
     check("loss.value", loss)
     check("grad.x", x.grad)
     check("grad.ln_2.weight", block.ln_2.weight.grad)
-    check("grad.gate.weight", block.mlp.router.gate.weight.grad)
+    check("grad.gate.weight", block.mlp.router.weight.grad)
     check("grad.experts.0.c_fc.weight", block.mlp.experts.up_proj.grad[0])
     check("grad.experts.0.c_proj.bias", block.mlp.experts.down_bias.grad[0])
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_round_trip_is_bit_exact(recording):
 
 
 def negate_gate(block: ResidualAttentionBlock) -> None:
-    block.mlp.router.gate.weight.data.neg_()
+    block.mlp.router.weight.data.neg_()
 
 
 MUTANTS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 import socket
 import sys
 import time
@@ -128,8 +127,8 @@ def test_bundled_files(how: str, detail: str, checks: Any, tmp_path: Path, monke
     (copy / "weights").mkdir(parents=True)
     if how == "damaged":
         for path in assets.asset("weights").iterdir():
-            shutil.copy(path, copy / "weights")
-            (copy / "weights" / path.name).write_bytes(b"\0" + path.read_bytes()[1:])
+            whole = path.read_bytes()
+            (copy / "weights" / path.name).write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     monkeypatch.setattr(assets, "_PLACES", (copy,))
     found, code = checks()
     tag, _ = zoo.card("clip_moe_tiny").find_weights()

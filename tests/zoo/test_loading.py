@@ -368,7 +368,7 @@ def test_another_router_takes_over_the_trained_gate(router: Any, kind: type, tin
     layers = moe_layers(model)
     assert {type(layer.router) for layer in layers.values()} == {kind}
     name, layer = next(iter(layers.items()))
-    assert layer.router.gate.weight.equal(tiny.get_submodule(name).router.gate.weight)
+    assert layer.router.weight.equal(tiny.get_submodule(name).router.weight)
     assert model.load_report.missing == () == model.load_report.unexpected
     assert model.config.router == router
     probs = model.predict(fox, ["a fox", "a pizza"]).probs
@@ -383,7 +383,7 @@ def test_top_1_uses_one_expert() -> None:
 
 def test_what_another_router_has_in_addition_starts_fresh(tiny: Any) -> None:
     model = load(NAME, device="cpu", router="topk:gate_bias=true,bias_rate=0.01")
-    fresh = {f"{name}.router.{part}" for name in moe_layers(model) for part in ("gate.bias", "select_bias")}
+    fresh = {f"{name}.router.{part}" for name in moe_layers(model) for part in ("bias", "select_bias")}
     assert set(model.load_report.missing) == fresh
     assert f"missing {len(fresh)}: " in str(model.load_report)
     assert len(model.load_report.matched) == len(tiny.state_dict())

@@ -91,7 +91,7 @@ def pack_block(state: Mapping[str, Tensor], block: str) -> State:
         block: name before ".gate.weight" and ".experts.".
     """
     gate = state[f"{block}.gate.weight"]
-    packed = {"router.gate.weight": gate.float()}
+    packed = {"router.weight": gate.float()}
     for ours, theirs in _PACKED.items():
         names = [f"{block}.experts.{expert}.{theirs}" for expert in range(len(gate))]
         missing = [name for name in names if name not in state]
@@ -119,7 +119,7 @@ def to_original(state: Mapping[str, Tensor]) -> State:
             for expert, rows in enumerate(value):
                 original[f"{block}.experts.{expert}.{_PACKED[part]}"] = rows.clone()
         else:
-            original[name.replace(".mlp.router.gate.", ".gate.")] = value
+            original[name.replace(".mlp.router.", ".gate.")] = value
     unknown = _unknown(original)
     first = ".experts.0.c_fc.weight"
     mixtures = [name.removesuffix(first) for name in original if name.endswith(first)]
