@@ -20,6 +20,7 @@ _HOME = {
     "Router": "routing",
     "Routing": "routing",
     "MoE": "moe",
+    "build_moe": "moe",
     "moe_layers": "moe",
     "with_context": "moe",
     "Dispatch": "dispatch",

@@ -10,15 +10,17 @@ The layer hands each `Routing` to whoever listens (`mmoe.trace`), takes side inp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from torch import Tensor, nn
 
-from mmoe.dispatch import combine, dispatch
-from mmoe.errors import BadOverride
+from mmoe import registry
+from mmoe.dispatch import Backend, combine, dispatch
+from mmoe.errors import BadOverride, did_you_mean, nearest
 from mmoe.experts.base import Experts
+from mmoe.options import check_choice, check_int
 from mmoe.routing import Context, Router, Routing
 
 Override = Callable[[Tensor, Router, Routing], Routing]
@@ -77,6 +79,16 @@ class MoE(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     @property
+    def backend(self) -> Backend:
+        """How the experts run, "auto" unless set; see `mmoe.dispatch`."""
+        return self.experts.backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        check_choice("backend", backend, get_args(Backend))
+        self.experts.backend = backend
+
+    @property
     def num_experts(self) -> int:
         """E."""
         return self.router.num_experts
@@ -119,6 +131,57 @@ class MoE(nn.Module):
         if self.shared is not None:
             y = y + self.shared(rows)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def build_moe(
+    dim: int,
+    hidden_dim: int,
+    num_experts: int,
+    top_k: int = 2,
+    *,
+    router: str | Mapping[str, Any] = "topk",
+    experts: str | Mapping[str, Any] = "gated_ffn",
+    num_shared_experts: int = 0,
+    backend: Backend = "auto",
+    **options: Any,
+) -> MoE:
+    """A layer from names. As it stands it is Qwen3's with `norm_topk_prob` and Mixtral's.
+
+    Args:
+        dim: model width D.
+        hidden_dim: inner width F of one expert.
+        num_experts: E.
+        top_k: K, for routers that take it.
+        router: name or spec; "topk" is a softmax over all experts, whose best K are renormalised.
+        experts: name or spec; "gated_ffn" has SiLU and no biases.
+        num_shared_experts: S experts that see every row, as one block of inner width S * F of the same kind.
+        backend: how the experts run; see `mmoe.dispatch`.
+        options: of the router or of the experts, by name.
+
+    Raises:
+        BadOverride: an option that neither takes, or a value that cannot be.
+        UnknownName: no such router or experts.
+
+    Example:
+        >>> moe = build_moe(8, 16, 4, 2, num_shared_experts=1, score="sigmoid", bias=True)
+        >>> [tuple(p.shape) for p in (moe.router.weight, moe.experts.gate_up_proj, moe.experts.down_proj)]
+        [(4, 8), (4, 32, 8), (4, 8, 16)]
+    """
+    check_int("num_shared_experts", num_shared_experts, 0)
+    specs = registry.parse_spec(router), registry.parse_spec(experts)
+    takes = registry.routers.options(specs[0]["name"]), registry.experts.options(specs[1]["name"])
+    known = [*takes[0], *takes[1]]
+    for name in options:
+        if name not in known:
+            fix = f"build_moe(..., {(nearest(name, known) or known)[0]}=...)"
+            raise BadOverride(f"neither the router nor the experts take {name!r}", did_you_mean(name, known), fix)
+    for spec, taken in zip(specs, takes, strict=True):
+        spec.update({name: value for name, value in options.items() if name in taken})
+    gate = registry.build_router(specs[0], dim=dim, num_experts=num_experts, top_k=top_k)
+    packed = registry.build_experts(specs[1], dim=dim, hidden_dim=hidden_dim, num_experts=num_experts)
+    moe = MoE(gate, packed, packed.shared(num_shared_experts) if num_shared_experts else None)
+    moe.backend = backend
+    return moe
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

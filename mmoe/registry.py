@@ -68,6 +68,11 @@ class Registry:
             )
         return self._classes[name]
 
+    def options(self, name: str) -> list[str]:
+        """Names of the options that the class filed under `name` takes besides its sizes."""
+        parameters = inspect.signature(self.get(name)).parameters
+        return [key for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+
     def build(self, spec: str | Mapping[str, Any], **defaults: Any) -> Any:
         """Builds from a name, "name:key=value,key=value" or a mapping with a "name".
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmoe.dispatch import Backend, Dispatch
-from mmoe.errors import UnknownName, did_you_mean
+from mmoe.errors import Refused, UnknownName, did_you_mean
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -77,6 +77,15 @@ class Experts(nn.Module):
     def fuses(self, x: Tensor, sent: Dispatch) -> bool:
         """True where `forward` takes the rows before they are sent, with `sent`, and returns their weighted sums."""
         return False
+
+    def shared(self, count: int) -> nn.Module:
+        """A dense block as large as `count` of these experts, for rows (..., D).
+
+        Raises:
+            Refused: these experts have no dense twin.
+        """
+        asked = f"no shared experts beside {type(self).__name__}"
+        raise Refused(asked, "they have no dense twin", "MoE(router, experts, shared=mmoe.FFN(dim, hidden_dim))")
 
     def packed_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that are divided among the experts, by name."""

@@ -54,6 +54,12 @@ class _PackedFFN(Experts):
         weight = self._up()[0]
         return fusable(x, weight) and (self.backend == "fused" or pays(len(sent.token_idx), weight))
 
+    def shared(self, count: int) -> nn.Module:
+        """A perceptron as wide as `count` of these experts."""
+        dense = GatedFFN if self.gated else FFN
+        hidden_dim, dim = self.down_proj.shape[2], self._up()[0].shape[2]
+        return dense(dim, count * hidden_dim, act=self.act, bias=self.down_bias is not None)
+
     def _fused(self, x: Tensor, sent: Dispatch) -> Tensor:
         up, up_bias = self._up()
         slots = sent.weights, sent.token_idx, sent.counts

@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmoe.dispatch import Backend
 from mmoe.experts.base import Activation, Experts
 from mmoe.options import check_choice, check_int
 from mmoe.registry import build_experts, experts
@@ -59,6 +60,19 @@ class WithNullExperts(Experts):
         options = {key: value for key, value in (("act", act), ("dropout", dropout)) if value is not None}
         sizes = {"dim": dim, "hidden_dim": hidden_dim, "num_experts": num_experts - num_null}
         self.real: Experts = build_experts(real, **sizes, **options)
+
+    @property
+    def backend(self) -> Backend:
+        """How the real experts run."""
+        return self.real.backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        self.real.backend = backend
+
+    def shared(self, count: int) -> nn.Module:
+        """A dense block as large as `count` of the real experts."""
+        return self.real.shared(count)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Rows (N, D) sorted by expert -> (N, D); only rows of real experts are computed."""

@@ -47,7 +47,7 @@ def using(experts: Experts, backend: str) -> Iterator[None]:
         part.backend = backend
     yield
     for part in parts:
-        del part.backend
+        part.backend = "auto"
 
 
 @pytest.fixture(params=[*mmoe.list_experts(), *VARIANTS])
@@ -276,10 +276,7 @@ class TestLayoutOfTransformers:
         theirs = mixtral_block() if family == "mixtral" else qwen3_block(norm_topk_prob=family == "qwen3_moe")
         for parameter in theirs.parameters():
             nn.init.normal_(parameter, std=0.5)
-        ours = MoE(
-            TopKRouter(D, E, top_k=2, weights="raw" if family == "qwen3_moe_raw" else "renormalized"),
-            GatedFFNExperts(D, HIDDEN, E),
-        )
+        ours = mmoe.build_moe(D, HIDDEN, E, 2, **({"weights": "raw"} if family == "qwen3_moe_raw" else {}))
         state = theirs.state_dict()
         assert set(state) == {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}
         state["router.weight"] = state.pop("gate.weight")
