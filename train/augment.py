@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.model import Model
+
 GREY, CONTOURS, POSTERISE = 0.15, 0.25, 0.15  # shares of the pictures
 _LUMA = torch.tensor([0.299, 0.587, 0.114])
 _HUE_AXIS = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
@@ -33,13 +35,23 @@ def on_background(pixels: Tensor, colour: Tensor | float = 1.0) -> Tensor:
     return rgba[:, :3] * alpha + colour * (1 - alpha)
 
 
+def as_input(model: Model, image: Tensor) -> Tensor:
+    """Pictures (n, 3, S, S) in [0, 1] as `model` takes them: at its size, normalised, of its type and on its device."""
+    told = model.preprocessing
+    if image.shape[-1] != told["image_size"]:
+        image = F.interpolate(image, (told["image_size"], told["image_size"]), mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(told[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return ((image - mean) / std).to(model.device, model.dtype)
+
+
 def augment(pixels: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Random variants of drawings.
 
     Args:
         pixels: (n, 4, S, S) uint8 RGBA.
         generator: source of all randomness.
-        strength: scales warps and colour changes; 0 leaves them out.
+        strength: scales warps and colour shifts; which pictures turn grey, get contours, fewer colours, blur or a
+            cut-out does not depend on it.
 
     Returns:
         (n, 3, S, S) floats in [0, 1].

@@ -13,7 +13,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from mmoe.atomic import atomic_path
 from mmoe.errors import BadInput
 from mmoe.options import check_float, check_int
 from mmoe.trace import trace, update_routers
-from train.augment import augment
+from train.augment import as_input, augment
 from train.data.emoji import EmojiSet, load_emoji
-from train.progress import Progress
+from train.progress import Progress, interrupts_held
 from zoo.clip_moe.model import ClipMoE
 
 
@@ -42,8 +42,10 @@ class StageConfig(BaseModel):
         both_styles: every concept of a batch comes in all training styles, against one caption; False draws one.
         text_length: captions are cut to this many tokens.
         lr: peak learning rate of AdamW; linear warm-up, then cosine to 1 % of it.
-        muon_lr: peak learning rate of Muon for the matrices of the blocks; None leaves them to AdamW.
-        weight_decay: of matrices and embeddings; biases, norms, positions and the logit scale have none.
+        muon_lr: peak learning rate of Muon for the matrices of the blocks, each expert's its own; None leaves them to
+            AdamW.
+        weight_decay: of what AdamW trains; biases, norms, positions and the logit scale have none.
+        muon_weight_decay: of what Muon trains.
         scale_lr: learning rate of the logit scale, as a multiple of `lr`.
         warmup: share of the steps.
         clip: largest gradient norm.
@@ -61,6 +63,7 @@ class StageConfig(BaseModel):
     lr: float = Field(gt=0)
     muon_lr: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
+    muon_weight_decay: float = Field(default=0.05, ge=0)
     scale_lr: float = Field(default=1.0, ge=0)
     warmup: float = Field(default=0.1, ge=0, le=1)
     clip: float = Field(default=1.0, gt=0)
@@ -125,10 +128,9 @@ def make_batch(
     drawn, concepts = torch.tensor(pairs).t()
     pixels = styles[:, concepts].flatten(0, 1) if config.both_styles else styles[drawn, concepts]  # (V*B, 4, 64, 64)
     image = augment(pixels, torch.Generator().manual_seed(seed), config.strength)
-    mean, std = (torch.tensor(model.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
     captions = [emoji.concepts[concept].caption(draw) for concept in concepts.tolist()]
-    text = model.tokenizer(captions, context_length=config.text_length)
-    return {"image": ((image - mean) / std).to(model.dtype), "text": text}
+    text = model.tokenizer(captions, context_length=min(config.text_length, model.config.context_length))
+    return {"image": as_input(model, image), "text": text.to(model.device)}
 
 
 class ContrastiveRun:
@@ -168,6 +170,7 @@ class ContrastiveRun:
                 f"train {', '.join(config.trainable)}", "no parameter has such a name", "trainable=['*.mlp.*'] or ['*']"
             )
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        model.to(self.accelerator.device)  # before the optimisers, whose state and views follow the parameters
         self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in make_optimizers(model, config)]
 
     def run(self, progress: bool = True) -> list[float]:
@@ -178,19 +181,19 @@ class ContrastiveRun:
         stream = batch_stream(self.emoji, self.config.batch_size, self.key, self.step, self.cells)
         begun = saved = time.monotonic()
         before = self.seconds
+        bar = Progress(self.name, self.config.steps, self.step, quiet=not progress)
         try:
-            with Progress(self.name, self.config.steps, self.step, quiet=not progress) as bar:
+            with bar, interrupts_held() as interrupted:
                 while self.step < self.config.steps:
                     self.losses.append(self._step(model, next(stream)))
                     self.step += 1
                     self.seconds = before + time.monotonic() - begun
                     bar.update(self.step, loss=sum(self.losses[-20:]) / len(self.losses[-20:]))
-                    if time.monotonic() - saved > self.save_every:
+                    if interrupted() or time.monotonic() - saved > self.save_every:
                         self.save()
                         saved = time.monotonic()
-        except KeyboardInterrupt:
-            self.save()
-            raise
+                    if interrupted():
+                        raise KeyboardInterrupt
         finally:
             self.model.eval()
         self.save()
@@ -202,7 +205,6 @@ class ContrastiveRun:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         whole = len(pairs) // ranks * ranks
         batch = make_batch(self.model, self.emoji, pairs[:whole][rank::ranks], self.config, seed + rank)
-        batch = {key: value.to(self.accelerator.device) for key, value in batch.items()}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(self.step, self.config)
@@ -243,7 +245,7 @@ class ContrastiveRun:
         path = None if self.folder is None else self.folder / f"{self.name}.pt"
         if path is None or not path.exists():
             return
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         if state["config"] != self.config.model_dump():
             raise BadInput(
                 f"go on with the run in '{self.folder}'",
@@ -265,18 +267,43 @@ def schedule(step: int, config: StageConfig) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
 
+class PackedMuon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024) that takes packed matrices (E, O, I) as E matrices, as it would take E dense layers."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], **options: Any) -> None:
+        self.packed = [(p, [nn.Parameter(m) for m in p.detach().unbind()]) for p in parameters if p.ndim == 3]
+        matrices = [matrix for _, views in self.packed for matrix in views]
+        group = {"params": [*(p for p in parameters if p.ndim == 2), *matrices], "peak": options["lr"]}
+        super().__init__([group], adjust_lr_fn="match_rms_adamw", **options)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
+        """One step with the gradients of the packed matrices."""
+        for parameter, views in self.packed:
+            for view, grad in zip(
+                views, (None,) * len(views) if parameter.grad is None else parameter.grad, strict=True
+            ):
+                view.grad = grad
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the packed matrices' gradients too."""
+        super().zero_grad(set_to_none)
+        for parameter, _ in self.packed:
+            parameter.grad = None
+
+
 def make_optimizers(model: nn.Module, config: StageConfig) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices of the blocks where configured; `peak` is each group's own learning rate."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    muon = [p for name, p in named.items() if config.muon_lr and p.ndim == 2 and "resblocks" in name]
-    plain, decayed, scale = [], [], []
-    for name, parameter in named.items():
-        if any(parameter is other for other in muon):
+    plain, decayed, scale, muon = [], [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
             continue
         if name.endswith("logit_scale"):
             scale.append(parameter)
         elif parameter.ndim < 2 or "positional" in name or name.endswith("_bias"):
             plain.append(parameter)
+        elif config.muon_lr and "resblocks" in name and ".router." not in name:
+            muon.append(parameter)
         else:
             decayed.append(parameter)
     groups = [
@@ -288,11 +315,8 @@ def make_optimizers(model: nn.Module, config: StageConfig) -> list[torch.optim.O
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), eps=1e-6))
-    if muon:
-        group = {"params": muon, "peak": config.muon_lr}
-        optimizers.append(
-            torch.optim.Muon([group], lr=config.muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-        )
+    if config.muon_lr and muon:
+        optimizers.append(PackedMuon(muon, lr=config.muon_lr, weight_decay=config.muon_weight_decay))
     return optimizers
 
 
@@ -307,7 +331,7 @@ def fine_tune(
     """A short fine-tuning on the emoji, of the routers by default; returns the loss of every step.
 
     Args:
-        model: trained in place; which of its parameters are frozen is afterwards as it was before.
+        model: trained in place; afterwards it is where it was, with the same parameters frozen.
         steps: optimiser steps.
         lr: peak learning rate. The default is for routers; all weights of a trained model want about 1e-4.
         trainable: pattern of parameter names, or several.
@@ -321,8 +345,10 @@ def fine_tune(
     patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
     config = StageConfig(steps=steps, batch_size=64, lr=lr, trainable=patterns)
     frozen = {name: not parameter.requires_grad for name, parameter in model.named_parameters()}
+    device = model.device
     try:
         return ContrastiveRun(model, load_emoji(), config, name="fine_tune").run(progress)
     finally:
+        model.to(device)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not frozen[name])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmoe.trace import trace
-from train.augment import on_background
+from train.augment import as_input, on_background
 from train.data.emoji import EmojiSet
 from zoo.clip_moe.model import ClipMoE
 
@@ -23,16 +23,8 @@ RANKS = (1, 5, 10)
 def image_features(model: ClipMoE, emoji: EmojiSet, style: str, indices: Sequence[int] | None = None) -> Tensor:
     """Normalised features of the pictures of one style, (n, C)."""
     pixels = emoji.pixels(style) if indices is None else emoji.pixels(style)[list(indices)]
-    mean, std = (torch.tensor(model.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-    size = model.preprocessing["image_size"]
-    features = []
-    for part in pixels.split(256):
-        image = on_background(part)
-        if image.shape[-1] != size:
-            image = torch.nn.functional.interpolate(image, (size, size), mode="bicubic", antialias=True)
-        batch = ((image - mean) / std).to(model.device, model.dtype)
-        features.append(model.encode_image(batch, normalize=True).float().cpu())
-    return torch.cat(features)
+    batches = (as_input(model, on_background(part)) for part in pixels.split(256))
+    return torch.cat([model.encode_image(batch, normalize=True).float().cpu() for batch in batches])
 
 
 @torch.no_grad()

@@ -1,10 +1,17 @@
-"""Progress of long work: a bar with ETA on a terminal, a line now and then elsewhere, nothing with MMOE_QUIET=1."""
+"""Progress of long work, and its interruption at a good moment.
+
+Progress is a bar with ETA on a terminal, a line now and then elsewhere, and nothing with MMOE_QUIET=1.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -60,3 +67,29 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+@contextmanager
+def interrupts_held() -> Iterator[Callable[[], bool]]:
+    """Holds Ctrl-C back until the caller asks for it, so that it never stops half of a step; a second one does.
+
+    >>> with interrupts_held() as interrupted:
+    ...     interrupted()
+    False
+    """
+    held = []
+
+    def hold(number: int, frame: object) -> None:
+        if held:
+            raise KeyboardInterrupt
+        held.append(number)
+
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: bool(held)
+    finally:
+        signal.signal(signal.SIGINT, before)

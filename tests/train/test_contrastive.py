@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -11,8 +13,18 @@ import zoo
 from mmoe.errors import BadInput, BadOverride
 from mmoe.moe import moe_layers
 from train.augment import augment, on_background
-from train.contrastive import ContrastiveRun, StageConfig, batch_stream, epoch_batches, fine_tune, schedule
+from train.contrastive import (
+    ContrastiveRun,
+    PackedMuon,
+    StageConfig,
+    batch_stream,
+    epoch_batches,
+    fine_tune,
+    make_optimizers,
+    schedule,
+)
 from train.data.emoji import load_emoji
+from train.progress import interrupts_held
 
 
 @pytest.fixture(scope="module")
@@ -119,21 +131,18 @@ def test_loss_falls_below_chance():
     assert sum(losses[-10:]) / 10 < sum(losses[:5]) / 5 - 0.2
 
 
-class Stopped(Exception):
-    pass
-
-
-def run_until(model, folder, config, stop: int | None) -> torch.nn.Module:
+def run_until(model, folder, config, interrupted_in: int | None) -> torch.nn.Module:
+    """Trains; a Ctrl-C comes between the two optimisers of a step."""
     run = ContrastiveRun(model, load_emoji(), config, seed=5, folder=folder)
-    if stop is not None:
-        step = run._step
+    last = run.optimizers[-1]
+    take = last.step
 
-        def interrupted(*arguments):
-            if run.step == stop:
-                raise KeyboardInterrupt
-            return step(*arguments)
+    def step():
+        if run.step == interrupted_in:
+            os.kill(os.getpid(), signal.SIGINT)
+        take()
 
-        run._step = interrupted
+    last.step = step
     run.run(progress=False)
     return model
 
@@ -143,15 +152,69 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path):
     options = {"expert_dropout": 0.2}
     undisturbed = run_until(tiny(**options), tmp_path / "a", config, None)
     with pytest.raises(KeyboardInterrupt):
-        run_until(tiny(**options), tmp_path / "b", config, stop=3)
+        run_until(tiny(**options), tmp_path / "b", config, 3)
     saved = torch.load(tmp_path / "b" / "stage.pt", weights_only=True)
-    assert saved["step"] == 3
+    assert saved["step"] == 4
     resumed = run_until(tiny(**options), tmp_path / "b", config, None)
     for name, value in undisturbed.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     logs = [json.loads((tmp_path / run / "stage.log.json").read_text()) for run in "ab"]
     assert logs[0]["losses"] == logs[1]["losses"]
     assert logs[1]["seconds"] > saved["seconds"] > 0
+
+
+def test_a_second_interrupt_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), interrupts_held() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class TestOptimizers:
+    """Every parameter has one optimiser, and a mixture's matrices the same as those of the dense model."""
+
+    @staticmethod
+    def names(model, config) -> dict[str, set[str]]:
+        """Parameters by optimiser."""
+        of = {id(parameter): name for name, parameter in model.named_parameters()}
+        found = {}
+        for optimizer in make_optimizers(model, config):
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in of]
+            parameters += [parameter for parameter, _ in getattr(optimizer, "packed", ())]
+            found[type(optimizer).__name__] = {of[id(parameter)] for parameter in parameters}
+        return found
+
+    def test_matrices_of_blocks_go_to_muon(self) -> None:
+        model, config = tiny(), StageConfig(steps=1, lr=1e-3, muon_lr=1e-3)
+        found = self.names(model, config)
+        blocks = {name for name, p in model.named_parameters() if ".resblocks." in name}
+        parts = (
+            "in_proj_weight",
+            "out_proj.weight",
+            "experts.up_proj",
+            "experts.down_proj",
+            "c_fc.weight",
+            "c_proj.weight",
+        )
+        assert found["PackedMuon"] == {name for name in blocks if name.endswith(parts)}
+        assert any(name.endswith("experts.up_proj") for name in found["PackedMuon"])
+        assert found["AdamW"] == {name for name, _ in model.named_parameters()} - found["PackedMuon"]
+
+    def test_packed_matrices_are_trained_like_single_ones(self) -> None:
+        packed = torch.nn.Parameter(torch.randn(3, 8, 6))
+        single = [torch.nn.Parameter(matrix.clone()) for matrix in packed.detach()]
+        one = PackedMuon([packed], lr=0.1, weight_decay=0.1)
+        other = PackedMuon(single, lr=0.1, weight_decay=0.1)
+        for _ in range(3):
+            packed.grad = torch.randn(3, 8, 6)
+            for matrix, grad in zip(single, packed.grad, strict=True):
+                matrix.grad = grad.clone()
+            one.step()
+            other.step()
+            torch.testing.assert_close(packed.detach(), torch.stack([matrix.detach() for matrix in single]))
+        one.zero_grad()
+        assert packed.grad is None
 
 
 def test_other_options_do_not_go_on(tmp_path):
@@ -164,3 +227,8 @@ def test_other_options_do_not_go_on(tmp_path):
 def test_pattern_that_names_nothing_is_an_error():
     with pytest.raises(BadInput, match="no parameter has such a name"):
         ContrastiveRun(tiny(), load_emoji(), StageConfig(steps=1, lr=1e-3, trainable=("*.ruoter.*",)))
+
+
+def test_any_picture_size_and_context_length_can_be_fine_tuned():
+    model = tiny(image_size=32, context_length=12)
+    assert len(fine_tune(model, steps=1, progress=False)) == 1
