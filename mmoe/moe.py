@@ -10,10 +10,12 @@ The layer hands each `Routing` to whoever listens (`mmoe.trace`), takes side inp
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, get_args
 
+import torch
 from torch import Tensor, nn
 
 from mmoe import registry
@@ -54,6 +56,7 @@ class MoE(nn.Module):
     _recorders: tuple[Recorder, ...] = ()
     _context: Context | None = None
     _override: Override | None = None
+    _checkpointed: deque[tuple[list[float], Context | None, Override | None]] | None = None
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class MoE(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what `trace`, `with_context` and `override` set: a copy or a pickle made inside them is free."""
-        transient = ("_recorders", "_context", "_override")
+        transient = ("_recorders", "_context", "_override", "_checkpointed")
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     @property
@@ -95,9 +98,12 @@ class MoE(nn.Module):
 
     def route(self, x: Tensor, context: Context | None = None, state: Any = None) -> Routing:
         """Routes rows (T, D) without running experts; listeners hear of it and overrides apply."""
+        return self._route(x, context, state, self._override)
+
+    def _route(self, x: Tensor, context: Context | None, state: Any, override: Override | None) -> Routing:
         routing: Routing = self.router(x, context, state)
-        if self._override is not None:
-            routing = self._override(x, self.router, routing)
+        if override is not None:
+            routing = override(x, self.router, routing)
         for recorder in self._recorders:
             recorder.add(self, routing)
         return routing
@@ -114,10 +120,11 @@ class MoE(nn.Module):
             (..., D) in the dtype of the experts' output.
         """
         rows = x.reshape(-1, x.shape[-1])  # (T, D)
-        context = context if context is not None else self._context
+        around, override = self._around(rows)
+        context = context if context is not None else around
         if context is not None:
             context = context.flatten(x.shape[:-1])
-        routing = self.route(rows, context, state)
+        routing = self._route(rows, context, state, override)
         sent = dispatch(routing)
         inputs = rows if self.pre is None else self.pre(rows)
         fuses = getattr(self.experts, "fuses", None)  # peft wraps experts in a module that does not have it
@@ -131,6 +138,32 @@ class MoE(nn.Module):
         if self.shared is not None:
             y = y + self.shared(rows)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _around(self, rows: Tensor) -> tuple[Context | None, Override | None]:
+        """What `with_context` and `override` set around this call.
+
+        A checkpointed call is computed again in backward, after they have ended; it is known by its rows then.
+        """
+        around = self._context, self._override
+        if torch.compiler.is_compiling():
+            return around
+        again = torch._C._current_graph_task_id() != -1
+        if not again and not _in_checkpoint(self.training):
+            return around
+        known_by = rows.detach().flatten()[:: max(1, rows.numel() // 64)].tolist()
+        if self._checkpointed is None:
+            self._checkpointed = deque(maxlen=64)
+        if not again:
+            self._checkpointed.append((known_by, *around))
+            return around
+        return next((call[1:] for call in reversed(self._checkpointed) if call[0] == known_by), around)
+
+
+def _in_checkpoint(training: bool) -> bool:
+    """True where a forward may run that backward runs again."""
+    if torch.is_grad_enabled():
+        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return training  # reentrant checkpoints switch gradients off
 
 
 def build_moe(

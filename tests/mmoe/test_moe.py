@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mmoe
 from mmoe import Context, FFNExperts, FixedRouter, GatedFFN, GatedFFNExperts, MoE, TopKRouter, with_context
@@ -223,3 +224,43 @@ class TestCopies:
         with mmoe.trace(twin) as routing:
             twin(x)
         assert len(routing) == 1
+
+
+class TestCheckpointing:
+    """A forward that backward computes again has the context and the override that it had, though they have ended."""
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("around", ["context", "override"])
+    @pytest.mark.parametrize("backward", ["one loss", "first loss first", "last loss first"])
+    def test_gradients_are_those_without(self, reentrant: bool, around: str, backward: str) -> None:
+        moe, inputs = layer(), [torch.randn(5, D, requires_grad=True) for _ in range(2)]
+        expected = self.grads(moe, moe, inputs, around, backward)
+        found = self.grads(moe, lambda x: checkpoint(moe, x, use_reentrant=reentrant), inputs, around, backward)
+        for ours, reference in zip(found, expected, strict=True):
+            assert torch.equal(ours, reference)
+        assert moe._checkpointed and copy.deepcopy(moe)._checkpointed is None
+
+    @staticmethod
+    def grads(
+        moe: MoE, call: Callable[[Tensor], Tensor], inputs: list[Tensor], around: str, backward: str
+    ) -> list[Tensor]:
+        moe.zero_grad()
+        losses = []
+        for i, x in enumerate(inputs):
+            x.grad = None
+            if around == "context":
+                with with_context(moe, Context(valid=torch.arange(5) > i)):
+                    losses.append(call(x).square().sum())
+            else:
+                with mmoe.override(moe, mmoe.switch_off([i])):
+                    losses.append(call(x).square().sum())
+        for loss in {"one loss": [sum(losses)], "first loss first": losses, "last loss first": losses[::-1]}[backward]:
+            loss.backward()
+        return [value.grad for value in [*inputs, *moe.parameters()]]
+
+    def test_nothing_is_kept_without_checkpoints(self) -> None:
+        moe, x = layer(), torch.randn(5, D, requires_grad=True)
+        moe(x).sum().backward()
+        with torch.no_grad():
+            moe.eval()(x)
+        assert moe._checkpointed is None

@@ -609,3 +609,18 @@ def test_licences_are_not_invented() -> None:
     assert open_clip_licence("ViT-B-32", "openai") == ("MIT", "https://github.com/openai/CLIP")
     licence, source = open_clip_licence("ViT-B-32", "laion2b_s34b_b79k")
     assert licence == "unknown" and source == "https://huggingface.co/laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+
+
+@pytest.mark.parametrize("options", [{}, {"router": "expert_choice"}, {"route_padding": False}])
+def test_gradient_checkpointing_changes_no_gradient(options: dict[str, Any]) -> None:
+    model = zoo.load("clip_moe_tiny", device="cpu", **options).train()
+    texts = ["a fox", "a very long name of something"]
+    batch = {"image": torch.randn(2, 3, 64, 64), "text": model.tokenizer(texts)}
+    grads = []
+    for checkpointed in (False, True):
+        model.clip.set_grad_checkpointing(checkpointed)
+        model.zero_grad()
+        model(**batch, return_loss=True).loss.backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-6, rtol=1e-5, msg=name)
