@@ -121,9 +121,14 @@ def profile(model: nn.Module, call: Callable[..., Any], *args: Any) -> Profile:
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter cannot see into the fused attention block
+    backends = {module: module.backend for module in model.modules() if isinstance(module, Experts)}
     try:
+        for experts in backends:
+            experts.backend = "loop"  # the fused step fills blocks up
         with trace(model) as routing, FlopCounterMode(display=False, custom_mapping=_NOT_IN_TORCH) as counter:
             call(*args)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        for experts, backend in backends.items():
+            experts.backend = backend
     return Profile(params=count_params(model), flops=int(counter.get_total_flops()), routing=routing.detach())

@@ -48,8 +48,8 @@ class _PackedFFN(Experts):
         raise NotImplementedError
 
     def fuses(self, x: Tensor, sent: Dispatch) -> bool:
-        """On a CPU, without dropout, where it pays or is asked for."""
-        if self.backend not in ("auto", "fused") or (self.dropout and self.training):
+        """On a CPU, without dropout, where it pays or is asked for; an activation with parameters has to be seen."""
+        if self.backend not in ("auto", "fused") or (self.dropout and self.training) or isinstance(self.act, nn.Module):
             return False
         weight = self._up()[0]
         return fusable(x, weight) and (self.backend == "fused" or pays(len(sent.token_idx), weight))

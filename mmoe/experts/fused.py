@@ -71,7 +71,9 @@ def routed_ffn(
     Returns:
         (T, O) in the type of x.
     """
-    out: Tensor = _RoutedFFN.apply(x, weights, up, up_bias, down, down_bias, token_idx, counts.tolist(), act, gated)
+    packed = up, up_bias, down, down_bias
+    keep = torch.is_grad_enabled()
+    out: Tensor = _RoutedFFN.apply(x, weights, *packed, token_idx, counts.tolist(), act, gated, keep)
     return out
 
 
@@ -84,17 +86,22 @@ class _Block(NamedTuple):
         tokens: (n * c,) row of each place.
         scale: (n, c, 1) combine weight of each place, 0 where it is filled up.
         places: place of each slot, or None where every place is one.
+        filled: places without a slot. Their rows are zero: a row that overflows in one expert must not reach another.
     """
 
     experts: slice
     slots: slice
     tokens: Tensor
     scale: Tensor
-    places: Tensor | None
+    places: Tensor | None = None
+    filled: Tensor | None = None
 
     def rows(self, x: Tensor) -> Tensor:
         """Rows (T, W) -> (n, c, W)."""
-        return x.index_select(0, self.tokens).view(*self.scale.shape[:2], -1)
+        rows = x.index_select(0, self.tokens)
+        if self.filled is not None:
+            rows.index_fill_(0, self.filled, 0.0)
+        return rows.view(*self.scale.shape[:2], -1)
 
     def of_slots(self, values: Tensor) -> Tensor:
         """Values of the places (n, c, ...) -> of the slots."""
@@ -130,13 +137,14 @@ def _blocks(counts: list[int], token_idx: Tensor, weights: Tensor, inner: int) -
 def _block(experts: slice, slots: slice, counts: list[int], tokens: Tensor, weights: Tensor) -> _Block:
     size, capacity = len(counts), max(counts)
     if len(tokens) == size * capacity:
-        return _Block(experts, slots, tokens, weights.view(size, capacity, 1), None)
+        return _Block(experts, slots, tokens, weights.view(size, capacity, 1))
     per_expert = torch.tensor(counts)
     expert = torch.repeat_interleave(torch.arange(size), per_expert, output_size=len(tokens))
     places = torch.arange(len(tokens)) - (per_expert.cumsum(0) - per_expert)[expert] + expert * capacity
-    filled_tokens = tokens[:1].repeat(size * capacity).index_copy_(0, places, tokens)
+    all_tokens = tokens.new_zeros(size * capacity).index_copy_(0, places, tokens)
     scale = weights.new_zeros(size * capacity).index_copy_(0, places, weights)
-    return _Block(experts, slots, filled_tokens, scale.view(size, capacity, 1), places)
+    filled = torch.ones(size * capacity, dtype=torch.bool).index_fill_(0, places, False).nonzero().flatten()
+    return _Block(experts, slots, all_tokens, scale.view(size, capacity, 1), places, filled)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -174,6 +182,7 @@ class _RoutedFFN(torch.autograd.Function):
         counts: list[int],
         act: Activation,
         gated: bool,
+        keep: bool,
     ) -> Tensor:
         y = x.new_zeros(len(x), down.shape[1])
         blocks = _blocks(counts, token_idx, weights.to(x.dtype), up.shape[1])
@@ -188,7 +197,7 @@ class _RoutedFFN(torch.autograd.Function):
             if down_bias is not None:
                 out.addcmul_(block.scale, down_bias[e, None])
             y.index_add_(0, token_idx[block.slots], block.of_slots(out))
-            if any(ctx.needs_input_grad):
+            if keep and any(ctx.needs_input_grad):
                 kept.append(inner)
         ctx.save_for_backward(x, weights, up, down, down_bias, token_idx, *kept)
         ctx.blocks, ctx.act, ctx.gated = blocks, act, gated
@@ -227,7 +236,7 @@ class _RoutedFFN(torch.autograd.Function):
                 grad_up_bias[e] = h.sum(1)
             if grad_x is not None:
                 grad_x.index_add_(0, token_idx[block.slots], block.of_slots(_product(h, up[e])))
-        return grad_x, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None, None, None
+        return grad_x, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None, None, None, None
 
 
 def _empty(weight: Tensor, wanted: bool, blocks: list[_Block]) -> Tensor | None:

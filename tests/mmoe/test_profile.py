@@ -121,11 +121,13 @@ class TestFlops:
 
         assert profile(nn.Identity(), attend).flops == 2 * B * 4 * N * 2 * N * (8 + 8)
 
-    @pytest.mark.parametrize("backend", ["loop", "grouped", "fused"])
-    def test_do_not_depend_on_the_backend(self, backend: str) -> None:
-        block = Block().eval()
-        block.moe.experts.backend = backend
-        assert profile(block, block, torch.randn(B, N, D)).flops == flops_by_hand(2 * T)
+    @pytest.mark.parametrize("backend", ["loop", "grouped", "fused", "auto"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_do_not_depend_on_the_backend(self, backend: str, dtype: torch.dtype) -> None:
+        block = Block().eval().to(dtype)
+        block.moe.backend = backend
+        assert profile(block, block, torch.randn(B, N, D, dtype=dtype)).flops == flops_by_hand(2 * T)
+        assert block.moe.backend == backend
 
     def test_switching_experts_off_is_seen(self) -> None:
         moe = MoE(TopKRouter(D, E, top_k=4), FFNExperts(D, HIDDEN, E))
