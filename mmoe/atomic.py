@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -29,23 +29,41 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         >>> [file.name for file in folder.iterdir()]
         ['a.txt']
     """
-    path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp{path.suffix}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask gives new files; safetensors writes files for the owner alone
+    with atomic_paths(path) as (temporary,):
         yield temporary
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+
+
+@contextmanager
+def atomic_paths(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
+    """As `atomic_path` for files that belong together: none takes its name before all are on the disk.
+
+    They take their names in the given order.
+    """
+    files = [Path(path) for path in paths]
+    temporaries = tuple(file.parent / f".{file.name}.{os.getpid()}.tmp{file.suffix}" for file in files)
+    try:
+        modes = [_make(temporary) for temporary in temporaries]
+        yield temporaries
+        for temporary, mode in zip(temporaries, modes, strict=True):
+            temporary.chmod(mode)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+        for temporary, file in zip(temporaries, files, strict=True):
+            temporary.replace(file)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadInput(f"cannot write '{path}'", reason, "write to another folder or free space") from error
+        raise BadInput(f"cannot write '{files[0]}'", reason, "write to another folder or free space") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _make(path: Path) -> int:
+    """Makes an empty file; returns the mode that the umask gives new files, which safetensors' are not made with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path.stat().st_mode
 
 
 @contextmanager
@@ -53,3 +71,18 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
     """Like `atomic_path`, with the temporary file opened for binary writing."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         yield file
+
+
+def torch_save(value: Any, path: str | Path) -> None:
+    """`torch.save` to a file that is written whole or not at all.
+
+    Raises:
+        BadInput: it cannot be written.
+    """
+    import torch
+
+    with open_atomic(path) as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # of torch's zip writer, in place of the file's own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None

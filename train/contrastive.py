@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from mmoe.atomic import atomic_path
+from mmoe.atomic import atomic_path, torch_save
 from mmoe.errors import BadInput
 from mmoe.options import check_float, check_int
 from mmoe.trace import trace, update_routers
@@ -235,8 +235,7 @@ class ContrastiveRun:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        with atomic_path(self.folder / f"{self.name}.pt") as temporary:
-            torch.save(state, temporary)
+        torch_save(state, self.folder / f"{self.name}.pt")
         log = {"seconds": round(self.seconds, 3), "losses": [round(loss, 5) for loss in self.losses]}
         with atomic_path(self.folder / f"{self.name}.log.json") as temporary:
             temporary.write_text(json.dumps(log))

@@ -296,8 +296,8 @@ def predict(
     made_of = str(model.card.lineage.get("weights", "")) if model.card is not None else ""
     if made_of.startswith("random"):
         typer.echo(f"note: this model's card says that its weights were {made_of}", err=True)
-    if report is None or report.missing:
-        what = f"{len(report.missing)} tensors are" if report else "all weights are"
+    if report is None or report.random:
+        what = f"{report.random} tensors are" if report else "all weights are"
         typer.echo(f"note: {what} random, so the result means nothing", err=True)
     for index, picture in enumerate(pictures):
         rows = [[shorten(label), f"{probability:.1%}"] for label, probability in result.top(10, index)]

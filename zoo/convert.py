@@ -182,10 +182,9 @@ def to_original(
         raise BadInput(f"cannot write weights to '{out}'", "the suffix names the format", "--out original.safetensors")
     if out.exists() and not force:
         raise BadInput(f"'{out}' is there already", "it would be replaced", "add --force, or give another file")
-    import torch
     from safetensors.torch import save_file
 
-    from mmoe.atomic import atomic_path
+    from mmoe.atomic import atomic_path, torch_save
     from zoo.loading import load
 
     found = load(model, device="cpu")
@@ -194,11 +193,11 @@ def to_original(
     _, again = convert.from_original(state)
     if not _same(again, found.state_dict()):
         raise Refused(f"cannot write {model!r} under the authors' names", "it does not survive the way back", "")
-    with atomic_path(out) as temporary:
-        if out.suffix == ".safetensors":
+    if out.suffix == ".safetensors":
+        with atomic_path(out) as temporary:
             save_file(state, temporary, metadata={"format": "pt", **_note(found)})
-        else:
-            torch.save(state, temporary)
+    else:
+        torch_save(state, out)
     if as_json:
         print_json({"out": str(out), "tensors": len(state), "bytes": out.stat().st_size, "round_trip": "exact"})
         return

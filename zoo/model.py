@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mmoe
-from mmoe.atomic import atomic_path
+from mmoe.atomic import atomic_paths
 from mmoe.errors import Refused
 from mmoe.moe import moe_layers
 from mmoe.profile import Params, count_params
@@ -123,11 +122,11 @@ class Model(nn.Module):
         changed = {f.name: getattr(self.config, f.name) for f in fields(given)}
         changed = {key: value for key, value in changed.items() if value != getattr(given, key)}
         measured = card.weights or card.metrics or card.routing
-        if report is not None and not (report.missing or changed or measured):
+        if report is not None and not (report.random or changed or measured):
             return card  # a folder's own, saved again
         weights = "random, or trained since they were loaded" if report is None else f"loaded from {report.source}"
-        if report is not None and report.missing:
-            weights += f", {len(report.missing)} tensors random"
+        if report is not None and report.random:
+            weights += f", {report.random} tensors random"
         lineage = {"verb": "save", "source": card.name, "weights": weights, **changed}
         return replace(
             card,
@@ -161,16 +160,13 @@ class Model(nn.Module):
         self._check_layout()
         folder, state = Path(folder).expanduser(), self._saved_state(dtype)
         config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(self.config)}
-        data = {"config.json": config, "preprocess.json": self.preprocessing}
         card = card or self._card_to_save()
-        if card is not None:
-            data["card.json"] = card.as_dict()
-        with ExitStack() as written:  # the files take their names when it closes, the last one first
-            for name, values in data.items():
-                temporary = written.enter_context(atomic_path(folder / name))
-                temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            temporary = written.enter_context(atomic_path(folder / WEIGHTS))
-            save_file(state, temporary, metadata={"format": "pt"})
+        data = {} if card is None else {"card.json": card.as_dict()}
+        data |= {"preprocess.json": self.preprocessing, "config.json": config}  # a folder is a model once it has this
+        with atomic_paths(folder / WEIGHTS, *(folder / name for name in data)) as (weights, *texts):
+            save_file(state, weights, metadata={"format": "pt"})
+            for text, values in zip(texts, data.values(), strict=True):
+                text.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if card is None:
             (folder / "card.json").unlink(missing_ok=True)
         return folder

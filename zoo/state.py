@@ -110,6 +110,11 @@ class LoadReport:
         """Share of the model's tensors that were loaded, 0 to 1."""
         return len(self.matched) / max(1, len(self.matched) + len(self.missing) + len(self.reshaped))
 
+    @property
+    def random(self) -> int:
+        """Number of the model's tensors that keep their random initial values."""
+        return len(self.missing) + len(self.reshaped)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {**asdict(self), "coverage": round(self.coverage, 4)}

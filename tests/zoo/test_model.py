@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import stat
@@ -96,23 +97,37 @@ def full_for_safetensors(*args: object, **options: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "what", "fault"),
+    ("where", "what", "fault", "good_calls"),
     [
-        (model_module, "save_file", full),
-        (model_module, "save_file", full_for_safetensors),
-        (os, "replace", full),
-        (os, "fsync", full),
-        (Path, "write_text", full),
+        (model_module, "save_file", full, 0),
+        (model_module, "save_file", full_for_safetensors, 0),
+        (os, "replace", full, 0),
+        (os, "fsync", full, 0),
+        (os, "fsync", full, 1),
+        (os, "fsync", full, 3),
+        (Path, "write_text", full, 0),
+        (Path, "write_text", full, 2),
     ],
 )
 def test_a_full_disk_leaves_the_old_model(
-    where: Any, what: str, fault: Callable[..., None], small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: Any,
+    what: str,
+    fault: Callable[..., None],
+    good_calls: int,
+    small: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    works, calls = getattr(where, what), itertools.count()
+
+    def sometimes(*args: Any, **options: Any) -> Any:
+        return (works if next(calls) < good_calls else fault)(*args, **options)
+
     old = small()
     old.save(tmp_path)
     new = small(vision_layers=1)
     with monkeypatch.context() as patch:
-        patch.setattr(where, what, fault)
+        patch.setattr(where, what, sometimes)
         with pytest.raises(BadInput) as error:
             new.save(tmp_path)
     assert str(error.value).startswith(f"cannot write '{tmp_path}/")

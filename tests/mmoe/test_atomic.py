@@ -1,0 +1,59 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmoe.atomic import atomic_paths, torch_save
+from mmoe.errors import BadInput
+
+
+def test_files_that_belong_together_change_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for text, fails in (("old", False), ("new", True), ("newer", False)):
+        synced = iter([None, OSError(28, "No space left on device") if fails else None])
+
+        def fsync(number: int, answers: object = synced) -> None:
+            error = next(answers)  # type: ignore[call-overload]  # an iterator
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        try:
+            with atomic_paths(*paths) as temporaries:
+                for temporary in temporaries:
+                    temporary.write_text(text)
+        except BadInput:
+            assert fails
+        told = {path.name: path.read_text() for path in tmp_path.iterdir()}
+        assert told == dict.fromkeys("ab", "old" if fails else text)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of a process")
+def test_a_checkpoint_on_a_full_disk(tmp_path: Path) -> None:
+    torch_save({"a": 1}, tmp_path / "x.pt")
+    code = """
+import resource, signal, sys, torch
+from mmoe.atomic import torch_save
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    torch_save({"a": torch.zeros(100_000)}, sys.argv[1])
+except Exception as error:
+    print(type(error).__name__, str(error).splitlines()[1].strip())
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x.pt"], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "BadInput File too large\n", done.stderr
+    assert torch.load(tmp_path / "x.pt") == {"a": 1} and [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_other_errors_of_torch_are_its_own(tmp_path: Path) -> None:
+    with pytest.raises((AttributeError, TypeError)):
+        torch_save({"a": lambda: 0}, tmp_path / "x.pt")
+    assert not list(tmp_path.iterdir())
