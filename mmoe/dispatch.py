@@ -8,12 +8,13 @@ serves as reference, and for shapes that grouped_mm forbids (rows must be multip
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmoe.options import check_choice
 from mmoe.routing import Routing
 
 Backend = Literal["auto", "fused", "grouped", "loop"]
@@ -74,6 +75,7 @@ def grouped_linear(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    check_choice("backend", backend, get_args(Backend))
     if backend in ("auto", "fused"):
         backend = "grouped" if _grouped_allowed(x, weight) else "loop"
     if backend == "loop":

@@ -201,9 +201,9 @@ def load_bars(load: Routing | Shares | Mapping[str, Shares], *, title: str = "Lo
     """
     from matplotlib.ticker import MaxNLocator
 
-    if isinstance(load, Trace):
-        raise BadInput("bars of a whole trace", "they show one layer", "load_bars(routing[0])")
     groups = load if isinstance(load, Mapping) else {"": load.load() if isinstance(load, Routing) else load}
+    if isinstance(load, Trace) or any(len(_table(_array(value))) > 1 for value in groups.values()):
+        raise BadInput("bars of several layers", "they show one", "load_bars(routing[0]), or load_heatmap(routing)")
     shares = {name: 100 * _table(_array(value))[0] for name, value in groups.items()}
     widths = {name: len(share) for name, share in shares.items()}
     if len(set(widths.values())) != 1:

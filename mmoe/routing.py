@@ -57,7 +57,10 @@ class Context:
             BadInput: a field does not fit, for example (B, N) where x is (N, B, D).
         """
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Context(**{name: _flat(name, value, shape) for name, value in given.items() if value is not None})
+        rows = {name: _flat(name, value, shape) for name, value in given.items() if value is not None}
+        if "valid" in rows:
+            rows["valid"] = rows["valid"].bool()  # attention masks often come as 0 and 1
+        return Context(**rows)
 
 
 _INNER_DIMS = {"features": (1,), "expert_ids": (1, 0)}

@@ -18,7 +18,7 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 _MOE = {"layers", "experts", "top_k", "router"}
-_METRIC = {"data", "provenance", "command"}
+_METRIC = {"data", "provenance"}
 
 
 @dataclass(frozen=True, kw_only=True)

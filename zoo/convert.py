@@ -65,7 +65,7 @@ def upcycle(
     ] = None,
     context_length: Annotated[int | None, typer.Option(help="Stretch the text positions, 77 to 248 say.")] = None,
     noise: Annotated[float, typer.Option(help="Relative noise on the copies.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of routers, noise and random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of routers, noise and random weights.")] = 0,
     dtype: Annotated[str, typer.Option(help="Type of the saved weights: fp32, bf16 or fp16.")] = "fp32",
     force: Force = False,
     as_json: Json = False,
@@ -80,7 +80,7 @@ def upcycle(
     mmoe convert upcycle open_clip:ViT-B-32-quickgelu/openai --layers 6 --out my_moe
     mmoe convert upcycle stage0 --source stage0 --source stage1 --out my_moe
     """
-    _check_folder(out, force)
+    out = _check_folder(out, force)
     begin = time.perf_counter()
     import torch
 
@@ -99,7 +99,7 @@ def upcycle(
     states = [one.model.state_dict() for one in others] or None
     model = convert.upcycle(dense, experts, top_k=top_k, moe_layers=layers, sources=states, noise=noise)
     difference = None if states else convert.difference(dense, model)
-    if difference is not None and not noise and difference > _ROUNDING:
+    if difference is not None and not noise and not difference <= _ROUNDING:
         wrong = f"their outputs differ by {difference:.1e} of the largest, which is more than rounding"
         raise Refused("cannot upcycle: the mixture is not the dense model at the start", wrong, "open an issue")
     options: dict[str, Any] = {"experts": model.config.num_experts, "top_k": model.config.top_k, "layers": layers}
@@ -133,7 +133,7 @@ def from_original(
     \b
     mmoe convert from-original clip_moe clip-moe-4-2-sharegpt4v.pt --top-k 2 --out clip_moe_l14
     """
-    _check_folder(out, force)
+    out = _check_folder(out, force)
     begin = time.perf_counter()
     overrides = parse_settings(settings or [])
     convert = _family(family, "from_original")
@@ -178,6 +178,7 @@ def to_original(
     \b
     mmoe convert to-original clip_moe_tiny --out original.safetensors
     """
+    out = out.expanduser()
     if out.suffix not in (".safetensors", ".pt", ".pth"):
         raise BadInput(f"cannot write weights to '{out}'", "the suffix names the format", "--out original.safetensors")
     if out.exists() and not force:
@@ -189,10 +190,13 @@ def to_original(
 
     found = load(model, device="cpu")
     convert = _family(found.family, "to_original")
+    convert.check_expressible(found.config)
     state = {name: value.detach().contiguous() for name, value in convert.to_original(found.state_dict()).items()}
     _, again = convert.from_original(state)
     if not _same(again, found.state_dict()):
-        raise Refused(f"cannot write {model!r} under the authors' names", "it does not survive the way back", "")
+        raise Refused(
+            f"cannot write {model!r} under the authors' names", "it does not survive the way back", "model.save(folder)"
+        )
     if out.suffix == ".safetensors":
         with atomic_path(out) as temporary:
             save_file(state, temporary, metadata={"format": "pt", **_note(found)})
@@ -221,12 +225,14 @@ def _read_note(path: Path, family: str) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _check_folder(out: Path, force: bool) -> None:
+def _check_folder(out: Path, force: bool) -> Path:
+    out = out.expanduser()
     if out.exists() and not out.is_dir():
         raise BadInput(f"'{out}' is no folder", "a model is saved as a folder", "--out DIR")
     if not force and out.is_dir() and any(out.iterdir()):
         wrong = "files in it would be replaced"
         raise BadInput(f"the folder '{out}' is not empty", wrong, "add --force, or give another folder")
+    return out
 
 
 def _family(family: str, function: str) -> Any:

@@ -237,14 +237,15 @@ def _in_our_layout(state: State, label: str, model: Model) -> tuple[State, str]:
 
 
 def _pick_device(device: str | torch.device) -> torch.device:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there |= {"xpu": torch.xpu.is_available(), "meta": True}
     if device == "auto":
-        return torch.device(next((kind for kind, available in there.items() if available), "cpu"))
+        return torch.device(next((kind for kind in ("cuda", "mps", "xpu") if there[kind]), "cpu"))
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise BadInput(f"no device {str(device)!r}", "devices are cpu, cuda, mps, meta", "device='auto'") from error
-    if not there.get(found.type, True):
+    except (RuntimeError, TypeError) as error:
+        raise BadInput(f"no device {str(device)!r}", f"devices are {', '.join(there)}", "device='auto'") from error
+    if not there.get(found.type, False):
         raise BadInput(f"no device {str(device)!r}", f"this machine or this torch has no {found.type}", "device='auto'")
     return found
 
@@ -261,7 +262,7 @@ def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None:
+    if not isinstance(found, torch.dtype):
         raise BadOverride(f"no dtype {dtype!r}", did_you_mean(str(dtype), DTYPES), "dtype='bf16'")
     if not found.is_floating_point:
         raise BadOverride(f"no model in {found}", "parameters are floating-point numbers", "dtype='bf16'")

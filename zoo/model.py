@@ -186,10 +186,7 @@ class Model(nn.Module):
             )
 
     def _saved_state(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-        if self.device.type == "meta":
-            raise Refused(
-                "save a model on the meta device", "it has shapes but no values", "zoo.load(name, device='cpu')"
-            )
+        self.check_values("save")
         state: dict[str, torch.Tensor] = {}
         used: set[int] = set()
         parameters = {name for name, _ in self.named_parameters(remove_duplicate=False)}
@@ -202,6 +199,16 @@ class Model(nn.Module):
             used.add(storage.data_ptr())
             state[name] = value
         return state
+
+    def check_values(self, verb: str) -> None:
+        """Makes sure that the model is not on the meta device.
+
+        Raises:
+            Refused: it is.
+        """
+        if self.device.type == "meta":
+            wrong, fix = "it has shapes but no values", "zoo.load(name, device='cpu')"
+            raise Refused(f"{verb} a model on the meta device", wrong, fix)
 
     def push(self, repo_id: str, *, private: bool = False, folder: str | Path | None = None) -> str:
         """Saves and uploads to the Hugging Face hub (needs `hf auth login`).

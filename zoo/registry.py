@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from mmoe.errors import UnknownModel, did_you_mean, nearest
+from mmoe.options import check_choice
 from zoo.card import Card, read_cards
 
 
@@ -33,13 +34,18 @@ def list_models(
         task: a task that the model can do.
         modality: a modality that the model takes.
         family: family name.
-        license: shell pattern on the licence of code and weights, or "commercial" for models none of whose parts
-            forbids commercial use or has an unknown licence.
+        license: shell pattern on the licences of our code and of all weights, or "commercial" for models none of whose
+            parts forbids commercial use or has an unknown licence.
         weights: "bundled" for models that come with weights, "any" for models with weights from anywhere.
+
+    Raises:
+        BadOverride: `weights` is neither.
 
     >>> all(card.bundled for card in list_models(weights="bundled"))
     True
     """
+    if weights is not None:
+        check_choice("weights", weights, ("bundled", "any"))
     cards = (card for _, card in sorted(_cards().items()))
     return [
         card
@@ -54,9 +60,10 @@ def list_models(
 
 
 def _has_licence(card: Card, wanted: str) -> bool:
+    parts = [card.licence, *(weights.licence for weights in card.weights.values())]
     if wanted != "commercial":
-        return fnmatchcase(card.licence.lower(), wanted.lower())
-    parts = [card.licence, *(c["licence"] for c in card.components), *(w.licence for w in card.weights.values())]
+        return all(fnmatchcase(part.lower(), wanted.lower()) for part in parts)
+    parts += [component["licence"] for component in card.components]
     return not any("-NC" in part.upper() or part == "unknown" for part in parts)
 
 
@@ -90,5 +97,5 @@ def card(name: str) -> Card:
             f"zoo.load('hf-hub:{name}')",
         )
     near = nearest(name, cards)
-    stem = (near[0] if near else name).split("_")[0]
-    raise UnknownModel(f"no model named {name!r}", did_you_mean(name, cards), f"mmoe list '{stem}*'")
+    fix = f"mmoe list '{near[0].split('_')[0]}*'" if near else "mmoe list"
+    raise UnknownModel(f"no model named {name!r}", did_you_mean(name, cards), fix)

@@ -45,7 +45,8 @@ def read_state(path: Path) -> State:
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CorruptFile(
             damaged, "it holds no state dict (names with tensors)", "torch.save(model.state_dict(), file)"
         )

@@ -46,14 +46,16 @@ def metric_tables(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]
     a      2.00k / 3.00k   50.0±1.0
     """
     tables, said = [], ""
-    for (data, provenance, command), group in groupby(metrics, lambda m: (m["data"], m["provenance"], m["command"])):
+    for (data, provenance, command), group in groupby(
+        metrics, lambda m: (m["data"], m["provenance"], m.get("command"))
+    ):
         rows = list(group)
         about = {"data", "model", "total", "active", "seeds", "provenance", "command"}
         keys = [key for key in rows[0] if key not in about and not key.endswith(" sd")]
         sizes = ["active / total"] if "total" in rows[0] else []
         cells = [[str(row.get("model", "")), *(_value(row, key) for key in [*sizes, *keys])] for row in rows]
         seeds = f", seeds {', '.join(map(str, rows[0]['seeds']))}" if rows[0].get("seeds") else ""
-        source = f"{provenance}{seeds}: {command}"
+        source = f"{provenance}{seeds}" + (f": {command}" if command else "")
         heading = data if source == said else f"{data}; {source}"
         tables.append((heading, columns(["model", *sizes, *keys], cells)))
         said = source

@@ -91,7 +91,7 @@ class TopKRouter(LinearRouter):
         else:
             weights = probs.gather(-1, experts)  # (T, K)
         if self.weights == "renormalized":
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         routing = Routing(
             experts=experts,
             weights=weights * self.scale if self.scale != 1.0 else weights,

@@ -10,6 +10,7 @@ Shapes: D model width, F inner width, N rows.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -215,6 +216,9 @@ def _activation(module: nn.Module, extra: Mapping[str, nn.Module]) -> tuple[str,
 
 def _named(act: Activation) -> Activation:
     """Our own function where it computes the same bit for bit, so that the result does not depend on the host."""
+    if getattr(act, "inplace", False):
+        act = copy.copy(act)
+        act.inplace = False  # type: ignore[attr-defined]  # a module that has it
     size = torch.logspace(-4, 4, 200, device="cpu")
     grid = torch.cat([-size.flip(0), size])
     with torch.no_grad(), torch.autocast("cpu", enabled=False):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,6 +273,11 @@ class TestBars:
         bars = load_bars(np.ones(16)).axes[0].patches
         assert [to_hex(bar.get_facecolor()).upper() for bar in bars] == [expert_color(e) for e in range(16)]
         assert bars[0].get_hatch() != bars[8].get_hatch()
+
+    @pytest.mark.parametrize("loads", [torch.ones(2, 4), {"image": torch.ones(4), "text": torch.ones(2, 4)}])
+    def test_bars_of_several_layers_are_an_error(self, loads: Any) -> None:
+        with pytest.raises(BadInput, match="bars of several layers"):
+            load_bars(loads)
 
     def test_groups_stand_side_by_side(self) -> None:
         axes = load_bars({"image": torch.tensor([1, 3]), "text": torch.tensor([1, 1])}).axes[0]

@@ -162,7 +162,7 @@ class TestFlatten:
     )
     def test_one_value_per_row(self, shape: tuple[int, ...], field: tuple[int, ...]) -> None:
         value = torch.arange(torch.Size(field).numel()).reshape(field)
-        for name in ("group_ids", "valid", "modality", "cond", "task_ids"):
+        for name in ("group_ids", "modality", "cond", "task_ids"):
             assert torch.equal(flat(shape, **{name: value}), value.flatten())
 
     @pytest.mark.parametrize(
@@ -205,6 +205,10 @@ class TestFlatten:
     def test_features_of_another_order_are_an_error(self) -> None:
         with pytest.raises(BadInput, match="context field 'features'"):
             flat((2, 3), features=torch.randn(3, 2, 4))
+
+    def test_a_mask_of_numbers_is_one_of_truth_values(self) -> None:
+        mask = torch.tensor([[1, 0, 1], [0, 0, 1]])
+        assert torch.equal(flat((2, 3), valid=mask), mask.flatten() > 0)
 
     def test_absent_fields_stay_absent(self) -> None:
         assert Context().flatten(torch.Size((2, 3))) == Context()

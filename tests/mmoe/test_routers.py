@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -214,6 +215,14 @@ class TestExpertChoice:
             assert set((routing.experts == e).nonzero()[:, 0].tolist()) == set(best[:, e].tolist())
         torch.testing.assert_close(routing.dense_weights(), torch.zeros(T, E).scatter(0, best, probs.gather(0, best)))
 
+    @pytest.mark.parametrize("experts", [3, 7, 13])
+    @pytest.mark.parametrize("factor", [1, 1.5, 0.1])
+    def test_capacity_is_exact(self, experts: int, factor: float) -> None:
+        router = ExpertChoiceRouter(D, experts, capacity_factor=factor)
+        for rows in range(1, 60):
+            expected = math.ceil(Fraction(str(factor)) * rows / experts)
+            assert router(torch.randn(rows, D)).counts().tolist() == [expected] * experts
+
     def test_padding_takes_no_capacity(self) -> None:
         router = ExpertChoiceRouter(D, 4, capacity_factor=1.0)
         routing = router(torch.randn(T, D), Context(valid=torch.arange(T) < 8))
@@ -270,3 +279,9 @@ class TestFixed:
             "  ids must lie between 0 and 4, which marks an unused slot\n"
             "  try: Context(expert_ids=ids.clamp(0, 4))"
         )
+
+
+def test_scores_that_vanish_leave_no_nan() -> None:
+    router = TopKRouter(D, E, score="sigmoid")
+    routing = router.select(torch.full((3, E), -200.0))
+    assert routing.weights.isfinite().all()

@@ -153,6 +153,15 @@ def test_known_activations_become_ours_others_stay() -> None:
     assert weights.act is relu2 and weights.experts().act is not relu2
 
 
+def test_activations_in_place_are_read_without_it() -> None:
+    from mmoe.experts.base import ACTIVATIONS
+
+    assert only(Named(("fc1", "fc2"), nn.SiLU(inplace=True))).weights().act is ACTIVATIONS["silu"]
+    relu6 = nn.ReLU6(inplace=True)
+    act, x = only(Named(("fc1", "fc2"), relu6)).weights().act, torch.tensor([-1.0, 3.0, 9.0])
+    assert act(x).tolist() == [0, 3, 6] and x.tolist() == [-1, 3, 9] and relu6.inplace
+
+
 def test_reading_leaves_no_trace() -> None:
     block = nn.Sequential(nn.Linear(D, F), nn.GELU(), nn.Dropout(0.5), nn.Linear(F, D))
     block[2].eval()

@@ -333,6 +333,11 @@ def test_predict_with_random_weights_says_so(run: Any, fox: Path) -> None:
     assert done.err == "note: all weights are random, so the result means nothing\n"
     done = run("predict", NAME, fox, "a fox", "--router", "topk:gate_bias=true")
     assert done.err == f"note: {zoo.card(NAME).moe['layers']} tensors are random, so the result means nothing\n"
+    done = run("predict", NAME, fox, "a fox", "--set", "num_experts=3")
+    assert done.code == 2 and "reshaped" in done.err, "a config that the weights do not fit"
+    done = run("predict", NAME, fox, "a fox", "--set", "num_experts=3", "--set", "experts=ffn", "--router", "topk")
+    tensors = 5 * zoo.card(NAME).moe["layers"]  # the gate, two matrices and two biases
+    assert done.err == f"note: {tensors} tensors are random, so the result means nothing\n"
     assert run("predict", NAME, fox, "a fox", "--weights", "random", "--json").json["weights"] == "random"
 
 
@@ -490,7 +495,7 @@ MISTAKES = {
     "wrong device": (
         ["predict", NAME, "FOX", "a fox", "--device", "gpu"],
         "BadInput",
-        "no device 'gpu'\n  devices are cpu, cuda, mps, meta\n  try: device='auto'",
+        "no device 'gpu'\n  devices are cpu, cuda, mps, xpu, meta\n  try: device='auto'",
     ),
     "wrong dtype": (
         ["predict", NAME, "FOX", "a fox", "--dtype", "bf61"],

@@ -286,6 +286,22 @@ def test_it_is_an_open_clip_model(tiny: Any, pictures: list[Path]) -> None:
     assert len(parts["text_intermediates"]) == tiny.config.text_layers
 
 
+def test_intermediates_have_open_clips_options(tiny: Any, pictures: list[Path]) -> None:
+    image, text = tiny.preprocess(pictures)["image"], tiny.tokenizer(LABELS)
+    with torch.no_grad():
+        plain = tiny.clip.forward_intermediates(image, text)
+        options = {"output_logits": True, "output_logit_scale_bias": True, "normalize_intermediates": True}
+        found = tiny.clip.forward_intermediates(image, text, image_indices=[1], text_indices=[1], **options)
+        logits = tiny.clip.get_logits(image, text)
+        with pytest.raises(BadInput, match="no logits of pictures alone"):
+            tiny.clip.forward_intermediates(image, output_logits=True)
+    torch.testing.assert_close((found["image_logits"], found["text_logits"]), logits)
+    torch.testing.assert_close(found["logit_scale"], tiny.clip.logit_scale.exp())
+    assert len(found["image_intermediates"]) == len(found["text_intermediates"]) == 1
+    normalized = tiny.clip.ln_final(plain["text_intermediates"][1])
+    torch.testing.assert_close(found["text_intermediates"][0], normalized)
+
+
 def test_lower_precision(tiny: Any, pictures: list[Path]) -> None:
     model = zoo.load("clip_moe_tiny", device="cpu", dtype="bf16")
     batch = model.preprocess(pictures, LABELS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import zoo
 from mmoe.moe import moe_layers
 from zoo import loading, registry
 from zoo.card import read_cards
-from zoo.clip_moe.convert import to_original
+from zoo.clip_moe.convert import difference, to_original, upcycle
 
 SMALL = {
     "embed_dim": 32,
@@ -227,7 +228,8 @@ def test_sources_that_do_not_belong_together(run: Any, dense: Any, tmp_path: Pat
             "  there is no network and the file is not in the cache\n",
         ),
         ([ARCH, "--experts", "2", "--top-k", "3"], "top_k=3\n  top_k is a whole number from 1 to 2\n"),
-        ([ARCH, "--layers", "0"], "layers=0\n"),
+        ([ARCH, "--layers", "0"], "moe_layers=0\n  moe_layers is a whole number of at least 1\n"),
+        ([ARCH, "--seed", "9" * 30], "Invalid value for '--seed'"),
         ([ARCH, "--dtype", "int8"], "no dtype 'int8'\n"),
         ([ARCH, "--source", "gone.pt"], "no model named 'gone.pt'\n"),
     ],
@@ -271,7 +273,46 @@ def test_a_mixture_that_is_not_the_dense_model(
     assert run("convert", "upcycle", tmp_path / "dense", "--noise", "0.1", "--out", tmp_path / "out").code == 0
 
 
+def test_a_mixture_that_is_no_number_is_not_the_dense_model(small: Any) -> None:
+    dense = small(num_experts=0)
+    mixture = upcycle(dense, 2)
+    with torch.no_grad():
+        mixture.clip.ln_final.weight.fill_(torch.nan)
+    assert math.isnan(difference(dense, mixture))
+
+
+def test_a_home_folder_is_checked_before_it_is_written(
+    run: Any, dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = dense("dense")
+    assert run("convert", "upcycle", source, "--out", "~/new").code == 0
+    done = run("convert", "upcycle", source, "--out", "~/new")
+    assert done.code == 2 and f"the folder '{tmp_path / 'new'}' is not empty" in done.err
+    assert run("convert", "to-original", "~/new", "--out", "~/file.pt").code == 0
+    done = run("convert", "to-original", "~/new", "--out", "~/file.pt")
+    assert done.code == 2 and f"'{tmp_path / 'file.pt'}' is there already" in done.err
+
+
 # ---- the authors' files ----
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ({"router": "dense"}, "they have no router 'dense'"),
+        ({"router": "topk:score=sigmoid"}, "they have no router 'topk:score=sigmoid'"),
+        ({"experts": "gated_ffn"}, "they have no experts 'gated_ffn'"),
+    ],
+)
+def test_what_the_authors_layout_cannot_hold(
+    options: dict[str, str], wrong: str, run: Any, small: Any, tmp_path: Path
+) -> None:
+    small(**options).save(tmp_path / "a")
+    done = run("convert", "to-original", tmp_path / "a", "--out", tmp_path / "a.safetensors")
+    assert done.code == 2 and wrong in done.err and not (tmp_path / "a.safetensors").exists()
+    small(router="topk:top_k=1").save(tmp_path / "b")
+    assert run("convert", "to-original", tmp_path / "b", "--out", tmp_path / "b.safetensors").code == 0
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])

@@ -19,6 +19,7 @@ from mmoe.errors import (
     LoadMismatch,
     MissingExtra,
     Offline,
+    Refused,
     UnknownModel,
     UnknownName,
     UnknownWeights,
@@ -333,10 +334,20 @@ def test_wrong_dtypes() -> None:
         load(NAME, dtype=torch.int8)
 
 
+def test_a_model_without_values_cannot_predict(fox: Path) -> None:
+    with pytest.raises(Refused, match="predict with a model on the meta device"):
+        load(NAME, device="meta").predict(fox, ["a fox"])
+
+
 def test_wrong_devices() -> None:
+    for device in (None, "hip", 5.0):
+        with pytest.raises(BadInput, match="no device"):
+            load(NAME, device=device)
+    with pytest.raises(BadOverride, match="no dtype 5"):
+        load(NAME, dtype=5)
     with pytest.raises(BadInput) as error:
         load(NAME, device="gpu")
-    assert message(error) == ["no device 'gpu'", "devices are cpu, cuda, mps, meta", "try: device='auto'"]
+    assert message(error) == ["no device 'gpu'", "devices are cpu, cuda, mps, xpu, meta", "try: device='auto'"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")

@@ -48,11 +48,12 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"modality": "text"}, ["a_large"]),
         ({"family": "b"}, ["b_tiny"]),
         ({"license": "MIT"}, ["a_tiny", "b_tiny"]),
-        ({"license": "apache*"}, ["a_base", "a_large"]),
+        ({"license": "apache*"}, []),
+        ({"license": "*"}, ["a_base", "a_large", "a_tiny", "b_tiny"]),
         ({"license": "commercial"}, ["b_tiny"]),
         ({"weights": "bundled"}, ["b_tiny"]),
         ({"weights": "any"}, ["a_base", "a_large", "b_tiny"]),
-        ({"pattern": "a_*", "license": "Apache-2.0", "modality": "image"}, ["a_base", "a_large"]),
+        ({"pattern": "a_*", "license": "MIT", "modality": "image"}, ["a_tiny"]),
     ],
 )
 def test_filters(filters: dict[str, str], names: list[str], cards: None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmoe.errors import BadOverride, LoadMismatch, Refused, UnknownModel, UnknownWeights, did_you_mean, nearest
 from mmoe.options import check_int
+from mmoe.registry import parse_spec
 from mmoe.surgery import upcycle as upcycle_host
 from zoo.clip_moe.model import ClipMoE, ClipMoEConfig
 from zoo.state import State, collapse, load_state, read_state
@@ -131,6 +132,21 @@ def to_original(state: Mapping[str, Tensor]) -> State:
     return original
 
 
+def check_expressible(config: ClipMoEConfig) -> None:
+    """Makes sure that the authors' layout can hold a model of this config.
+
+    Raises:
+        Refused: it has another router or other experts than theirs.
+    """
+    plain = {"router": (None, {"name": "topk"}), "experts": (None, {"name": "ffn"})}
+    for part, known in plain.items():
+        given = getattr(config, part)
+        spec = None if given is None else {k: v for k, v in parse_spec(given).items() if k != "top_k"}
+        if spec not in known:
+            wrong = f"they have no {part} {given!r}"
+            raise Refused("cannot write this model under the authors' names", wrong, "model.save(folder)")
+
+
 def _unknown(state: Iterable[str]) -> list[str]:
     return [name for name in state if not (_BLOCK.fullmatch(name) or _REST.fullmatch(name))]
 
@@ -187,10 +203,11 @@ def _depth(state: Mapping[str, Tensor], tower: str) -> int:
 
 
 def _mlp_ratio(state: Mapping[str, Tensor], tower: str) -> float:
-    hidden, width = next(
-        value.shape for name, value in state.items() if name.startswith(tower) and name.endswith("c_fc.weight")
-    )
-    return float(hidden / width)
+    shapes = [value.shape for name, value in state.items() if name.startswith(tower) and name.endswith("c_fc.weight")]
+    if not shapes:
+        wrong = f"it has no block in {tower}"
+        raise LoadMismatch("convert this checkpoint to clip_moe", wrong, "give the state dict of a CLIP with a ViT")
+    return float(shapes[0][0] / shapes[0][1])
 
 
 def _check_blocks(blocks: Sequence[str], depths: Sequence[int]) -> int:
@@ -227,6 +244,7 @@ def stretch_positions(table: Tensor, keep: int = 20, *, half_math: bool = False)
         >>> stretch_positions(torch.zeros(77, 8)).shape
         torch.Size([248, 8])
     """
+    check_int("keep", keep, 0, len(table) - 2)
     table = table.half() if half_math else table.float()
     low, high = table[keep:-1], table[keep + 1 :]
     inside = torch.stack([low * (4 - j) / 4 + high * j / 4 for j in range(4)], dim=1).flatten(0, 1)
@@ -323,7 +341,7 @@ def difference(dense: ClipMoE, mixture: ClipMoE, samples: int = 2) -> float:
     for row, end in zip(text, torch.randint(2, config.context_length, (samples,)).tolist(), strict=True):
         row[end], row[end + 1 :] = config.vocab_size - 1, 0
     pairs = [(model.encode_image(image), model.encode_text(text)) for model in (dense, mixture)]
-    return max(float((b - a).abs().max() / a.abs().max()) for a, b in zip(*pairs, strict=True))
+    return float(torch.stack([(b - a).abs().max() / a.abs().max() for a, b in zip(*pairs, strict=True)]).max())
 
 
 def _strip(state: Mapping[str, Tensor]) -> State:

@@ -113,6 +113,7 @@ class ClipMoEConfig:
                 check_int(name, getattr(self, name), least)
         if self.num_experts:
             check_int("top_k", self.top_k, 1, self.num_experts)
+            check_int("moe_layers", self.moe_layers, 1)
         for name in ("expert_dropout", "label_smoothing"):
             check_float(name, getattr(self, name), low=0, below=1)
         for name in ("short_coef", "balance_coef", "text_balance_scale"):
@@ -272,24 +273,54 @@ class LongTextCLIP(CLIP):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward_intermediates(
-        self, image: Tensor | None = None, text: Tensor | None = None, text_indices: Any = None, **options: Any
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        text_indices: Any = None,
+        *,
+        normalize: bool = True,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_logits: bool = False,
+        output_logit_scale_bias: bool = False,
+        **image_options: Any,
     ) -> dict[str, Any]:
-        """As open_clip's, with the position tables of this class."""
+        """As open_clip's, with the position tables of this class.
+
+        Raises:
+            BadInput: logits are asked for without a picture or without a text.
+        """
+        output_logits = output_logits and not intermediates_only
+        if output_logits and (image is None or text is None):
+            fix = "forward_intermediates(image, text, output_logits=True)"
+            raise BadInput("no logits of pictures alone or texts alone", "they compare the two", fix)
         output: dict[str, Any] = {}
+        shared = {"normalize_intermediates": normalize_intermediates, "intermediates_only": intermediates_only}
         if image is not None:
             with with_context(self.visual, self.image_context(image)):
-                output = super().forward_intermediates(image=image, **options)
-        if text is None:
-            return output
+                output = super().forward_intermediates(image, normalize=normalize, **shared, **image_options)
+        if text is not None:
+            output |= self._text_intermediates(text, text_indices, normalize, **shared)
+        if output_logits:
+            output["image_logits"] = self.logit_scale.exp() * output["image_features"] @ output["text_features"].t()
+            output["text_logits"] = output["image_logits"].t()
+        if output_logit_scale_bias:
+            output["logit_scale"] = self.logit_scale.exp()
+        return output
+
+    def _text_intermediates(
+        self, text: Tensor, indices: Any, normalize: bool, normalize_intermediates: bool, intermediates_only: bool
+    ) -> dict[str, Any]:
         text = self.cut(text)
         x, mask, context = self._embed_text(text)
         with with_context(self.transformer, context):
-            x, output["text_intermediates"] = self.transformer.forward_intermediates(
-                x, attn_mask=mask, indices=text_indices
-            )
-        if not options.get("intermediates_only", False):
-            features = self._pool_text(x, text)
-            output["text_features"] = F.normalize(features, dim=-1) if options.get("normalize", True) else features
+            x, states = self.transformer.forward_intermediates(x, attn_mask=mask, indices=indices)
+        output = {
+            "text_intermediates": [self.ln_final(state) for state in states] if normalize_intermediates else states
+        }
+        if not intermediates_only:
+            features = self._pool_text(x, text)  # (B, C)
+            output["text_features"] = F.normalize(features, dim=-1) if normalize else features
         return output
 
 
@@ -486,6 +517,7 @@ class ClipMoE(Model):
         Raises:
             BadInput: no label is given, one is empty, or the template has no place for it.
         """
+        self.check_values("predict with")
         labels = _texts(labels)
         if not labels or not all(label.strip() for label in labels):
             wrong = "one label is empty" if labels else "there are none"
