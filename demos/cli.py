@@ -89,6 +89,7 @@ def free_port(host: str, first: int = PORT, tried: int = TRIED) -> int:
     >>> free_port("127.0.0.1") >= PORT
     True
     """
+    refused = False
     for port in range(first, min(first + tried, 65536)):
         try:
             with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -96,11 +97,14 @@ def free_port(host: str, first: int = PORT, tried: int = TRIED) -> int:
                 probe.bind((host, port))
             return port
         except OSError as error:
+            refused = error.errno == errno.EACCES
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 reason = error.strerror or str(error)
                 raise BadInput(f"cannot listen on {host}", reason, "mmoe demo --host 127.0.0.1") from error
-    wrong = "the port is taken" if tried == 1 else f"ports {first} to {first + tried - 1} are taken"
-    raise BadInput(f"cannot listen on {host}, port {first}", wrong, f"mmoe demo --port {min(first + tried, 65535)}")
+    taken = "the port is taken" if tried == 1 else f"ports {first} to {first + tried - 1} are taken"
+    wrong = "this user may not open it" if refused else taken
+    other = PORT if refused else min(first + tried, 65535)
+    raise BadInput(f"cannot listen on {host}, port {first}", wrong, f"mmoe demo --port {other}")
 
 
 def _check_name(name: str) -> None:

@@ -30,7 +30,7 @@ class RoutingRecord:
         model: name of the model.
         trace: experts and weights of every layer, on the CPU, without scores.
         summary: the table of `mmoe.Trace.summary`.
-        views: how rows map to patches and tokens.
+        views: how rows map to patches and tokens, of the modalities whose layers have experts.
         names: short name of each layer, such as "image 3".
         picture: the picture as the model sees it, or None.
     """
@@ -81,8 +81,8 @@ def record_routing(
     experts_of(model, name)
     with mmoe.trace(model) as routing:
         result = run()
-    views = model.views(batch)
     trace = Trace(list(routing.names), [_small(one) for one in routing])
+    views = [view for view in model.views(batch) if any(fnmatchcase(name, view.layers) for name in trace.layers)]
     names = layer_names(trace.layers, views)
     return result, RoutingRecord(
         model=name, trace=trace, summary=routing.summary(), views=views, names=names, picture=picture

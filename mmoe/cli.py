@@ -29,7 +29,7 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from mmoe import __version__
-from mmoe.errors import MissingExtra, MmoeError, UnknownVerb, did_you_mean
+from mmoe.errors import MissingExtra, MmoeError, UnknownVerb, did_you_mean, package_of
 
 GROUP = "mmoe.commands"
 
@@ -105,7 +105,7 @@ def _load(entry: EntryPoint) -> Any:
         if missing == entry.module or entry.module.startswith(f"{missing}."):
             raise MmoeError(asked, f"there is no module {missing!r} to load {entry.value!r} from", update) from error
         wrong = f"it needs the module {missing!r}, which is not installed"
-        raise MissingExtra(asked, wrong, f"{pip} {missing.partition('.')[0]}") from error
+        raise MissingExtra(asked, wrong, f"{pip} {package_of(missing)}") from error
     try:
         return functools.reduce(getattr, entry.attr.split("."), module)
     except AttributeError as error:

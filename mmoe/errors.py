@@ -25,7 +25,6 @@ __all__ = [
     "Refused",
     "UnknownModel",
     "UnknownName",
-    "UnknownRouter",
     "UnknownVerb",
     "UnknownWeights",
     "did_you_mean",
@@ -83,10 +82,6 @@ class UnknownModel(UnknownName):
 
 class UnknownWeights(UnknownName):
     """The model has no weights with this tag."""
-
-
-class UnknownRouter(UnknownName):
-    """No router is registered under this name."""
 
 
 class UnknownVerb(UnknownName):
@@ -156,6 +151,17 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
         return "none are known"
     more = f" and {len(known) - 8} more" if len(known) > 8 else ""
     return f"known: {', '.join(known[:8])}{more}"
+
+
+def package_of(module: str) -> str:
+    """What pip calls the package of a module.
+
+    >>> package_of("yaml.loader"), package_of("timm")
+    ('pyyaml', 'timm')
+    """
+    name = module.partition(".")[0]
+    others = {"open_clip": "open_clip_torch", "sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}
+    return others.get(name, name)
 
 
 def _shorten(text: str, most: int = 240) -> str:

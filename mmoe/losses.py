@@ -12,6 +12,7 @@ Shazeer et al. 2017 (1701.06538, eq. 6 to 7). Shapes: T rows, E experts, K slots
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -41,12 +42,9 @@ def _mean(values: Tensor) -> Tensor:
 
 def _hits(routing: Routing, choices: Literal["all", "first"]) -> tuple[Tensor, Tensor]:
     """How often each expert was chosen (E,), and the number of rows that count."""
-    slots = routing.experts if choices == "all" else routing.experts[:, :1]
-    ids = slots.flatten()
-    ones = torch.ones_like(ids, dtype=torch.float32)
-    hits = ones.new_zeros(routing.num_experts + 1).index_add_(0, ids, ones)[: routing.num_experts]
+    hits = routing.counts() if choices == "all" else replace(routing, experts=routing.experts[:, :1]).counts()
     rows = len(routing.experts) if routing.valid is None else routing.valid.sum()
-    return hits, torch.as_tensor(rows, device=hits.device)
+    return hits.float(), torch.as_tensor(rows, device=hits.device)
 
 
 def balance_loss(

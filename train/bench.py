@@ -35,7 +35,7 @@ def bench(
     kind = pick_dtype(dtype)
     torch.set_num_threads(threads)
     rows = [time_cell(cell, kind, repeats) for cell in CELLS]
-    models = [time_model("clip_moe_tiny", repeats)]
+    models = [time_model("clip_moe_tiny", kind, repeats)]
     if as_json:
         print(json.dumps({"dtype": dtype, "threads": threads, "layers": rows, "models": models}, indent=2))
     else:
@@ -48,7 +48,7 @@ def time_cell(cell: tuple[int, int, int, int, int], dtype: Any, repeats: int) ->
 
     rows, dim, hidden, num_experts, top_k = cell
     x = torch.randn(rows, dim, dtype=dtype, requires_grad=True)
-    candidates = _candidates(dim, hidden, num_experts, top_k, dtype)
+    candidates, parameters = _candidates(dim, hidden, num_experts, top_k, dtype)
 
     def forward(layer: Callable[[Any], Any]) -> Callable[[], None]:
         def run() -> None:
@@ -58,7 +58,12 @@ def time_cell(cell: tuple[int, int, int, int, int], dtype: Any, repeats: int) ->
         return run
 
     def both(layer: Callable[[Any], Any]) -> Callable[[], None]:
-        return lambda: layer(x).sum().backward()
+        def run() -> None:
+            for parameter in parameters:
+                parameter.grad = None  # or backward would add to all experts' gradients too
+            layer(x).sum().backward()
+
+        return run
 
     return {
         "cell": dict(zip("TDFEK", cell, strict=True)),
@@ -67,8 +72,10 @@ def time_cell(cell: tuple[int, int, int, int, int], dtype: Any, repeats: int) ->
     }
 
 
-def _candidates(dim: int, hidden: int, num_experts: int, top_k: int, dtype: Any) -> dict[str, Callable[[Any], Any]]:
-    """Dense layer of inner width K*F, our layer with each backend, and transformers' block with the same weights."""
+def _candidates(
+    dim: int, hidden: int, num_experts: int, top_k: int, dtype: Any
+) -> tuple[dict[str, Callable[[Any], Any]], list[Any]]:
+    """Dense layer of inner width K*F, our layer with each backend, transformers' block, and their parameters."""
     import mmoe
 
     dense = mmoe.GatedFFN(dim, hidden * top_k).to(dtype)
@@ -78,7 +85,8 @@ def _candidates(dim: int, hidden: int, num_experts: int, top_k: int, dtype: Any)
     for name, layer in ours.items():
         layer.experts.backend = name.removeprefix("mmoe ")
     theirs = _transformers_block(moe, dim, hidden, num_experts, top_k).to(dtype)
-    return {"dense": dense, **ours, "transformers": lambda x: theirs(x[None])}
+    parameters = [parameter for layer in (dense, *ours.values(), theirs) for parameter in layer.parameters()]
+    return {"dense": dense, **ours, "transformers": lambda x: theirs(x[None])}, parameters
 
 
 def _transformers_block(moe: Any, dim: int, hidden: int, num_experts: int, top_k: int) -> Any:
@@ -112,15 +120,15 @@ def in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
     return {name: round(statistics.median(values), 3) for name, values in times.items()}
 
 
-def time_model(name: str, repeats: int) -> dict[str, Any]:
+def time_model(name: str, dtype: Any, repeats: int) -> dict[str, Any]:
     """Parameters, FLOPs and pictures per second of a bundled model's image tower."""
     import torch
 
     import mmoe
     import zoo
 
-    model: Any = zoo.load(name, device="cpu")
-    images = torch.randn(64, 3, model.config.image_size, model.config.image_size)
+    model: Any = zoo.load(name, device="cpu", dtype=dtype)
+    images = torch.randn(64, 3, model.config.image_size, model.config.image_size, dtype=dtype)
     with torch.inference_mode():
         ms = in_turn({name: lambda: model.encode_image(images)}, repeats)[name]
     counted = mmoe.profile(model, model.encode_image, images)

@@ -38,8 +38,7 @@ class StageConfig(BaseModel):
 
     Attributes:
         steps: optimiser steps.
-        batch_size: concepts per step over all processes.
-        both_styles: every concept of a batch comes in all training styles, against one caption; False draws one.
+        batch_size: concepts per step over all processes, each in all training styles against one caption.
         text_length: captions are cut to this many tokens.
         lr: peak learning rate of AdamW; linear warm-up, then cosine to 1 % of it.
         muon_lr: peak learning rate of Muon for the matrices of the blocks, each expert's its own; None leaves them to
@@ -58,7 +57,6 @@ class StageConfig(BaseModel):
 
     steps: int = Field(gt=0)
     batch_size: int = Field(default=128, gt=1)
-    both_styles: bool = True
     text_length: int = Field(default=16, gt=2)
     lr: float = Field(gt=0)
     muon_lr: float | None = Field(default=None, gt=0)
@@ -122,11 +120,10 @@ def batch_stream(
 def make_batch(
     model: ClipMoE, emoji: EmojiSet, pairs: Sequence[tuple[int, int]], config: StageConfig, seed: int
 ) -> dict[str, Tensor]:
-    """Augmented pixels, one or all styles of each concept, and one random caption per concept."""
+    """Augmented pixels in all training styles of each concept, and one random caption per concept."""
     draw = random.Random(seed)
-    styles = emoji.training_pixels  # (styles, n, 4, 64, 64)
-    drawn, concepts = torch.tensor(pairs).t()
-    pixels = styles[:, concepts].flatten(0, 1) if config.both_styles else styles[drawn, concepts]  # (V*B, 4, 64, 64)
+    concepts = torch.tensor(pairs)[:, 1]
+    pixels = emoji.training_pixels[:, concepts].flatten(0, 1)  # (styles * B, 4, 64, 64)
     image = augment(pixels, torch.Generator().manual_seed(seed), config.strength)
     captions = [emoji.concepts[concept].caption(draw) for concept in concepts.tolist()]
     text = model.tokenizer(captions, context_length=min(config.text_length, model.config.context_length))

@@ -66,6 +66,11 @@ def metrics(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Args:
         results: of runs with different seeds.
     """
+    for result in results:
+        missing = [model for model in MODELS if model not in result["retrieval"]]
+        if missing:
+            asked = f"make the table of the run with seed {result['seed']}"
+            raise BadInput(asked, f"it has no {', '.join(missing)}", "python -m train.dmu --controls")
     seeds = [result["seed"] for result in results]
     command = f"python -m train.dmu --controls --seed S --out runs/dmu_S, S = {', '.join(map(str, seeds))}"
     entries = []

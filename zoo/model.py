@@ -48,10 +48,14 @@ class TokenView:
     length: int | None = None
     tokens: tuple[tuple[str, ...], ...] = ()
 
+    @property
+    def rows(self) -> int:
+        """Rows of one sample."""
+        return self.prefix + (self.grid[0] * self.grid[1] if self.grid is not None else self.length or 1)
+
     def of_sample(self, rows: torch.Tensor, sample: int) -> torch.Tensor:
         """Rows (T, ...) of a routing -> the patches or tokens of one sample."""
-        inside = self.grid[0] * self.grid[1] if self.grid is not None else self.length or 0
-        found = rows.unflatten(0, (-1, self.prefix + inside))[sample, self.prefix :]
+        found = rows.unflatten(0, (-1, self.rows))[sample, self.prefix :]
         return found if self.grid is not None or not self.tokens else found[: len(self.tokens[sample])]
 
 
@@ -174,10 +178,11 @@ class Model(nn.Module):
     def _check_layout(self) -> None:
         """A folder is built from its config again, so the layers must be those of the config."""
         with torch.device("meta"):
-            built = type(self)(self.config).state_dict()
-        own = self.state_dict()
+            blank = type(self)(self.config)
+        built, own = blank.state_dict(), self.state_dict()
         differ = [name for name in {**built, **own} if name not in own or name not in built]
         differ += [name for name in own if name in built and own[name].shape != built[name].shape]
+        differ += _other_parts(self, blank)
         if differ:
             raise Refused(
                 f"save a {type(self).__name__} whose layers are not those of its config",
@@ -236,3 +241,14 @@ class Model(nn.Module):
             files = ["config.json", "preprocess.json", "card.json", WEIGHTS]
             api.upload_folder(repo_id=repo_id, folder_path=saved, allow_patterns=files)
         return str(url)
+
+
+def _other_parts(model: nn.Module, built: nn.Module) -> list[str]:
+    """Names of mixtures whose router or experts are of another kind, or whose rows use another number of experts."""
+
+    def kinds(host: nn.Module) -> dict[str, tuple[type, type, float]]:
+        layers = moe_layers(host).items()
+        return {name: (type(moe.router), type(moe.experts), moe.router.experts_per_token) for name, moe in layers}
+
+    own, expected = kinds(model), kinds(built)
+    return [name for name in own if own[name] != expected.get(name)]

@@ -38,8 +38,7 @@ def token_experts(routing: Trace, views: Sequence[TokenView]) -> list[dict[str, 
     for view in views:
         layers = routing.select(view.layers)
         for name, rows in zip(layers.names, layers, strict=True):
-            length = view.prefix + (view.grid[0] * view.grid[1] if view.grid is not None else view.length or 1)
-            for sample in range(len(rows.experts) // length):
+            for sample in range(len(rows.experts) // view.rows):
                 found.append(
                     {
                         "layer": name,

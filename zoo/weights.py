@@ -34,13 +34,18 @@ def home() -> Path:
     return Path(os.environ.get("MMOE_HOME", Path.home() / ".cache" / "mmoe")).expanduser()
 
 
+def offline_wanted() -> bool:
+    """True when $HF_HUB_OFFLINE asks to leave the network alone."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+
+
 @cache
 def online(seconds: float = 2.0) -> bool:
     """True when the model hub answers; decided once per process by one connection attempt.
 
     $HF_HUB_OFFLINE=1 says no without asking; $HF_ENDPOINT and $HTTPS_PROXY say whom to ask.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+    if offline_wanted():
         return False
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
     address = proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co")

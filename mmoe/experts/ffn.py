@@ -23,15 +23,11 @@ from mmoe.options import check_bool, check_float
 from mmoe.registry import experts
 
 
-def _packed(*shape: int) -> nn.Parameter:
-    """Weights (E, out, in) or biases (E, out), initialised like E separate `nn.Linear`s with `shape[-1]` inputs."""
-    bound = 1 / math.sqrt(shape[-1])
-    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-
-
-def _packed_bias(num_experts: int, outputs: int, inputs: int) -> nn.Parameter:
+def _packed(num_experts: int, outputs: int, inputs: int, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weights (E, out, in) and biases (E, out) or None, initialised as E separate `nn.Linear`s."""
     bound = 1 / math.sqrt(inputs)
-    return nn.Parameter(torch.empty(num_experts, outputs).uniform_(-bound, bound))
+    weight = nn.Parameter(torch.empty(num_experts, outputs, inputs).uniform_(-bound, bound))
+    return weight, nn.Parameter(torch.empty(num_experts, outputs).uniform_(-bound, bound)) if bias else None
 
 
 class _PackedFFN(Experts):
@@ -74,7 +70,7 @@ class FFNExperts(_PackedFFN):
         dim: D.
         hidden_dim: F.
         num_experts: E.
-        out_dim: output width; D when None.
+        out_dim: output width O; D when None.
         act: activation name or function.
         bias: gives both layers a bias.
         dropout: probability after the activation, in training.
@@ -103,16 +99,14 @@ class FFNExperts(_PackedFFN):
         check_float("dropout", dropout, low=0, below=1)
         self.num_experts, self.dropout, self.act = num_experts, dropout, activation(act)
         out = out_dim or dim
-        self.up_proj = _packed(num_experts, hidden_dim, dim)
-        self.up_bias = _packed_bias(num_experts, hidden_dim, dim) if bias else None
-        self.down_proj = _packed(num_experts, out, hidden_dim)
-        self.down_bias = _packed_bias(num_experts, out, hidden_dim) if bias else None
+        self.up_proj, self.up_bias = _packed(num_experts, hidden_dim, dim, bias)
+        self.down_proj, self.down_bias = _packed(num_experts, out, hidden_dim, bias)
 
     def _up(self) -> tuple[Tensor, Tensor | None]:
         return self.up_proj, self.up_bias
 
     def forward(self, x: Tensor, counts: Tensor, sent: Dispatch | None = None) -> Tensor:
-        """Rows (N, D) sorted by expert -> (N, D); with `sent`, rows (T, D) -> their weighted sums (T, D)."""
+        """Rows (N, D) sorted by expert -> (N, O); with `sent`, rows (T, D) -> their weighted sums (T, O)."""
         if sent is not None:
             return self._fused(x, sent)
         hidden = self.act(grouped_linear(x, self.up_proj, counts, self.up_bias, self.backend))  # (N, F)
@@ -154,10 +148,8 @@ class GatedFFNExperts(_PackedFFN):
         check_bool("bias", bias)
         check_float("dropout", dropout, low=0, below=1)
         self.num_experts, self.dropout, self.act = num_experts, dropout, activation(act)
-        self.gate_up_proj = _packed(num_experts, 2 * hidden_dim, dim)
-        self.gate_up_bias = _packed_bias(num_experts, 2 * hidden_dim, dim) if bias else None
-        self.down_proj = _packed(num_experts, dim, hidden_dim)
-        self.down_bias = _packed_bias(num_experts, dim, hidden_dim) if bias else None
+        self.gate_up_proj, self.gate_up_bias = _packed(num_experts, 2 * hidden_dim, dim, bias)
+        self.down_proj, self.down_bias = _packed(num_experts, dim, hidden_dim, bias)
 
     def _up(self) -> tuple[Tensor, Tensor | None]:
         return self.gate_up_proj, self.gate_up_bias

@@ -104,6 +104,7 @@ class RouterWeights:
         score: "softmax" or "sigmoid".
         weights: policy of the combine weights; see `mmoe.routers.topk`.
         scale: factor on the combine weights.
+        temperature: divides the logits.
     """
 
     weight: Tensor
@@ -113,6 +114,7 @@ class RouterWeights:
     score: str = "softmax"
     weights: str = "raw"
     scale: float = 1.0
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -194,7 +196,9 @@ class Site:
     def _moe_weights(self, state_dict: Mapping[str, Tensor] | None) -> ExpertWeights:
         assert isinstance(self.module, MoE)
         experts, post = self.module.experts, self.module.post
-        if type(experts) not in (FFNExperts, GatedFFNExperts) or state_dict is not None:
+        if state_dict is not None:
+            raise _refused(self.name, "it is a mixture; a state dict gives the weights of dense blocks")
+        if type(experts) not in (FFNExperts, GatedFFNExperts):
             raise _refused(self.name, f"it holds {type(experts).__name__}; FFNExperts and GatedFFNExperts can be read")
         assert isinstance(experts, FFNExperts | GatedFFNExperts)
         up = "gate_up" if isinstance(experts, GatedFFNExperts) else "up"
@@ -224,6 +228,7 @@ class Site:
             score=getattr(router, "score", "softmax"),
             weights=getattr(router, "weights", "raw"),
             scale=getattr(router, "scale", 1.0),
+            temperature=getattr(router, "temperature", 1.0),
         )
 
     def replace(self, module: nn.Module) -> None:

@@ -94,7 +94,7 @@ def module(tmp_path: Path) -> str:
 def test_help_lists_verbs_and_imports_none(capsys: pytest.CaptureFixture[str], module: str) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert [name for name in ("hello", "convert", "gone", "heavy") if f"  {name} " in text] != []
+    assert all(f"  {name} " in text for name in ("hello", "convert", "gone", "heavy"))
     assert f"From {module}:hello." in text
     assert module not in sys.modules
 

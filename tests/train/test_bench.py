@@ -20,7 +20,7 @@ def _small(monkeypatch):
 
 def test_all_mixtures_of_a_cell_give_the_same():
     _, dim, hidden, experts, top_k = CELL
-    candidates = bench._candidates(dim, hidden, experts, top_k, torch.float32)
+    candidates, _ = bench._candidates(dim, hidden, experts, top_k, torch.float32)
     x = torch.randn(16, dim)
     for backend in ("auto", "fused", "loop"):
         torch.testing.assert_close(candidates[f"mmoe {backend}"](x), candidates["mmoe grouped"](x))

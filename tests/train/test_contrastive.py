@@ -124,7 +124,7 @@ def test_bias_balancing_moves_with_the_steps():
     assert biases.abs().max() > 0.005 and biases.abs().max() < 0.031
 
 
-def test_loss_falls_below_chance():
+def test_training_lowers_the_loss():
     model = tiny(num_experts=0)
     config = StageConfig(steps=60, batch_size=32, lr=3e-3, muon_lr=1e-2, strength=0.2)
     losses = ContrastiveRun(model, load_emoji(), config).run(progress=False)

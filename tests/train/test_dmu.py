@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+import typer
 import yaml
 
 from mmoe.errors import BadInput
-from train.dmu import RECIPE, DmuRun, read_recipe, refine_cells
+from train import dmu_table
+from train.dmu import RECIPE, DmuRun, main, print_results, read_recipe, refine_cells
 from train.evaluate import expert_use, recall
 
 SMALL = {
@@ -81,10 +83,11 @@ def test_another_seed_needs_another_folder(run):
 def test_cells_split_further(run):
     base = run.base()
     cells = torch.zeros(2, len(run.emoji), dtype=torch.long)
-    first = refine_cells(cells, base, run.emoji, (2, 2), seed=0)
-    second = refine_cells(first, base, run.emoji, (2, 2), seed=0)
-    assert first.max() < 4 and second.max() < 16
-    assert torch.equal(second // 4, first)
+    first = refine_cells(cells, base, run.emoji, (2, 1), seed=0)
+    second = refine_cells(first, base, run.emoji, (2, 3), seed=0)
+    assert first.unique().tolist() == [0, 1] and second.max() < 12
+    assert len(second.unique()) > 2
+    assert torch.equal(second // 6, first)
 
 
 def test_recipe_mistakes_are_all_reported(tmp_path):
@@ -137,3 +140,36 @@ def test_expert_use_covers_every_mixture(run):
     assert len(use) == run.card.moe["layers"]
     assert all(sum(layer["load"]) == pytest.approx(1, abs=1e-3) for layer in use)
     assert json.dumps(use)
+
+
+def test_results_hold_every_model_that_the_table_shows(run, capsys):
+    results = run.results(controls=True)
+    assert set(results["retrieval"]) == set(dmu_table.MODELS)
+    assert results["added_steps"] == 3 * 1 + 1
+    assert len({json.dumps(rows) for rows in results["retrieval"].values()}) == len(dmu_table.MODELS)
+    assert json.loads((run.out / "results.json").read_text()) == results
+    print_results(results)
+    assert len(capsys.readouterr().out.splitlines()) == len(dmu_table.MODELS)
+    dmu_table.main([run.out])
+    table = capsys.readouterr().out
+    assert all(about in table for about, _ in dmu_table.MODELS.values())
+
+
+def test_a_table_needs_the_controls(run, tmp_path, capsys):
+    results = {"seed": 4, "retrieval": {"base": {}, "clip_moe": {}}, "experts": []}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(typer.Exit) as stopped:
+        dmu_table.main([tmp_path])
+    told = capsys.readouterr().err
+    assert stopped.value.exit_code == 2
+    assert told.startswith("error: make the table of the run with seed 4\n  it has no base_longer, upcycled, ")
+    assert told.endswith("try: python -m train.dmu --controls\n")
+
+
+def test_the_command_runs_a_recipe_to_its_results(recipe, tmp_path, monkeypatch, capsys):
+    results = {"retrieval": {"base": {"seen": {"text_to_image": {"R@1": 0.5, "R@10": 0.75}}}}}
+    asked = []
+    monkeypatch.setattr(DmuRun, "results", lambda self, controls: asked.append((self.seed, controls)) or results)
+    main(recipe, tmp_path / "run", 3, True, 0)
+    assert asked == [(3, True)]
+    assert "seen 0.500/0.750" in capsys.readouterr().out

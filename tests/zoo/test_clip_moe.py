@@ -379,15 +379,11 @@ def test_keys_of_the_released_checkpoint() -> None:
 # ---- conversions ----
 
 
-def largest(one: ClipMoE, other: ClipMoE) -> float:
-    return difference(one, other)
-
-
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_upcycling_starts_from_the_dense_model(top_k: int, small: Any) -> None:
     dense = small(num_experts=0)
     model = upcycle(dense, 3, top_k=top_k)
-    assert largest(dense, model) < ROUNDING
+    assert difference(dense, model) < ROUNDING
     assert (model.config.num_experts, model.config.top_k, model.config.moe_layers) == (3, top_k, 2)
     assert {layer.num_experts for layer in moe_layers(model).values()} == {3} and len(moe_layers(model)) == 4
     assert not model.training and model.card is None
@@ -414,9 +410,9 @@ def test_the_difference_is_measured(small: Any) -> None:
     model = upcycle(dense, 2)
     with torch.no_grad():
         next(iter(moe_layers(model).values())).experts.up_proj[1] *= 2
-    assert largest(dense, model) > 100 * ROUNDING
+    assert difference(dense, model) > 100 * ROUNDING
     noisy = upcycle(dense, 2, noise=0.1)
-    assert largest(dense, noisy) > 100 * ROUNDING
+    assert difference(dense, noisy) > 100 * ROUNDING
     first = next(iter(moe_layers(noisy).values())).experts.up_proj
     assert first[0].equal(dense.clip.visual.transformer.resblocks[0].mlp.c_fc.weight) and not first[1].equal(first[0])
 
@@ -429,7 +425,7 @@ def test_only_the_last_blocks(layers: int, names: list[str], small: Any) -> None
     dense = small(num_experts=0, vision_layers=3, text_layers=2)
     model = upcycle(dense, 2, moe_layers=layers)
     assert [name.split(".")[-2] for name in moe_layers(model)] == names
-    assert largest(dense, model) < ROUNDING
+    assert difference(dense, model) < ROUNDING
     again = ClipMoE(model.config)
     again.load_state_dict(model.state_dict())
 

@@ -77,7 +77,7 @@ def test_the_network_is_asked_once_and_soon(checks: Any, monkeypatch: pytest.Mon
     found, code = checks()
     assert found["network"]["detail"] == "the model hub does not answer; bundled and cached models work"
     assert (found["network"]["status"], asked) == ("note", [("huggingface.co", 443)])
-    assert code == 0 or found["network"]["status"] == "note"
+    assert code == 0
     assert time.perf_counter() - begin < 3
 
 
@@ -151,13 +151,3 @@ def test_files_that_shadow_ours(checks: Any, tmp_path: Path, monkeypatch: pytest
     assert "import demos" not in found, "a folder without __init__.py hides nothing"
     (tmp_path / "demos" / "__init__.py").write_text("")
     assert checks()[0]["import demos"]["detail"] == f"takes '{tmp_path / 'demos'}', not ours"
-
-
-def test_what_it_says_is_true(tmp_path: Path) -> None:
-    """Python really imports the other file from such a folder."""
-    import subprocess
-
-    (tmp_path / "train.py").write_text("print('not ours')")
-    code = "import train"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "not ours\n"

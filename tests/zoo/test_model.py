@@ -358,3 +358,23 @@ def test_a_model_that_was_rebuilt_by_hand_is_not_saved(small: Any, tmp_path: Pat
     with pytest.raises(Refused, match=r"whose layers are not those of its config\n  they differ in clip\.visual"):
         sparse.save(tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("part", ["router", "experts"])
+def test_parts_of_another_kind_are_not_saved(part: str, small: Any, tmp_path: Path) -> None:
+    """Their tensors may have the same names and shapes."""
+
+    class Other(mmoe.DenseRouter):
+        pass
+
+    class OtherExperts(mmoe.FFNExperts):
+        pass
+
+    model = small()
+    for layer in mmoe.moe_layers(model).values():
+        if part == "router":
+            layer.router = Other(layer.router.weight.shape[1], layer.num_experts)
+        else:
+            layer.experts.__class__ = OtherExperts
+    with pytest.raises(Refused, match="whose layers are not those of its config"):
+        model.save(tmp_path / "out")

@@ -21,6 +21,7 @@ from mmoe.options import check_int
 from mmoe.registry import parse_spec
 from mmoe.surgery import upcycle as upcycle_host
 from zoo.clip_moe.model import ClipMoE, ClipMoEConfig
+from zoo.config import make_config
 from zoo.state import State, collapse, load_state, read_state
 from zoo.weights import locate
 
@@ -317,7 +318,8 @@ def upcycle(
     layers = moe_layers if moe_layers is not None else max(dense.config.vision_layers, dense.config.text_layers)
     check_int("num_experts", count, 1)
     k = min(2, count) if top_k is None else top_k
-    config = replace(dense.config, num_experts=count, top_k=k, moe_layers=layers, **options)
+    given = {**vars(dense.config), "num_experts": count, "top_k": k, "moe_layers": layers, **options}
+    config = make_config(ClipMoEConfig, given, "clip_moe", "upcycle(..., {}=...)")
     hosts = None if sources is None else [_strip(source) for source in sources]
     host, _ = upcycle_host(dense.clip, count, top_k=config.top_k, layers=config.moe_layers, sources=hosts, noise=noise)
     state = {f"clip.{name}": value for name, value in host.state_dict().items()}
