@@ -155,15 +155,17 @@ class DmuRun:
     def experts(self) -> list[ClipMoE]:
         """The base and one model per MCL stage, whose feed-forward layers become the experts."""
         models = [self.base()]
-        cells = torch.zeros(len(self.emoji.training_styles), len(self.emoji), dtype=torch.long)
-        for number in range(1, int(self.card.moe["experts"])):
-            clusters = self.config.image_clusters, self.config.text_clusters
-            cells = refine_cells(cells, models[-1], self.emoji, clusters, self.seed)
-            models.append(self._expert(f"mcl_{number}", models[0], cells))
-        return models
+        cells = [torch.zeros(len(self.emoji.training_styles), len(self.emoji), dtype=torch.long)]
+        clusters = self.config.image_clusters, self.config.text_clusters
 
-    def _expert(self, name: str, base: ClipMoE, cells: Tensor) -> ClipMoE:
-        return self.stage(name, lambda: self.train(copy.deepcopy(base), self.config.mcl, name, cells))
+        def make() -> ClipMoE:
+            for model in models[len(cells) - 1 :]:  # clusters that finished stages have not needed again
+                cells.append(refine_cells(cells[-1], model, self.emoji, clusters, self.seed))
+            return self.train(copy.deepcopy(models[0]), self.config.mcl, f"mcl_{len(models)}", cells[-1])
+
+        for number in range(1, int(self.card.moe["experts"])):
+            models.append(self.stage(f"mcl_{number}", make))
+        return models
 
     def clip_moe(self) -> ClipMoE:
         """The assembled mixture with trained routers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -69,6 +70,7 @@ def test_router_stage_moved_the_routers(run):
 
 def test_finished_stages_are_read_not_run(run, monkeypatch):
     monkeypatch.setattr(DmuRun, "train", lambda *a, **k: pytest.fail("a finished stage was run again"))
+    monkeypatch.setattr("train.dmu.refine_cells", lambda *a: pytest.fail("clusters of a finished stage were made"))
     again = DmuRun(run.config, run.out, progress=False)
     assert torch.equal(
         again.clip_moe().state_dict()["clip.logit_scale"], run.clip_moe().state_dict()["clip.logit_scale"]
@@ -142,7 +144,10 @@ def test_expert_use_covers_every_mixture(run):
     assert json.dumps(use)
 
 
-def test_results_hold_every_model_that_the_table_shows(run, capsys):
+def test_results_hold_every_model_that_the_table_shows(run, capsys, monkeypatch):
+    few = copy.copy(run.emoji)
+    few.seen, few.held_out = run.emoji.seen[:64], run.emoji.held_out[:16]
+    monkeypatch.setattr(run, "emoji", few)
     results = run.results(controls=True)
     assert set(results["retrieval"]) == set(dmu_table.MODELS)
     assert results["added_steps"] == 3 * 1 + 1
