@@ -64,7 +64,7 @@ def grouped_linear(
 
     Args:
         x: (N, I) rows sorted by expert.
-        weight: (E, O, I) packed weights.
+        weight: (E, O, I) packed weights; of those that are sharded the part that is here, with its `counts`.
         counts: (E,) rows per expert, summing to N.
         bias: (E, O) packed biases, or None.
         backend: "auto" takes grouped_mm where its rules allow; so does "fused", which is no way to run one product.
@@ -72,6 +72,8 @@ def grouped_linear(
     Returns:
         (N, O), under autocast in its dtype as `nn.Linear` does.
     """
+    if is_sharded(weight):
+        weight, bias = weight.to_local(), None if bias is None else bias.to_local()  # type: ignore[attr-defined]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -84,6 +86,11 @@ def grouped_linear(
     if bias is None:
         return out
     return out + bias.repeat_interleave(counts, dim=0, output_size=len(x))
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """True for a `DTensor` (`mmoe.parallel`), without the import of what makes them."""
+    return hasattr(weight, "to_local")
 
 
 def _grouped_allowed(x: Tensor, weight: Tensor) -> bool:

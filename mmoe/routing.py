@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmoe.errors import BadInput
@@ -240,6 +241,15 @@ class LinearRouter(Router):
         """Raw scores: x (T, D) -> logits (T, E) in fp32."""
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).float()
+
+
+def over_processes(counts: Tensor) -> Tensor:
+    """Sum of a count over all processes, where there are several."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return counts
+    total = counts.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def finish_routing(routing: Routing, context: Context | None) -> Routing:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmoe.dispatch import is_sharded
+
 Activation = Callable[[Tensor], Tensor]
 MOST_BYTES = 8 * 2**20  # of a block's inner values; glibc takes memory above 32 MB from the system every time
 
@@ -31,6 +33,7 @@ def fusable(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype
+        and not is_sharded(weight)
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mmoe.options import check_choice, check_float, check_int
 from mmoe.registry import routers
-from mmoe.routing import Context, LinearRouter, Routing, finish_routing
+from mmoe.routing import Context, LinearRouter, Routing, finish_routing, over_processes
 
 Score = Literal["softmax", "sigmoid"]
 Weights = Literal["renormalized", "raw", "softmax_topk"]
@@ -123,5 +123,5 @@ class TopKRouter(LinearRouter):
     def update(self, routing: Routing) -> None:
         """Raises the selection bias of underloaded experts by `bias_rate` and lowers the others'."""
         if self.bias_rate:
-            load = routing.load()
-            self.select_bias += self.bias_rate * (load.mean() - load).sign()
+            counts = over_processes(routing.counts()).float()
+            self.select_bias += self.bias_rate * (counts.mean() - counts).sign()

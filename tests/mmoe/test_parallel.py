@@ -1,0 +1,260 @@
+"""Several processes compute what one does: outputs, losses, gradients, trained weights, checkpoints, clear ends."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import mmoe
+from mmoe import parallel
+from mmoe.errors import BadInput, BadOverride, MmoeError, Refused
+
+D, F, E, K, ROWS, STEPS = 16, 24, 8, 2, 7, 20
+SECONDS = 240
+
+
+class Block(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.norm, self.moe = nn.LayerNorm(D), mmoe.build_moe(D, F, E, K, num_shared_experts=1, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.moe(self.norm(x))
+
+
+class Net(nn.Module):
+    """Two blocks; the router of the second one leaves half of the experts without rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp, self.out = nn.Linear(D, D), nn.Linear(D, 4)
+        self.blocks = nn.ModuleList([Block(experts="ffn"), Block(router="topk:gate_bias=true")])
+        with torch.no_grad():
+            self.blocks[1].moe.router.bias[: E // 2] = -100.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x)
+
+
+def batch(step: int, world: int) -> list[tuple[Tensor, Tensor]]:
+    """Rows and targets of every process; once in a while the first one has none."""
+    draw = torch.Generator().manual_seed(step)
+    sizes = [0 if rank == 0 and step % 5 == 3 and world > 1 else ROWS + rank for rank in range(world)]
+    return [(torch.randn(n, D, generator=draw), torch.randn(n, 4, generator=draw)) for n in sizes]
+
+
+def mean_loss(y: Tensor, target: Tensor) -> Tensor:
+    return (y - target).square().sum() / ROWS
+
+
+def whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def close(one: Tensor, other: Tensor, what: str) -> None:
+    torch.testing.assert_close(whole(one), other, atol=1e-5, rtol=1e-5, msg=lambda text: f"{what}: {text}")
+
+
+def run(world: int, job: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """Runs job(rank, world, *args) in new processes; returns what they return, or the error they end with."""
+    meeting = folder / f"meeting_{time.monotonic_ns()}"
+    processes = [
+        mp.get_context("spawn").Process(target=_work, args=(rank, world, meeting, job, args)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + SECONDS
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not hung, f"processes {hung} hang"
+    files = [Path(f"{meeting}.{rank}") for rank in range(world)]
+    return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
+
+
+def _work(rank: int, world: int, meeting: Path, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    try:
+        result: Any = job(rank, world, *args)
+    except Exception as error:  # the parent tells it
+        traceback.print_exc()
+        result = error
+    torch.save(result, f"{meeting}.{rank}")
+    os._exit(0)  # without the farewell to processes that may be gone
+
+
+def check(results: list[Any]) -> None:
+    assert results == ["done"] * len(results)
+
+
+# ---- the same as one process ----
+
+
+def train(rank: int, world: int, sizes: list[int]) -> str:
+    for ep in sizes:
+        reference, model = Net(), parallel.parallelize(Net(), parallel.make_mesh(ep))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+        single = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
+        for step in range(STEPS):
+            data = batch(step, world)
+            y = model(data[rank][0])
+            loss = mean_loss(y, data[rank][1])
+            loss.backward()
+            outputs = [reference(x) for x, _ in data]
+            losses = [mean_loss(out, target) for out, (_, target) in zip(outputs, data, strict=True)]
+            torch.stack(losses).mean().backward()
+            close(y, outputs[rank], f"outputs, ep={ep}, step {step}")
+            close(loss, losses[rank], f"loss, ep={ep}, step {step}")
+            for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+                assert ours.grad is not None and theirs.grad is not None
+                close(ours.grad, theirs.grad, f"gradient of {name}, ep={ep}, step {step}")
+            norm = parallel.clip_grad_norm_(model.parameters(), 0.5)
+            close(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.5), "norm")
+            for taken in (optimizer, single):
+                taken.step()
+                taken.zero_grad()
+        for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+            close(ours, theirs, f"{name} after {STEPS} steps, ep={ep}")
+    return "done"
+
+
+@pytest.mark.parametrize(("world", "sizes"), [(2, [1, 2]), (4, [2, 4])])
+def test_a_training_run_is_that_of_one_process(world: int, sizes: list[int], tmp_path: Path) -> None:
+    check(run(world, train, tmp_path, sizes))
+
+
+def balance(rank: int, world: int) -> str:
+    torch.manual_seed(0)
+    alone = mmoe.build_moe(D, F, E, K, bias_rate=0.1)
+    together = copy.deepcopy(alone)
+    data = torch.cat([x for x, _ in batch(0, world)])
+    mine = batch(0, world)[rank][0]
+    load = alone.router(data).load()
+    with mmoe.trace(together) as routing:
+        together(mine)
+    mmoe.update_routers(together, routing)
+    close(together.router.select_bias, 0.1 * (load.mean() - load).sign(), "bias")
+    return "done"
+
+
+def test_bias_balancing_counts_the_rows_of_all_processes(tmp_path: Path) -> None:
+    check(run(2, balance, tmp_path))
+
+
+# ---- checkpoints ----
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world: int, first: int) -> None:
+    for step in (first, first + 1):
+        x, target = batch(5 * step, world)[rank]
+        mean_loss(model(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def start(ep: int | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = Net()
+    if ep is not None:
+        parallel.parallelize(model, parallel.make_mesh(ep))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+
+
+def write(rank: int, world: int, ep: int, folder: Path) -> dict[str, Tensor]:
+    model, optimizer = start(ep)
+    take_steps(model, optimizer, rank, world, 0)
+    for _ in range(2):  # the second one replaces the first
+        parallel.save_checkpoint(folder, model, optimizer)
+    return weights(model)
+
+
+def read(rank: int, world: int, ep: int, folder: Path, new: Path) -> tuple[dict[str, Tensor], float]:
+    model, optimizer = start(ep)
+    parallel.load_checkpoint(folder, model, optimizer)
+    found = weights(model)
+    parallel.save_checkpoint(new, model, optimizer)
+    return found, float(max(state["step"] for state in optimizer.state.values()))
+
+
+def test_checkpoints_move_between_numbers_of_processes(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in "abc")
+    written = run(4, write, tmp_path, 2, first)[0]
+    on_two, steps = run(2, read, tmp_path, 2, first, second)[0]
+    assert steps == 2
+    model, optimizer = start(None)
+    parallel.load_checkpoint(second, model, optimizer)
+    back, _ = run(4, read, tmp_path, 4, second, third)[0]
+    for name, value in written.items():
+        for found in (on_two, weights(model), back):
+            assert torch.equal(found[name], value), name
+    parallel.save_checkpoint(third, model, optimizer)
+    fresh, other = start(None)
+    parallel.load_checkpoint(third, fresh, other)
+    assert all(torch.equal(value, weights(model)[name]) for name, value in weights(fresh).items())
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no checkpoint in"):
+        parallel.load_checkpoint(tmp_path, *start(None))
+
+
+# ---- clear ends ----
+
+
+def differ(rank: int, world: int) -> str:
+    model = nn.Sequential(mmoe.build_moe(D, F + 8 * rank, E, K))
+    with pytest.raises(BadInput, match="processes 1 differ from process 0 in names, shapes or types"):
+        parallel.parallelize(model, parallel.make_mesh(2))
+    with pytest.raises(Refused, match="divide 7 experts among 2 processes"):
+        parallel.parallelize(mmoe.build_moe(D, F, 7, K), parallel.make_mesh(2))
+    with pytest.raises(BadOverride, match="ep=3\n  ep is a whole number from 1 to 2"):
+        parallel.make_mesh(3)
+    return "done"
+
+
+def test_models_that_differ_are_told(tmp_path: Path) -> None:
+    check(run(2, differ, tmp_path))
+
+
+def lose(rank: int, world: int) -> str:
+    model = parallel.parallelize(Net(), parallel.make_mesh(2))
+    for step in range(3):
+        if rank == 1 and step == 1:
+            os._exit(1)
+        model(batch(0, world)[rank][0]).sum().backward()
+    return "done"
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
+    survivor, dead = run(2, lose, tmp_path)
+    assert dead is None
+    assert isinstance(survivor, MmoeError | RuntimeError)
+
+
+def test_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(BadInput, match="this process has no others") as error:
+        parallel.make_mesh(2)
+    assert error.value.fix == "torchrun --nproc-per-node 2 SCRIPT.py"
