@@ -6,57 +6,118 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from mmoe.cli import main
-from train import bench
+from mmoe.errors import MmoeError
+from train.bench import layer, peers
+from train.bench.peers import Cell
 
-CELL = (16, 32, 24, 4, 2)
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    monkeypatch.setattr(bench, "CELLS", (CELL,))
-
-
-def test_all_mixtures_of_a_cell_give_the_same():
-    _, dim, hidden, experts, top_k = CELL
-    candidates, _ = bench._candidates(dim, hidden, experts, top_k, torch.float32)
-    x = torch.randn(16, dim)
-    for backend in ("auto", "fused", "loop"):
-        torch.testing.assert_close(candidates[f"mmoe {backend}"](x), candidates["mmoe grouped"](x))
-    torch.testing.assert_close(candidates["transformers"](x)[0], candidates["mmoe grouped"](x))
+CELL = Cell(16, 32, 24, 4, 2)
+SMALL = ["--cell", "16,32,24,4,2", "--seconds", "0", "--threads", "1"]
+NAMES = {"dense", "mmoe", "mmoe fused", "mmoe grouped", "mmoe loop", "plain loop"}
+NAMES |= {f"transformers {name}" for name in ("grouped_mm", "batched_mm", "eager")}
 
 
-def test_json(capsys):
-    assert main(["bench", "--repeats", "1", "--threads", "1", "--json"]) == 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_mixtures_agree(dtype):
+    candidates, parameters = peers.layers(CELL, dtype)
+    assert set(candidates) == NAMES
+    x = torch.randn(16, 32, dtype=dtype, requires_grad=True)
+    layer._check_agreement(candidates, x, parameters)
+    assert x.grad is None and all(parameter.grad is None for parameter in parameters)
+
+
+def test_one_that_computes_something_else_is_told():
+    candidates, parameters = peers.layers(CELL, torch.float32)
+    ours = candidates["mmoe fused"]
+    candidates["mmoe fused"] = lambda x: 1.01 * ours(x)
+    with pytest.raises(MmoeError, match="the candidate 'mmoe fused' computes something else"):
+        layer._check_agreement(candidates, torch.randn(16, 32, requires_grad=True), parameters)
+
+
+def test_the_limit_has_the_same_active_work():
+    candidates, _ = peers.layers(CELL, torch.float32)
+    dense, moe = candidates["dense"], candidates["mmoe"]
+    active = sum(p.numel() for p in moe.experts.parameters()) * CELL.top_k // CELL.num_experts
+    assert sum(p.numel() for p in dense.parameters()) == active
+
+
+def test_copies_of_all_weights_are_left_out_where_they_are_huge(monkeypatch):
+    monkeypatch.setattr(peers, "MOST_BYTES", 1000)
+    assert set(peers.layers(CELL, torch.float32)[0]) == NAMES - {"transformers batched_mm"}
+
+
+def test_turns_are_medians_of_what_was_timed(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(layer.time, "perf_counter", lambda: next(clock) / 1000)
+    prepared = []
+    assert layer.take_turns({"a": lambda: None, "b": lambda: None}, lambda: prepared.append(1), 0) == {"a": 1, "b": 1}
+    assert len(prepared) == 2 * (layer._LEAST + 1)
+
+
+def test_json(capsys, tmp_path):
+    assert main(["bench", "layer", *SMALL, "--json", "--plot", str(tmp_path / "ratios.png")]) == 0
     told = json.loads(capsys.readouterr().out)
-    (row,) = told["layers"]
-    assert row["cell"] == dict(zip("TDFEK", CELL, strict=True))
-    for times in (row["forward_ms"], row["forward_backward_ms"]):
-        assert (
-            set(times) == {"dense", "mmoe auto", "mmoe fused", "mmoe grouped", "mmoe loop", "transformers"}
-            and min(times.values()) > 0
-        )
-    (model,) = told["models"]
-    assert model["name"] == "clip_moe_tiny" and model["active_params"] < model["total_params"]
+    assert [(one["dtype"], one["kind"]) for one in told["cells"]] == [
+        ("fp32", "forward"),
+        ("fp32", "forward + backward"),
+        ("bf16", "forward"),
+        ("bf16", "forward + backward"),
+    ]
+    for one in told["cells"]:
+        assert set(one["ms"]) == NAMES and min(one["ms"].values()) > 0
+        assert one["to_limit"] == pytest.approx(one["ms"]["dense"] / one["ms"]["mmoe"], abs=1e-3)
+        theirs = {name: ms for name, ms in one["ms"].items() if not name.startswith(("mmoe", "dense"))}
+        assert one["best_peer"] == min(theirs, key=theirs.get)
+        assert one["to_best_peer"] == pytest.approx(min(theirs.values()) / one["ms"]["mmoe"], abs=1e-3)
+    assert told["summary"]["to the limit, forward, T >= 1024"] is None, "there is no such cell"
+    assert Image.open(tmp_path / "ratios.png").width > 300
 
 
-def test_the_table_fits_a_terminal(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert main(["bench", "--repeats", "1", "--threads", "1"]) == 0
-    out = capsys.readouterr().out
-    assert "MoE layer, T 16, D 32, F 24, E 4, K 2, fp32, 1 thread" in out
-    assert max(map(len, out.splitlines())) <= 80
+def test_memory_of_large_cells():
+    def take():
+        torch.ones(20_000_000)
+
+    taken = layer.peak(take)
+    assert taken is None or 75 < taken < 95
+
+
+@pytest.mark.parametrize("words", [["layer", *SMALL], ["model", "clip_moe_tiny", "--sweep", "top_k=1,4"]])
+def test_tables_fit_a_terminal(words, capsys, monkeypatch):
+    monkeypatch.setattr("train.bench.model.BATCH", 2)
+    assert main(["bench", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5 and max(map(len, lines)) <= 100
+
+
+def test_a_sweep_over_a_model(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.bench.model.BATCH", 4)
+    words = ["bench", "model", "clip_moe_tiny", "--sweep", "top_k=1,2", "--json", "--threads", "1"]
+    assert main([*words, "--plot", str(tmp_path / "sweep.png")]) == 0
+    one, two = json.loads(capsys.readouterr().out)["models"]
+    assert (one["top_k"], two["top_k"]) == (1, 2)
+    assert one["params"]["total"] == two["params"]["total"] > two["params"]["active"] > one["params"]["active"]
+    assert one["image"]["mflops"] < two["image"]["mflops"]
+    assert one["image"]["mflops_dense_twin"] == two["image"]["mflops_dense_twin"]
+    assert one["image"]["mflops"] == pytest.approx(one["image"]["mflops_dense_twin"], rel=0.02), "and the gates"
+    assert Image.open(tmp_path / "sweep.png").width > 300
 
 
 @pytest.mark.parametrize(
-    ("options", "wrong"),
+    ("words", "wrong"),
     [
-        (["--dtype", "fp8"], "no dtype 'fp8'\n  known: bf16"),
-        (["--repeats", "0"], "Invalid value for '--repeats': Input should be greater than or equal to 1"),
-        (["--threads", "-1"], "Invalid value for '--threads': Input should be greater than or equal to 1"),
+        (["layer", "--dtype", "fp8"], "no dtype 'fp8'\n  known: bf16"),
+        (["layer", "--seconds", "-1"], "Invalid value for '--seconds': Input should be greater than or equal to 0"),
+        (["layer", "--threads", "0"], "Invalid value for '--threads': Input should be greater than or equal to 1"),
+        (["layer", "--cell", "1,2"], "no cell '1,2'\n  a cell is five whole numbers"),
+        (["layer", "--cell", "1,2,3,4,-5"], "no cell '1,2,3,4,-5'\n  a cell is five whole numbers"),
+        (["model", "clip_moe_tini"], "no model named 'clip_moe_tini'\n  did you mean: clip_moe_tiny"),
+        (["model", "clip_moe_tiny", "--sweep", "top_k"], "no sweep 'top_k'\n  a sweep is an option and its values"),
+        (["model", "clip_moe_tiny", "--sweep", "topk=1"], "'topk' is not an option of clip_moe_tiny"),
+        (["model", "clip_moe_tiny", "--plot", "a.png"], "--plot without --sweep"),
     ],
 )
-def test_options_without_a_meaning(options, wrong, capsys):
-    assert main(["bench", *options]) == 2
+def test_options_without_a_meaning(words, wrong, capsys):
+    assert main(["bench", *words]) == 2
     assert wrong in capsys.readouterr().err

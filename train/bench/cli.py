@@ -1,0 +1,185 @@
+"""The verb `mmoe bench`: layer, model, and pictures of what they measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmoe.errors import BadInput, BadOverride
+
+app = typer.Typer(help="Time the MoE layer and models of the zoo on this machine.", invoke_without_command=True)
+
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DType = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+
+
+@app.callback()
+def both(context: typer.Context) -> None:
+    """Time the MoE layer and models of the zoo on this machine.
+
+    \b
+    mmoe bench                  a quick look at both
+    mmoe bench layer --json     the whole grid, half an hour
+    mmoe bench model clip_moe_tiny --sweep top_k=1,2,4
+    """
+    if context.invoked_subcommand is None:
+        layer(quick=True)
+        model("clip_moe_tiny")
+
+
+@app.command()
+def layer(
+    quick: Annotated[bool, typer.Option("--quick", help="A few cells, within 3 minutes.")] = False,
+    cells: Annotated[
+        list[str] | None, typer.Option("--cell", metavar="T,D,F,E,K", help="Only this cell; may be repeated.")
+    ] = None,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="fp32, bf16; both by default.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="About what one candidate of a cell may take.")] = 1.0,
+    threads: Threads = 2,
+    plot: Annotated[Path | None, typer.Option(help="Draw the ratios here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time our MoE layer against a dense layer, transformers' blocks and a plain loop.
+
+    All mixtures have the same weights and are shown to agree first. T rows, D width, F inner width of an expert,
+    E experts, K per row.
+
+    \b
+    mmoe bench layer --quick
+    mmoe bench layer --cell 1024,512,256,64,8 --dtype bf16
+    mmoe bench layer --json --plot ratios.png > layer.json
+    """
+    chosen = [_cell(text) for text in cells or []]
+
+    import torch
+
+    from train.bench.layer import GRID, PASSES, QUICK, run, summary
+    from train.progress import Progress
+    from zoo.loading import pick_dtype
+
+    for dtype in dtypes or []:
+        pick_dtype(dtype)
+    torch.set_num_threads(threads)
+    cells_, types = chosen or (QUICK if quick else GRID), dtypes or ["fp32", "bf16"]
+    timings = []
+    with Progress("bench layer", len(cells_) * len(types) * len(PASSES)) as bar:
+        for timing in run(cells_, types, PASSES, min(seconds, 0.3) if quick else seconds):
+            timings.append(timing)
+            bar.update(len(timings))
+    told = summary(timings)
+    if plot is not None:
+        from train.bench.pictures import draw_ratios
+
+        draw_ratios(timings, plot)
+    if as_json:
+        machine = {"threads": threads, "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+        print(json.dumps({"machine": machine, "cells": [t.as_dict() for t in timings], "summary": told}, indent=1))
+        return
+    _show_layer(timings, told, threads)
+
+
+def _cell(text: str) -> Any:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+        if len(sizes) != 5 or min(sizes) < 1:
+            raise ValueError
+    except ValueError as error:
+        wrong = "a cell is five whole numbers: rows, width, inner width, experts, experts per row"
+        raise BadInput(f"no cell {text!r}", wrong, "--cell 1024,512,256,64,8") from error
+    from train.bench.peers import Cell
+
+    return Cell(*sizes)
+
+
+def _show_layer(timings: list[Any], medians: dict[str, float | None], threads: int) -> None:
+    from train.bench.peers import LIMIT, OURS
+    from zoo.table import columns
+
+    for dtype in dict.fromkeys(timing.dtype for timing in timings):
+        for kind in dict.fromkeys(timing.kind for timing in timings):
+            found = [t for t in timings if (t.dtype, t.kind) == (dtype, kind)]
+            numbers = [(t.ms[LIMIT], t.ms[OURS], t.speed(OURS, LIMIT), t.speed(OURS, t.best_peer)) for t in found]
+            rows = [
+                [str(t.cell), *(f"{number:.2f}" for number in told), t.best_peer]
+                for t, told in zip(found, numbers, strict=True)
+            ]
+            header = ["T, D, F, E, K", "dense ms", "mmoe ms", "to dense", "to peer", "best peer"]
+            typer.echo(f"MoE layer, {kind}, {dtype}, {threads} thread{'s' * (threads > 1)}")
+            typer.echo(columns(header, rows, right={1, 2, 3, 4}) + "\n")
+    typer.echo("To dense, to peer: how many times as fast; dense has the same active work and bounds it. Medians:")
+    for name, value in medians.items():
+        if value is not None:
+            typer.echo(f"  {name}: {value:.2f}")
+
+
+@app.command()
+def model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name, or a folder that a model was saved in.")],
+    dtype: DType = "fp32",
+    sweep: Annotated[
+        str | None, typer.Option(metavar="KEY=A,B,C", help="Measure with each value of an option of the config.")
+    ] = None,
+    threads: Threads = 2,
+    plot: Annotated[Path | None, typer.Option(help="Draw the sweep here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a model: latency, throughput, memory, parameters and FLOPs beside its dense twin.
+
+    \b
+    mmoe bench model clip_moe_tiny
+    mmoe bench model clip_moe_tiny --sweep top_k=1,2,4 --plot sweep.png
+    """
+    key, values = _sweep(sweep)
+    if plot is not None and not key:
+        raise BadOverride("--plot without --sweep", "there is one point to draw", "--sweep top_k=1,2,4")
+    from zoo.loading import pick_dtype
+
+    pick_dtype(dtype)
+    import torch
+
+    from train.bench.model import measure
+
+    torch.set_num_threads(threads)
+    rows = [measure(name, dtype, **({key: value} if key else {})) for value in values]
+    if plot is not None:
+        from train.bench.pictures import draw_sweep
+
+        draw_sweep(rows, key, plot)
+    if as_json:
+        print(json.dumps({"threads": threads, "models": rows}, indent=1))
+        return
+    _show_model(rows, key, threads)
+
+
+def _sweep(text: str | None) -> tuple[str, list[Any]]:
+    """Option and values; one empty run without a sweep."""
+    if text is None:
+        return "", [None]
+    from zoo.cli import parse_settings
+
+    key, equals, values = text.partition("=")
+    if not equals or not values:
+        raise BadInput(f"no sweep {text!r}", "a sweep is an option and its values", "--sweep top_k=1,2,4")
+    return key, [parse_settings([f"{key}={value}"])[key] for value in values.split(",")]
+
+
+def _show_model(rows: list[dict[str, Any]], key: str, threads: int) -> None:
+    from zoo.table import columns, short
+
+    for what in ("image", "text"):
+        table = [
+            [f"{row.get(key, '')}"] * bool(key)
+            + [f"{short(row['params']['active'])} / {short(row['params']['total'])}"]
+            + [f"{row[what]['latency_ms']:.2f}", f"{row[what]['per_second']:,.0f}", f"{row[what]['peak_mb'] or 0:.0f}"]
+            + [f"{row[what]['mflops']:,.1f}", f"{row[what].get('mflops_dense_twin', '-')}"]
+            for row in rows
+            if what in row
+        ]
+        if table:
+            header = [key] * bool(key) + ["active / total", "one, ms", f"{what}s/s", "peak MB", "MFLOPs", "dense twin"]
+            typer.echo(f"{rows[0]['name']}, {what}s, {rows[0]['dtype']}, {threads} thread{'s' * (threads > 1)}")
+            typer.echo(columns(header, table, right=range(1, len(header))) + "\n")

@@ -1,0 +1,100 @@
+"""Who takes part in `mmoe bench layer`: a dense layer as the limit, our layer, and others with the same weights.
+
+All mixtures compute y = sum_k w_k * down_k(silu(gate_k x) * up_k x) with softmax weights of the best K, renormalised
+(Mixtral, Qwen3-MoE with `norm_topk_prob`), from the same parameters. Shapes: T rows, D width, F inner width, E experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mmoe
+from mmoe.dispatch import Backend
+
+Layer = Callable[[Tensor], Tensor]
+LIMIT, OURS, THEIRS, NAIVE = "dense", "mmoe", "transformers", "plain loop"
+IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
+MOST_BYTES = 4e9  # of the weights that batched_mm copies for every slot
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One size of the layer.
+
+    Attributes:
+        rows: T.
+        dim: D.
+        hidden_dim: F of one expert.
+        num_experts: E.
+        top_k: K.
+    """
+
+    rows: int
+    dim: int
+    hidden_dim: int
+    num_experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}, {self.dim}, {self.hidden_dim}, {self.num_experts}, {self.top_k}"
+
+
+def layers(cell: Cell, dtype: torch.dtype) -> tuple[dict[str, Layer], list[nn.Parameter]]:
+    """Everyone by name, "mmoe" and "mmoe BACKEND" among them, and all parameters."""
+    moe = mmoe.build_moe(cell.dim, cell.hidden_dim, cell.num_experts, cell.top_k).to(dtype)
+    dense = mmoe.GatedFFN(cell.dim, cell.hidden_dim * cell.top_k).to(dtype)
+    found: dict[str, Layer] = {LIMIT: dense, OURS: moe}
+    for backend in get_args(Backend):
+        if backend != "auto":
+            twin = copy.copy(moe)
+            twin._modules = {**moe._modules, "experts": copy.copy(moe.experts)}
+            twin.backend = backend
+            found[f"{OURS} {backend}"] = twin
+    weights = moe.experts.packed_parameters()
+    for implementation in IMPLEMENTATIONS:
+        copied = cell.rows * cell.top_k * 3 * cell.dim * cell.hidden_dim * dtype.itemsize
+        if implementation != "batched_mm" or copied < MOST_BYTES:
+            found[f"{THEIRS} {implementation}"] = _qwen3(cell, moe, implementation, dtype)
+    found[NAIVE] = lambda x: _plain_loop(x, moe.router.weight, weights, cell.top_k)
+    return found, [*dense.parameters(), *moe.parameters()]
+
+
+def _qwen3(cell: Cell, moe: mmoe.MoE, implementation: str, dtype: torch.dtype) -> Layer:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    config: Any = Qwen3MoeConfig(
+        hidden_size=cell.dim,
+        moe_intermediate_size=cell.hidden_dim,
+        num_experts=cell.num_experts,
+        num_experts_per_tok=cell.top_k,
+        norm_topk_prob=True,
+        experts_implementation=implementation,
+    )
+    with torch.device("meta"):
+        block = Qwen3MoeSparseMoeBlock(config).to(dtype)
+    block.experts.gate_up_proj = moe.experts.gate_up_proj
+    block.experts.down_proj = moe.experts.down_proj
+    block.gate.weight = moe.router.weight
+    return lambda x: block(x[None])[0]
+
+
+def _plain_loop(x: Tensor, gate: Tensor, weights: dict[str, nn.Parameter], top_k: int) -> Tensor:
+    """As much research code does it: for each expert the rows that chose it, found with a mask."""
+    probs = F.linear(x, gate).float().softmax(-1)  # (T, E)
+    best, chosen = probs.topk(top_k, dim=-1)  # (T, K)
+    best = (best / best.sum(-1, keepdim=True)).to(x.dtype)
+    y = torch.zeros_like(x)
+    for expert in range(len(gate)):
+        rows, slots = (chosen == expert).nonzero(as_tuple=True)
+        gated, up = F.linear(x[rows], weights["gate_up_proj"][expert]).chunk(2, dim=-1)
+        out = F.linear(F.silu(gated) * up, weights["down_proj"][expert])
+        y.index_add_(0, rows, out * best[rows, slots, None])
+    return y
