@@ -35,7 +35,7 @@ COMMAND_LINE = {  # these may import typer as well
     "zoo/convert.py",
     "zoo/doctor.py",
     "train/cli.py",
-    "train/bench.py",
+    "train/bench/cli.py",
     "train/dmu.py",
     "train/dmu_table.py",
     "demos/cli.py",

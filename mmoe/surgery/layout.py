@@ -10,7 +10,6 @@ Shapes: D model width, F inner width, N rows.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmoe.experts.base import ACTIVATIONS, Activation
+from mmoe.experts.base import ACTIVATIONS, Activation, match_activation
 
 # Names of the linear layers, the gate (the product that is activated) first.
 PLAIN = (
@@ -165,7 +164,7 @@ def _sequential(module: nn.Sequential, children: dict[str, nn.Module]) -> Layout
     whole = len(steps) == 3 and steps[0] == linears[0] and steps[-1] == linears[1]
     if not whole or _has_state(middle[0]):
         return why_not(module, {name: child for name, child in steps if not _is_linear(child)})
-    return replace(layout, act=_named(middle[0]))
+    return replace(layout, act=match_activation(middle[0]))
 
 
 def _has_state(module: Any) -> bool:
@@ -210,21 +209,8 @@ def _activation(module: nn.Module, extra: Mapping[str, nn.Module]) -> tuple[str,
         found = extra.get(name) or module.__dict__.get(name)
         is_act = name in _ACT_NAMES or re.search("gelu|relu|silu|swish|act", type(found).__name__, re.IGNORECASE)
         if callable(found) and is_act and not _has_state(found):
-            return name, _named(found)
+            return name, match_activation(found)
     return "", None
-
-
-def _named(act: Activation) -> Activation:
-    """Our own function where it computes the same bit for bit, so that the result does not depend on the host."""
-    if getattr(act, "inplace", False):
-        act = copy.copy(act)
-        act.inplace = False  # type: ignore[attr-defined]  # a module that has it
-    size = torch.logspace(-4, 4, 200, device="cpu")
-    grid = torch.cat([-size.flip(0), size])
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        value = act(grid)
-        same = [known for known in ACTIVATIONS.values() if torch.equal(value, known(grid))]
-    return same[0] if same else act
 
 
 def _functional_dropout(module: nn.Module) -> tuple[float, float]:
