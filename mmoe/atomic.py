@@ -39,7 +39,7 @@ def atomic_paths(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
 
     They take their names in the given order.
     """
-    files = [Path(path) for path in paths]
+    files = [_target(Path(path)) for path in paths]
     temporaries = tuple(file.parent / f".{file.name}.{os.getpid()}.tmp{file.suffix}" for file in files)
     try:
         modes = [_make(temporary) for temporary in temporaries]
@@ -57,6 +57,19 @@ def atomic_paths(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
         for temporary in temporaries:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _target(path: Path) -> Path:
+    """The file that a path means: where a link leads to.
+
+    Raises:
+        BadInput: it is a folder, a pipe or a device.
+    """
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.exists() and not target.is_file():
+        wrong = "it is a folder" if target.is_dir() else "it is no regular file"
+        raise BadInput(f"cannot write '{path}'", wrong, "the name of a new file")
+    return target
 
 
 def _make(path: Path) -> int:

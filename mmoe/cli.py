@@ -29,7 +29,7 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 from mmoe import __version__
-from mmoe.errors import MissingExtra, MmoeError, UnknownVerb, did_you_mean, package_of
+from mmoe.errors import BadInput, MissingExtra, MmoeError, UnknownVerb, did_you_mean, package_of
 
 GROUP = "mmoe.commands"
 
@@ -190,6 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:  # `mmoe list >&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     try:
         code = _run(args)
         sys.stdout.flush()
@@ -214,6 +216,12 @@ def _run(args: list[str]) -> int:
         raise KeyboardInterrupt from None
     except MmoeError as error:
         return _report(error, error, args)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a file that may not be read, a disk that is full
+        about = f"'{error.filename}'" if error.filename else "a file"
+        wrong = error.strerror or str(error)
+        return _report(error, BadInput(f"cannot use {about}", wrong, "another file or folder, or free space"), args)
     except typer.TyperException as error:  # wrong options and arguments
         where = getattr(getattr(error, "ctx", None), "command_path", "mmoe")
         return _report(error, _UsageError(error.format_message(), "", f"{where} --help"), args)

@@ -1,7 +1,7 @@
 """Pictures of routing: experts over image patches and text tokens, load as heatmap and bars.
 
-Colours are those of Okabe and Ito (2008), told apart with every common colour blindness. Experts beyond the eighth
-repeat them under stripes, and every picture prints the expert's number as well.
+Colours are those of Okabe and Ito (2008), for colour-blind eyes. Experts beyond the eighth repeat them under stripes,
+and every picture prints the expert's number as well.
 Shapes: P patches or tokens, E experts, L layers. Pillow and matplotlib are imported by the functions that draw.
 """
 
@@ -201,10 +201,11 @@ def load_bars(load: Routing | Shares | Mapping[str, Shares], *, title: str = "Lo
     """
     from matplotlib.ticker import MaxNLocator
 
-    groups = load if isinstance(load, Mapping) else {"": load.load() if isinstance(load, Routing) else load}
-    if isinstance(load, Trace) or any(len(_table(_array(value))) > 1 for value in groups.values()):
+    groups: Mapping[str, Any] = load if isinstance(load, Mapping) else {"": load}
+    tables = {name: 100 * _table(v.load() if isinstance(v, Routing) else v) for name, v in groups.items()}
+    if isinstance(load, Trace) or any(len(table) > 1 for table in tables.values()):
         raise BadInput("bars of several layers", "they show one", "load_bars(routing[0]), or load_heatmap(routing)")
-    shares = {name: 100 * _table(_array(value))[0] for name, value in groups.items()}
+    shares = {name: table[0] for name, table in tables.items()}
     widths = {name: len(share) for name, share in shares.items()}
     if len(set(widths.values())) != 1:
         found = ", ".join(f"{name}: {width}" for name, width in widths.items()) or "no groups"
@@ -266,8 +267,7 @@ def _strength(weights: Shares | None, ids: NDArray[np.int64]) -> NDArray[np.floa
     strength = np.ones(len(ids)) if weights is None else _array(weights).astype(np.float64).reshape(-1)
     if len(strength) != len(ids):
         raise BadInput(f"{len(strength)} weights for {len(ids)} experts", "each needs one", "weights=None")
-    strength = np.where(ids < 0, 0.0, strength)
-    return strength.clip(0) / max(strength.max(initial=0.0), 1e-9)
+    return np.where(ids < 0, 0.0, strength).clip(0) / max(strength[ids >= 0].max(initial=0.0), 1e-9)
 
 
 def _percent(value: float | np.floating[Any]) -> str:

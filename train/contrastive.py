@@ -182,7 +182,11 @@ class ContrastiveRun:
         try:
             with bar, interrupts_held() as interrupted:
                 while self.step < self.config.steps:
-                    self.losses.append(self._step(model, next(stream)))
+                    loss = self._step(model, next(stream))
+                    if not math.isfinite(loss):
+                        wrong = f"the loss of step {self.step} is {loss}"
+                        raise BadInput(f"go on with {self.name!r}", wrong, f"a lower lr than {self.config.lr:g}")
+                    self.losses.append(loss)
                     self.step += 1
                     self.seconds = before + time.monotonic() - begun
                     bar.update(self.step, loss=sum(self.losses[-20:]) / len(self.losses[-20:]))
@@ -343,7 +347,8 @@ def fine_tune(
     frozen = {name: not parameter.requires_grad for name, parameter in model.named_parameters()}
     device = model.device
     try:
-        return ContrastiveRun(model, load_emoji(), config, name="fine_tune").run(progress)
+        with torch.random.fork_rng():
+            return ContrastiveRun(model, load_emoji(), config, name="fine_tune").run(progress)
     finally:
         model.to(device)
         for name, parameter in model.named_parameters():

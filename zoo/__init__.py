@@ -23,6 +23,10 @@ __all__ = ["Card", "LoadReport", "Model", "card", "list_models", "load"]
 _HOME = {"load": "zoo.loading", "Model": "zoo.model", "LoadReport": "zoo.state"}
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'zoo' has no attribute {name!r}")

@@ -19,6 +19,7 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _MOE = {"layers", "experts", "top_k", "router"}
 _METRIC = {"data", "provenance"}
+_MAPPINGS = {"config", "params", "moe", "paper", "code", "weights", "routing", "lineage"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,9 @@ class Card:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise CorruptFile(f"card in {origin}", f"unknown keys: {', '.join(unknown)}{hint}", "see zoo/card.py")
         try:
+            for name in _MAPPINGS & set(data):
+                if not isinstance(data[name], Mapping):
+                    raise TypeError(f"{name} is a {type(data[name]).__name__}, not a mapping")
             for key in ("tasks", "modalities", "components", "metrics", "notes"):
                 if key in data:
                     data[key] = tuple(data[key])

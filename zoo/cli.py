@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -265,15 +265,15 @@ def predict(
     mmoe predict clip_moe_tiny fox.png "a fox" "a pizza" --trace routing.json --overlay overlay.png
     mmoe predict clip_moe_tiny fox.png "a fox" "a pizza" --router topk:top_k=1
     """
-    files = {kind: path for kind, path in (("trace", trace), ("heatmap", heatmap), ("overlay", overlay)) if path}
-    _check_formats(files)
+    given = {"trace": trace, "heatmap": heatmap, "overlay": overlay}
+    files = {kind: path for kind, path in given.items() if path is not None}
     pictures, labels = _arguments(name, inputs)
+    _check_results(files, {Path(picture).resolve() for picture in pictures})
     overrides = parse_settings(settings or [])
     router = router if router is not None else overrides.pop("router", None)
-    for option in ("device", "dtype", "weights", "router"):
-        if option in overrides:
-            asked = f"{option!r} is not an option of the config"
-            raise BadOverride(asked, "it has an option of its own", f"--{option} {overrides[option]}")
+    for option in sorted({"device", "dtype", "weights", "router", "name", "allow_missing"} & set(overrides)):
+        asked = f"cannot read --set {option}={overrides[option]}"
+        raise BadOverride(asked, "it is one of loading, not of the config", "mmoe predict --help")
 
     from mmoe.trace import trace as record
     from zoo import routes
@@ -290,6 +290,7 @@ def predict(
     report = model.load_report
     if as_json:
         told = {"model": name, "weights": report.source if report else "random", "inputs": inputs, **result.as_dict()}
+        told |= {"random_tensors": report.random} if report and report.random else {}
         paths = {kind: str(path) for kind, path in files.items()}
         print_json({**told, "routing": routing.summary(), "files": paths})
         return
@@ -308,9 +309,15 @@ def predict(
         typer.echo(f"{kind}: {path}")
 
 
-def _check_formats(files: Mapping[str, Path]) -> None:
-    """Fails before the model is loaded, not after."""
+def _check_results(files: Mapping[str, Path], kept: Collection[Path]) -> None:
+    """Fails before the model is loaded, not after; inputs are kept."""
+    targets = [path.resolve() for path in files.values()]
     for kind, path in files.items():
+        if path.resolve() in kept or targets.count(path.resolve()) > 1:
+            wrong = "it is an input" if path.resolve() in kept else "two results would go there"
+            raise BadInput(f"cannot write '{path}'", wrong, f"--{kind} another name")
+        if not path.name:
+            raise BadInput(f"cannot write '{path}'", "it names no file", f"--{kind} {kind}.png")
         known, suffix = _DRAWN.get(kind), path.suffix.lower().removeprefix(".")
         if known is not None and suffix not in known:
             fix = f"--{kind} {path.with_suffix('.png').name}"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmoe.errors import BadInput, BadOverride, Refused, did_you_mean
+from mmoe.errors import BadInput, BadOverride, LoadMismatch, Refused, did_you_mean
 from zoo.card import Card
 from zoo.cli import Json, parse_settings, print_json
 from zoo.registry import list_models
@@ -45,7 +45,7 @@ class _Source:
     name: str
     licence: str
     components: tuple[Mapping[str, str], ...] = field(default_factory=tuple)
-    random: bool = False
+    weights: str = ""  # "random", or what the model's card says about them
 
 
 @app.command()
@@ -104,13 +104,13 @@ def upcycle(
         raise Refused("cannot upcycle: the mixture is not the dense model at the start", wrong, "open an issue")
     options: dict[str, Any] = {"experts": model.config.num_experts, "top_k": model.config.top_k, "layers": layers}
     options |= {"sources": sources}
-    if start.random:
-        options["weights"] = "random"
+    options["weights"] = next((one.weights for one in (start, *others) if one.weights.startswith("random")), None)
     options |= {"context_length": context_length, "noise": noise or None, "seed": seed, "dtype": dtype}
     lineage = {"verb": "upcycle", "source": source, **{k: v for k, v in options.items() if v not in (None, [])}}
     model.card = _card(out, model, lineage, [start, *others])
     model.save(out, dtype=saved_dtype, card=model.card)
-    told = {"difference": difference, "seconds": round(time.perf_counter() - begin, 1)}
+    told = {"difference": difference, "rounded_to": None if saved_dtype == torch.float32 else dtype}
+    told["seconds"] = round(time.perf_counter() - begin, 1)
     _tell(out, model, asdict(before), told, as_json)
 
 
@@ -147,7 +147,11 @@ def from_original(
     takes = inspect.signature(convert.from_original).parameters
     if top_k is not None and "top_k" not in takes:
         raise BadOverride(f"--top-k for {family}", "its files say how many experts a token uses", "leave it out")
-    config, state = convert.from_original(read_state(path), **({} if top_k is None else {"top_k": top_k}))
+    try:
+        config, state = convert.from_original(read_state(path), **({} if top_k is None else {"top_k": top_k}))
+    except (RuntimeError, TypeError, IndexError) as error:  # tensors of shapes that no model has
+        wrong = str(error).splitlines()[0]
+        raise LoadMismatch(f"convert this checkpoint to {family}", wrong, f"the state dict of a {family}") from error
     asked = {**({} if top_k is None else {"top_k": top_k}), **overrides}
     given = {**_read_note(path, family), **asked}
     config = make_config(type(config), {**asdict(config), **given}, family, "--set {}=...")
@@ -270,7 +274,9 @@ def _open(source: str, like: Model | None = None) -> _Source:
         raise Refused(f"cannot upcycle {source!r}", "it is a mixture already; give a dense model", fix)
     if found is None:
         return _Source(model=model, name=source, licence="unknown")
-    return _Source(model=model, name=found.name, licence=found.whole_licence, components=found.components)
+    weights = str(found.lineage.get("weights", ""))
+    licence, parts = found.whole_licence, found.components
+    return _Source(model=model, name=source, licence=licence, components=parts, weights=weights)
 
 
 def _open_clip(name: str) -> _Source:
@@ -286,7 +292,8 @@ def _open_clip(name: str) -> _Source:
     what = f"open_clip {architecture}, " + (f"weights {tag}" if tag else "architecture with random weights")
     part = {"name": what, "licence": licence, "source": source}
     licence = licence if tag else "Apache-2.0"
-    return _Source(model=model, name=f"open_clip:{name}", licence=licence, components=(part,), random=not tag)
+    weights = "" if tag else "random"
+    return _Source(model=model, name=f"open_clip:{name}", licence=licence, components=(part,), weights=weights)
 
 
 def _open_file(path: Path, like: Model) -> _Source:
@@ -346,7 +353,10 @@ def _tell(out: Path, model: Model, before: Mapping[str, int] | None, told: Mappi
         typer.echo(f"before       {before['total']:>15,} parameters, {before['active']:>15,} active")
     typer.echo(f"{'after' if before else 'converted':<12} {after.total:>15,} parameters, {after.active:>15,} active")
     if told.get("difference") is not None:
-        typer.echo(f"difference   {told['difference']:.1e} of the largest output, on random pictures and texts")
+        rounded = f", before rounding to {told['rounded_to']}" if told.get("rounded_to") else ""
+        typer.echo(
+            f"difference   {told['difference']:.1e} of the largest output, on random pictures and texts{rounded}"
+        )
     if told.get("assumed"):
         assumed = ", ".join(f"{key}={value}" for key, value in told["assumed"].items())
         typer.echo(f"assumed      {assumed} (not in the file; change it with --set)")

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 
 from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, MissingExtra, did_you_mean, package_of
+from mmoe.registry import parse_spec
 from zoo.card import Card
 from zoo.config import make_config
-from zoo.model import FORMAT, Model
+from zoo.model import FORMAT, Model, pick_dtype
 from zoo.registry import card, list_models, model_folder
 from zoo.state import LoadReport, State, load_state, read_state
 from zoo.weights import WEIGHTS, hub_errors, locate, online, require_online, split_hub
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPES |= {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SOURCES = ("bundled:", "hf-hub:", "pypi:")
 
 
@@ -44,7 +43,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     router: str | Mapping[str, Any] | None = None,
     experts: str | Mapping[str, Any] | None = None,
-    allow_missing: Iterable[str] = (),
+    allow_missing: str | Iterable[str] = (),
     **overrides: Any,
 ) -> Model:
     """Builds a model in eval mode and loads its weights.
@@ -60,7 +59,7 @@ def load(
             the tensors of the weights that fit it by name and shape (a trained gate serves top-1 as well as top-2),
             the others start fresh: the load report lists them as missing.
         experts: the same for experts.
-        allow_missing: patterns of tensor names that may be missing in the weights or left over.
+        allow_missing: pattern of tensor names, or several, that may be missing in the weights or left over.
         overrides: options of the family's config.
 
     Raises:
@@ -73,7 +72,8 @@ def load(
     """
     origin = _find(str(name))
     swapped = {key: spec for key, spec in (("router", router), ("experts", experts)) if spec is not None}
-    config: Any = make_config(origin.model_class.config_class, {**origin.config, **overrides, **swapped}, origin.label)
+    values = _with_one_top_k({**origin.config, **overrides, **swapped}, overrides, swapped)
+    config: Any = make_config(origin.model_class.config_class, values, origin.label)
     device, dtype = _pick_device(device), pick_dtype(dtype)
     if not isinstance(weights, (bool, str, Path)):
         raise BadOverride(f"weights={weights!r}", "it is True, False, a tag or a file", f"zoo.load({str(name)!r})")
@@ -88,9 +88,29 @@ def load(
         _restore_preprocessing(model, origin.folder / "preprocess.json")
     if path is not None:
         state, source = _in_our_layout(read_state(path), source, model)
-        fresh = [pattern for key in swapped for pattern in _fresh_patterns(key)]
-        model.load_report = load_state(model, state, source, allow_missing=[*allow_missing, *fresh])
+        allowed = [allow_missing] if isinstance(allow_missing, str) else list(allow_missing)
+        allowed += [pattern for key in swapped for pattern in _fresh_patterns(key)]
+        model.load_report = load_state(model, state, source, allow_missing=allowed)
     return model.eval()
+
+
+def _with_one_top_k(
+    values: Mapping[str, Any], overrides: Mapping[str, Any], swapped: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options in which `top_k` and a router's spec agree: what was given now counts.
+
+    Raises:
+        BadOverride: both were given now, and differ.
+    """
+    spec = parse_spec(values["router"]) if isinstance(values.get("router"), str | Mapping) else {}
+    if "top_k" not in spec or spec["top_k"] == values.get("top_k"):
+        return dict(values)
+    if "top_k" not in overrides:
+        return {**values, "top_k": spec["top_k"]}
+    if "router" in {**overrides, **swapped}:
+        asked = f"top_k={overrides['top_k']} with a router of top_k={spec['top_k']}"
+        raise BadOverride(asked, "they are the same option", f"top_k={spec['top_k']}")
+    return {**values, "router": {**spec, "top_k": overrides["top_k"]}}
 
 
 def _fresh_patterns(swapped: str) -> list[str]:
@@ -102,9 +122,10 @@ def _restore_preprocessing(model: Model, path: Path) -> None:
     try:
         model.preprocessing = values
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFile(
-            f"cannot read '{path}'", f"{type(error).__name__}: {error}", "save the model again"
-        ) from error
+        wrong = f"{type(error).__name__}: {error}"
+        raise CorruptFile(f"cannot read '{path}'", wrong, "save the model again") from error
+    except BadOverride as error:
+        raise CorruptFile(f"cannot read '{path}'", f"{error.asked}: {error.wrong}", "save the model again") from error
 
 
 def _find(name: str) -> _Origin:
@@ -126,7 +147,8 @@ def _find(name: str) -> _Origin:
 
 def _from_folder(folder: Path, label: str) -> _Origin:
     saved = _read_json(folder / "config.json")
-    if not {"family", "format", "config"} <= set(saved):
+    kinds = {"family": str, "format": int, "config": dict}
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), kind) for key, kind in kinds.items()):
         raise CorruptFile(
             f"cannot load the folder '{folder}'", "its config.json was not written by model.save(folder)", "mmoe list"
         )
@@ -173,6 +195,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         )
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"cannot read '{path}'", error.strerror or str(error), f"chmod u+r '{path}'") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorruptFile(f"cannot read '{path}'", f"it is not JSON: {error}", "save the model again") from error
     return data
@@ -247,25 +271,6 @@ def _pick_device(device: str | torch.device) -> torch.device:
         raise BadInput(f"no device {str(device)!r}", f"devices are {', '.join(there)}", "device='auto'") from error
     if not there.get(found.type, False):
         raise BadInput(f"no device {str(device)!r}", f"this machine or this torch has no {found.type}", "device='auto'")
-    return found
-
-
-def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """The type that a name such as "bf16" or "bfloat16" stands for; fp32 for None.
-
-    Raises:
-        BadOverride: it is no type of parameters.
-
-    >>> pick_dtype("bf16")
-    torch.bfloat16
-    """
-    if dtype is None:
-        return torch.float32
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise BadOverride(f"no dtype {dtype!r}", did_you_mean(str(dtype), DTYPES), "dtype='bf16'")
-    if not found.is_floating_point:
-        raise BadOverride(f"no model in {found}", "parameters are floating-point numbers", "dtype='bf16'")
     return found
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import mmoe
 from mmoe.atomic import atomic_paths
-from mmoe.errors import Refused
+from mmoe.errors import BadOverride, Refused, did_you_mean
 from mmoe.moe import moe_layers
 from mmoe.profile import Params, count_params
 from mmoe.registry import routers
@@ -23,6 +23,8 @@ from zoo.state import LoadReport, collapse
 from zoo.weights import WEIGHTS, hub_errors, require_online
 
 FORMAT = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES |= {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +72,28 @@ class Model(nn.Module):
         config_class: frozen dataclass of options.
         card: what is known about the model, or None for one built by hand.
         config: the options it was built with.
-        load_report: what loading its weights did, or None where they are random or were trained since.
     """
 
     family: ClassVar[str]
     config_class: ClassVar[type]
     card: Card | None = None
-    load_report: LoadReport | None = None
+    _report: LoadReport | None = None
+    _versions: tuple[int, ...] = ()
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+
+    @property
+    def load_report(self) -> LoadReport | None:
+        """What loading the weights did, or None where they are random or were trained since."""
+        now = [parameter._version for parameter in self.parameters()]
+        changed = any(version > loaded for version, loaded in zip(now, self._versions, strict=False))
+        return None if changed else self._report
+
+    @load_report.setter
+    def load_report(self, report: LoadReport | None) -> None:
+        self._report, self._versions = report, tuple(parameter._version for parameter in self.parameters())
 
     @property
     def device(self) -> torch.device:
@@ -140,10 +153,11 @@ class Model(nn.Module):
             weights={},
             metrics=(),
             routing={},
+            notes=(),
             lineage={**lineage, "before": card.lineage} if card.lineage else lineage,
         )
 
-    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None, card: Card | None = None) -> Path:
+    def save(self, folder: str | Path, *, dtype: str | torch.dtype | None = None, card: Card | None = None) -> Path:
         """Writes a folder that `zoo.load(folder)` reads alone: config, weights, preprocessing and card.
 
         The card tells the structure and where the model comes from. Numbers stay behind, since nobody measured them on
@@ -152,7 +166,7 @@ class Model(nn.Module):
         Args:
             folder: made when it is not there. Its files are replaced only after all new ones are written, so that
                 a full disk leaves the old model.
-            dtype: type of the saved parameters; as they are when None.
+            dtype: type of the saved parameters, as for `zoo.load`; as they are when None.
             card: written as it is, in place of one made from the model's own.
 
         Returns:
@@ -162,7 +176,7 @@ class Model(nn.Module):
             Refused: the layers are not those of the config, for example after `mmoe.upcycle`.
         """
         self._check_layout()
-        folder, state = Path(folder).expanduser(), self._saved_state(dtype)
+        folder, state = Path(folder).expanduser(), self._saved_state(None if dtype is None else pick_dtype(dtype))
         config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(self.config)}
         card = card or self._card_to_save()
         data = {} if card is None else {"card.json": card.as_dict()}
@@ -233,7 +247,7 @@ class Model(nn.Module):
 
         from huggingface_hub import HfApi
 
-        require_online(f"cannot push to {repo_id!r}", f"hf upload {repo_id} FOLDER")
+        require_online(f"cannot push to {repo_id!r}", f"hf upload {repo_id} FOLDER", then="")
         api = HfApi()
         with hub_errors(f"cannot push to {repo_id!r}", repo_id), tempfile.TemporaryDirectory() as temporary:
             saved = self.save(folder or temporary)
@@ -252,3 +266,22 @@ def _other_parts(model: nn.Module, built: nn.Module) -> list[str]:
 
     own, expected = kinds(model), kinds(built)
     return [name for name in own if own[name] != expected.get(name)]
+
+
+def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """The type that a name such as "bf16" or "bfloat16" stands for; fp32 for None.
+
+    Raises:
+        BadOverride: it is no type of parameters.
+
+    >>> pick_dtype("bf16")
+    torch.bfloat16
+    """
+    if dtype is None:
+        return torch.float32
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise BadOverride(f"no dtype {dtype!r}", did_you_mean(str(dtype), DTYPES), "dtype='bf16'")
+    if not found.is_floating_point:
+        raise BadOverride(f"no model in {found}", "parameters are floating-point numbers", "dtype='bf16'")
+    return found

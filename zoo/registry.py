@@ -90,6 +90,9 @@ def card(name: str) -> Card:
     found = cards.get(name) or cards.get(name.partition(".")[0])
     if found is not None:
         return found
+    if name.startswith(("/", ".", "~")):
+        wrong = "it is a file" if os.path.isfile(os.path.expanduser(name)) else "there is no such folder"
+        raise UnknownModel(f"no model folder {name!r}", wrong, "mmoe list")
     if "/" in name:
         raise UnknownModel(
             f"no model named {name!r}",

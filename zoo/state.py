@@ -68,8 +68,13 @@ def _why_unreadable(path: Path, error: Exception) -> tuple[str, str]:
     text, again = str(error), f"delete it and get it again: rm '{path}'"
     if isinstance(error, PermissionError):
         return "no permission to read it", f"chmod u+r '{path}'"
-    with path.open("rb") as file:
-        start = file.read(64).lstrip().lower()
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+    except OSError as refused:
+        return refused.strerror or str(refused), f"chmod u+r '{path}'"
+    if start[8:9] == b"{" and path.suffix != ".safetensors":
+        return "it is a safetensors file with another suffix", f"mv '{path}' '{path.with_suffix('.safetensors')}'"
     if start.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS in place of the file", "git lfs pull"
     if start.startswith((b"<!doctype html", b"<html")):
@@ -168,7 +173,7 @@ def load_state(
         allow_missing: patterns of names that may be missing, unexpected or of another shape; they keep what they have.
 
     Raises:
-        LoadMismatch: anything else does not fit. Nothing was copied then.
+        LoadMismatch: anything else does not fit, or is of whole or complex numbers. Nothing was copied then.
     """
     import torch
 
@@ -185,15 +190,20 @@ def load_state(
         unexpected=tuple(n for n in state if n not in own),
         reshaped=tuple(reshaped.values()),
     )
+    whole = [n for n in report.matched if own[n].is_floating_point() and not state[n].is_floating_point()]
+    if whole:
+        wrong = f"{collapse(whole)}: {str(state[whole[0]].dtype).removeprefix('torch.')}"
+        raise LoadMismatch(f"the weights of {source} are no real numbers", wrong, "weights in fp32, bf16 or fp16")
     patterns = list(allow_missing)
     faults = [
         n for n in (*report.missing, *report.unexpected, *reshaped) if not any(fnmatchcase(n, p) for p in patterns)
     ]
     if faults:
+        names = f"'{faults[0]}'" + (", ..." if len(faults) > 1 else "")
         raise LoadMismatch(
             f"the weights do not fit {type(model).__name__}",
             str(report),
-            f"pass allow_missing=['{faults[0]}'] for what may stay random, or give the weights of this model",
+            f"the weights of this model, or zoo.load(..., allow_missing=[{names}]) for what may stay random",
         )
     with torch.no_grad():
         for name in report.matched:

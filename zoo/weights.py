@@ -175,18 +175,19 @@ def split_hub(reference: str) -> tuple[str, str | None, str]:
     return found[1], found[2], found[3] or ""
 
 
-def require_online(asked: str, elsewhere: str) -> None:
+def require_online(asked: str, elsewhere: str, then: str = ", then copy the file and load it by its path") -> None:
     """Fails with one line that says what to do when there is no network.
 
     Args:
         asked: what cannot be done.
-        elsewhere: command that fetches the file on a machine with network.
+        elsewhere: command that does it on a machine with network.
+        then: how to go on with what it fetches; empty where it fetches nothing.
     """
     if not online():
         raise Offline(
             asked,
-            "there is no network and the file is not in the cache",
-            f"{elsewhere}   (on a machine with network, then copy the file and load it by its path)",
+            "there is no network and the file is not in the cache" if then else "there is no network",
+            f"{elsewhere}   (on a machine with network{then})",
         )
 
 

@@ -57,3 +57,18 @@ def test_other_errors_of_torch_are_its_own(tmp_path: Path) -> None:
     with pytest.raises((AttributeError, TypeError)):
         torch_save({"a": lambda: 0}, tmp_path / "x.pt")
     assert not list(tmp_path.iterdir())
+
+
+def test_links_are_followed_and_what_is_no_file_stays(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "link", tmp_path / "there" / "target"
+    target.write_text("old")
+    link.symlink_to(target)
+    with atomic_paths(link) as (temporary,):
+        temporary.write_text("new")
+    assert link.is_symlink() and target.read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    for name, wrong in (("pipe", "it is no regular file"), ("there", "it is a folder")):
+        with pytest.raises(BadInput, match=wrong), atomic_paths(tmp_path / name):
+            pass
+    assert (tmp_path / "pipe").is_fifo()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 import zoo
 from mmoe.moe import moe_layers
@@ -368,12 +369,77 @@ def test_long_labels_are_shortened_in_the_table(run: Any, fox: Path) -> None:
     assert max(map(len, out.splitlines())) < 100 and "…" in out
 
 
-@pytest.mark.parametrize(("option", "value"), [("device", "cpu"), ("dtype", "bf16"), ("weights", "emoji")])
+@pytest.mark.parametrize(("option", "value"), [("device", "cpu"), ("weights", "emoji"), ("name", "x")])
 def test_options_that_are_no_settings(option: str, value: str, run: Any, fox: Path) -> None:
     done = run("predict", NAME, fox, "a fox", "--set", f"{option}={value}")
-    assert done.err == (
-        f"error: {option!r} is not an option of the config\n  it has an option of its own\n  try: --{option} {value}\n"
+    wrong = "it is one of loading, not of the config"
+    assert done.err == f"error: cannot read --set {option}={value}\n  {wrong}\n  try: mmoe predict --help\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        (["--overlay", "FOX"], "cannot write 'FOX'\n  it is an input\n  try: --overlay another name"),
+        (["--overlay", "T/a.png", "--heatmap", "T/a.png"], "cannot write 'T/a.png'\n  two results would go there"),
+        (["--overlay", ""], "cannot write '.'\n  it names no file\n  try: --overlay overlay.png"),
+    ],
+)
+def test_results_replace_no_input_and_no_other_result(
+    words: list[str], wrong: str, run: Any, fox: Path, tmp_path: Path
+) -> None:
+    def real(text: str) -> str:
+        return text.replace("FOX", str(fox)).replace("T/", f"{tmp_path}/")
+
+    before = fox.read_bytes()
+    done = run("predict", NAME, fox, "a fox", *map(real, words))
+    assert done.code == 2 and done.err.startswith(f"error: {real(wrong)}")
+    assert fox.read_bytes() == before and not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_no_numbers(run: Any, fox: Path, tmp_path: Path) -> None:
+    state = zoo.load(NAME, device="cpu").state_dict()
+    broken = {**state, "clip.ln_final.weight": state["clip.ln_final.weight"] * float("nan")}
+    save_file(broken, tmp_path / "nan.safetensors")
+    done = run("predict", NAME, fox, "a fox", "--weights", tmp_path / "nan.safetensors", "--json")
+    assert done.code == 2 and done.json["error"]["asked"] == "no probabilities come out"
+    save_file({name: value.long() for name, value in state.items()}, tmp_path / "whole.safetensors")
+    done = run("predict", NAME, fox, "a fox", "--weights", tmp_path / "whole.safetensors")
+    assert done.code == 2 and "are no real numbers" in done.err and "int64" in done.err
+
+
+def test_random_weights_are_told_to_programs(run: Any, fox: Path) -> None:
+    told = run("predict", NAME, fox, "a fox", "--router", "topk:gate_bias=true", "--json").json
+    assert told["random_tensors"] == zoo.card(NAME).moe["layers"]
+
+
+def test_a_file_that_may_not_be_read(
+    run: Any, small: Any, fox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small().save(tmp_path)
+
+    read = Path.read_text
+
+    def refuse(path: Path, *args: Any, **options: Any) -> str:
+        if path.is_relative_to(tmp_path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    done = run("predict", tmp_path, fox, "a fox")
+    assert done.code == 2 and done.err.startswith(
+        f"error: cannot read '{tmp_path / 'config.json'}'\n  Permission denied"
     )
+    done = run("info", tmp_path)
+    assert (done.code, done.err) == (
+        2,
+        f"error: cannot use '{tmp_path / 'card.json'}'\n  Permission denied\n"
+        "  try: another file or folder, or free space\n",
+    )
+
+
+def test_without_an_output_stream() -> None:
+    done = subprocess.run(f"'{sys.executable}' -m mmoe list >&-", shell=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_router_may_be_a_setting(run: Any, fox: Path) -> None:
@@ -511,7 +577,7 @@ MISTAKES = {
     "a folder where a file should be": (
         ["predict", NAME, "FOX", "a fox", "--trace", "T/saved"],
         "BadInput",
-        "cannot write 'T/saved'\n  Is a directory\n  try: write to another folder or free space",
+        "cannot write 'T/saved'\n  it is a folder\n  try: the name of a new file",
     ),
 }
 

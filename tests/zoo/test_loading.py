@@ -244,7 +244,7 @@ def test_what_does_not_fit_is_refused(how: str, small: Any, tmp_path: Path) -> N
     found = message(error)
     assert found[0] == "the weights do not fit ClipMoE"
     assert found[2].startswith(f"{how} 1: {name}")
-    assert found[-1].startswith(f"try: pass allow_missing=['{name}']")
+    assert f"zoo.load(..., allow_missing=['{name}'])" in found[-1]
     model = load(tmp_path, device="cpu", allow_missing=[name])
     assert getattr(model.load_report, how)[0].startswith(name)
     assert model.load_report.coverage == (1 if how == "unexpected" else pytest.approx(1 - 1 / len(model.state_dict())))
@@ -549,3 +549,53 @@ def test_an_empty_tag_or_router_is_no_default() -> None:
         load("clip_moe_tiny.")
     with pytest.raises(UnknownName, match="no router named ''"):
         load("clip_moe_tiny", False, router="")
+
+
+class TestTopK:
+    """A router's spec and the config's `top_k` are one option."""
+
+    def test_the_spec_sets_the_config(self) -> None:
+        assert load(NAME, weights=False, router="topk:top_k=1").config.top_k == 1
+
+    def test_a_later_option_wins(self, tmp_path: Path) -> None:
+        load(NAME, router="topk:top_k=1").save(tmp_path)
+        model = load(tmp_path, top_k=3)
+        assert model.config.top_k == 3
+        assert {layer.router.top_k for layer in moe_layers(model).values()} == {3}
+
+    def test_both_at_once_have_to_agree(self) -> None:
+        assert load(NAME, weights=False, router="topk:top_k=1", top_k=1).config.top_k == 1
+        with pytest.raises(BadOverride, match="top_k=3 with a router of top_k=1"):
+            load(NAME, weights=False, router="topk:top_k=1", top_k=3)
+
+
+def test_one_pattern_is_one_pattern() -> None:
+    with pytest.raises(LoadMismatch):
+        load(NAME, num_experts=8, allow_missing="*router*")
+    model = load(NAME, num_experts=8, allow_missing="*.mlp.*")
+    assert model.load_report.random == 5 * len(moe_layers(model))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "wrong"),
+    [
+        ("config.json", None, "was not written by model.save"),
+        ("config.json", {"config": None}, "was not written by model.save"),
+        ("config.json", {"family": 5}, "was not written by model.save"),
+        ("preprocess.json", {"resize_mode": "nope"}, "resize_mode is 'shortest' or 'longest' or 'squash'"),
+        ("preprocess.json", {"mean": [0.5, 0.5]}, "a number for each of red, green and blue"),
+        ("preprocess.json", {"std": [0, 0, 0]}, "a finite number above 0"),
+        ("preprocess.json", {"vocab_size": 9999}, "vocab_size"),
+        ("preprocess.json", {"image_size": "64"}, "image_size is int, not str"),
+        ("preprocess.json", {"background": None}, "background"),
+        ("card.json", {"lineage": None}, "lineage is a NoneType, not a mapping"),
+        ("card.json", {"moe": [1]}, "moe is a list, not a mapping"),
+    ],
+)
+def test_folders_that_were_edited(file: str, change: Any, wrong: str, small: Any, tmp_path: Path) -> None:
+    folder = small().save(tmp_path / "a")
+    data = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(None if change is None else {**data, **change}))
+    with pytest.raises(CorruptFile) as error:
+        load(folder)
+    assert wrong in str(error.value)

@@ -20,7 +20,7 @@ from torch import nn
 
 import mmoe
 import zoo
-from mmoe.errors import BadInput, Offline, Refused
+from mmoe.errors import BadInput, BadOverride, Offline, Refused
 from zoo import model as model_module
 from zoo.model import TokenView
 
@@ -378,3 +378,22 @@ def test_parts_of_another_kind_are_not_saved(part: str, small: Any, tmp_path: Pa
             layer.experts.__class__ = OtherExperts
     with pytest.raises(Refused, match="whose layers are not those of its config"):
         model.save(tmp_path / "out")
+
+
+def test_a_model_that_was_trained_is_not_the_loaded_one(small: Any, tmp_path: Path) -> None:
+    model = zoo.load(small().save(tmp_path / "a"), device="cpu")
+    model.to(torch.bfloat16).float().train().eval()
+    assert model.load_report is not None
+    loss = model(image=torch.randn(2, 3, 32, 32), text=model.tokenizer(["a", "b"]), return_loss=True).loss
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert model.load_report is None
+    card = json.loads((model.save(tmp_path / "b") / "card.json").read_text()) if model.card else {}
+    assert card.get("lineage", {}).get("weights", "random").startswith("random")
+
+
+def test_the_type_of_saved_weights_has_a_name(small: Any, tmp_path: Path) -> None:
+    small().save(tmp_path / "a", dtype="bf16")
+    assert zoo.load(tmp_path / "a", device="cpu").load_report is not None
+    with pytest.raises(BadOverride, match=r"no model in torch\.int8"):
+        small().save(tmp_path / "b", dtype=torch.int8)

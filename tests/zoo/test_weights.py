@@ -457,7 +457,7 @@ def test_nothing_is_copied_when_something_does_not_fit() -> None:
         "  missing 1: a.bias\n"
         "  unexpected 2: c.{0..1}.weight\n"
         "  reshaped 1: b.weight (4, 4) for (1, 3)\n"
-        "  try: pass allow_missing=['a.bias'] for what may stay random, or give the weights of this model"
+        "  try: the weights of this model, or zoo.load(..., allow_missing=['a.bias', ...]) for what may stay random"
     )
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
