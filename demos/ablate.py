@@ -147,9 +147,9 @@ class _AblatePanel:
         return gr.HTML(json.dumps(off), rows=rows), model
 
     def follow(self, note: Note, shown: str, model: str | None) -> tuple[Any, ...]:
-        """The switches of the model that was just chosen; nothing is done for no model or one of another family."""
+        """The switches of the model that was just chosen; none when it has no experts or the tab is not open."""
         if model not in [card.name for card in self.family.cards if card.moe]:
-            return gr.skip(), gr.skip()
+            return gr.HTML("{}", rows=[]), ""
         return self.layers(note, shown, model)
 
     def run(self, note: Note, switched_off: str, model: str, *values: Any) -> tuple[Any, ...]:

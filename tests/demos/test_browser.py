@@ -328,17 +328,17 @@ def test_every_way_to_change_an_input_clears_results(server: str, browser: Any, 
 def test_a_run_that_has_not_ended_is_dropped_with_its_inputs(server: str, browser: Any, shots: Path) -> None:
     visit = Visit(browser, server, 1280, shots)
     page = visit.page
+    seen = """() => new MutationObserver(() => {
+      window.stale ||= document.querySelector('#clip_moe-result').innerText.includes('dog face');
+    }).observe(document.querySelector('#clip_moe-result'), {subtree: true, childList: true, characterData: true})"""
+    page.evaluate(seen)
     page.click("#unload")
-    page.locator("#status", has_text="none").wait_for()
     page.click("#clip_moe-run")
-    page.get_by_text("Loading clip_moe_tiny").first.wait_for()
     page.locator("#clip_moe-labels textarea").fill("a zebra")
-    page.locator("#status", has_text=MODEL).wait_for()
-    page.click("#unload")  # waits for the run
-    page.locator("#status", has_text="none").wait_for()
-    assert "no result yet" in page.locator("#clip_moe-result").inner_text()
-    page.click("#clip_moe-run")
+    page.locator("#clip_moe-result", has_text="no result yet").wait_for()
+    page.click("#clip_moe-run")  # waits for the run before
     assert visit.shares("#clip_moe-result") == {"a zebra": 100}
+    assert not page.evaluate("window.stale")
     other = Visit(browser, server, 1280, shots)
     other.page.locator("#status", has_text=MODEL).wait_for()
     other.close()
@@ -349,6 +349,9 @@ def test_the_ablate_tab_follows_the_model(server: str, browser: Any, shots: Path
     visit = Visit(browser, server, 1280, shots)
     page = visit.page
     boxes = page.locator("#clip_moe-switches input")
+    for other in (1, 0):  # before the tab was ever open
+        page.locator("#picker input").nth(other).check()
+        page.get_by_role("heading", name=("clip_moe_tiny", "clip_moe_vit_l14")[other]).wait_for()
     visit.tab("Ablate")
     boxes.first.wait_for()
     page.locator("#picker input").nth(2).check()
