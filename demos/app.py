@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 import zoo
-from demos import look, panels
+from demos import ablate, look, panels
 from demos.family import Family, Shell, family, keep, message_area
 from demos.store import ModelStore
 from mmoe.errors import MmoeError
@@ -22,6 +22,10 @@ from zoo.assets import asset
 from zoo.card import Card
 
 ANY = "any"
+NO_EXPERTS = (
+    "This model is dense: no layer has experts, so there is no routing to look at or to change. Choose a model with "
+    "experts in the list of models."
+)
 MAX_UPLOAD = "20mb"
 CLEAN_EVERY, KEEP = 600, 3600  # seconds
 
@@ -76,9 +80,13 @@ def build(
                 names = list(dict.fromkeys(card.family for card in cards))
                 of_family = {name: [card for card in cards if card.family == name] for name in names}
                 pages = [_draw_page(make_family(name, of_family[name], store), shell, first) for name in names]
+        shell.wire_changes()
         _wire_models(shell, side, head, pages)
+        app.load(
+            lambda: _status(store), None, side.status, api_visibility="private", show_progress="hidden", queue=False
+        )
         app.load(lambda: _warm_up(first), api_name="warm_up", api_visibility="private", show_progress="hidden")
-    app.queue(max_size=32)
+    app.queue()
     return app
 
 
@@ -151,10 +159,11 @@ def _draw_page(one: Family, shell: Shell, first: Card) -> _Page:
     with gr.Column(visible=shown, elem_classes="page") as column, gr.Tabs():
         with gr.Tab("Try"):
             sources = one.draw(shell)
-        with gr.Tab("Routing") as tab:
-            panels.routing_panel(tab, one, shell, sources)
-        with gr.Tab("Ablate") as tab:
-            panels.ablate_panel(tab, one, shell, sources)
+        for name, panel in (("Routing", panels.routing_panel), ("Ablate", ablate.ablate_panel)):
+            with gr.Tab(name, elem_id=f"{one.name}-{name.lower()}-tab") as tab:
+                gr.HTML(look.hint(NO_EXPERTS), elem_classes="for-dense")
+                with gr.Column(elem_classes="for-experts"):
+                    panel(tab, one, shell, sources)
         with gr.Tab("Card"):
             text = gr.Markdown(panels.card_text(first if shown else one.cards[0]), elem_classes="card-text")
     return _Page(one, column, text)
@@ -167,7 +176,7 @@ def _wire_models(shell: Shell, side: _Side, head: gr.HTML, pages: list[_Page]) -
     def select(note: Any, model: str | None) -> tuple[Any, ...]:
         """Shows a model's page: its head, where it is, and its card."""
         if model is None:  # the filter took it off the list; the page stays
-            return tuple(gr.skip() for _ in range(3 + 2 * len(pages)))
+            return tuple(gr.skip() for _ in changed)
         card = zoo.card(model)
         updates: list[Any] = []
         for page in pages:
@@ -198,6 +207,8 @@ def _wire_models(shell: Shell, side: _Side, head: gr.HTML, pages: list[_Page]) -
         show_progress="hidden",
         **common,
     )
+    for follow in shell.after_choice:
+        follow()
     shell.on(side.fetch.click, load, [side.picker], [side.status], api_name="load", blank=keep, **common)
     shell.on(side.unload.click, drop, [side.picker], [side.status], api_name="unload", blank=keep, **common)
 

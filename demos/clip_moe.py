@@ -23,15 +23,18 @@ from demos.store import Loaded, ModelStore, Note
 from mmoe.errors import BadInput, did_you_mean
 from zoo.assets import asset
 from zoo.card import Card
+from zoo.table import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from train.data.emoji import Concept, EmojiSet
 
-BEST, OFFERED, CHUNK = 12, 18, 128
+BEST, OFFERED, CHUNK, NAMED = 12, 18, 128, 3
 STYLES = ("twemoji", "noto", "openmoji")  # of the emoji, the one that is not trained on first; the data has them too
 QUERY = "a red fruit"
+COMPARE_HINT = "Press Compare: the first run takes some seconds, while the model loads."
+SEARCH_HINT = "Press Search: the first search in a style looks at all 1,641 pictures once."
 
 
 @cache
@@ -78,6 +81,14 @@ def nearest_emoji(loaded: Loaded, query: str, style: str, note: Note) -> list[tu
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
+def told_cut(model: Any, texts: Sequence[str]) -> str:
+    """A sentence about the texts of which the model reads only the beginning; empty when it reads all."""
+    limit = model.config.context_length - 2  # the start and the end token
+    cut = [shorten(text, 30) for text in texts if len(model.tokenizer.encode(text)) > limit]
+    named = ", ".join(f"“{text}”" for text in cut[:NAMED]) + (f" and {len(cut) - NAMED} more" if cut[NAMED:] else "")
+    return f" Only the first {limit} tokens were read of {named}." if cut else ""
+
+
 def find_emoji(word: str, most: int = OFFERED) -> list[int]:
     """Indices of the emoji whose name or keywords hold a word, names that begin with it first."""
     word = word.strip().lower()
@@ -116,6 +127,12 @@ def emoji_tile(index: int, style: str, note: str = "") -> dict[str, str]:
     mark = "unseen" if concept.held_out else ""
     src = data_url(emoji_set().image(index, style))
     return {"id": f"{style}/{concept.id}", "name": concept.name, "src": src, "note": note, "mark": mark}
+
+
+def example_emoji(style: str) -> list[dict[str, str]]:
+    """What the examples show as tiles, drawn in another style than theirs."""
+    index = {concept.name: i for i, concept in enumerate(emoji_set().concepts)}
+    return [emoji_tile(index[name], style) for name in examples()]
 
 
 def check_style(style: str) -> str:
@@ -171,23 +188,23 @@ class Page(Family):
                 )
                 run = gr.Button("Compare", variant="primary", elem_id="clip_moe-run")
                 result = gr.Label(look.NO_RESULT, label="Probabilities", num_top_classes=6, elem_id="clip_moe-result")
-                note = gr.HTML(look.hint("Press Compare: the first run takes some seconds, while the model loads."))
+                note = gr.HTML(look.hint(COMPARE_HINT))
         self._wire_chooser(shell, chooser, picture, labels, message)
         gr.HTML(look.section("Words to pictures", "Which of the 1,641 emoji is nearest to your words?"))
         self._draw_search(shell, picture, labels)
         made_from: list[Any] = [shell.model, picture, labels]
-        edits = [shell.model.input, picture.input, picture.clear, labels.input, chooser[2].select]
-        shell.forget(edits, [result, note], message=message, blank=lambda _: [look.NO_RESULT, ""])
-        shell.on(
+        shown = {"message": message, "blank": lambda _: [look.NO_RESULT, look.hint(COMPARE_HINT)]}
+        ran = shell.on(
             [run.click, labels.submit],
             self.compare,
             made_from,
             [result, note],
             api_name="clip_moe_predict",
             names=["model", "image", "labels"],
-            message=message,
-            blank=lambda _: [look.NO_RESULT, ""],
+            show_progress_on=[result],
+            **shown,
         )
+        shell.forget(made_from, [result, note], runs=[ran], **shown)
         return [picture, labels]
 
     def compare(self, note: Note, model: str, image: str, labels: str) -> tuple[dict[str, float], str]:
@@ -197,8 +214,10 @@ class Page(Family):
             note("Comparing", 0.8)
             start = time.perf_counter()
             found = self.predict(loaded.model, inputs)
-        took = 1000 * (time.perf_counter() - start)
-        told = f"{model}, {len(found)} labels, {took:.0f} ms. The probabilities sum to 1 over your labels."
+            took = 1000 * (time.perf_counter() - start)
+            cut = told_cut(loaded.model, inputs[1])
+        many = f"{len(found)} label{'s' if len(found) > 1 else ''}"
+        told = f"{model}, {many}, {took:.0f} ms. The probabilities sum to 1 over your labels.{cut}"
         return found, look.hint(told)
 
     def _draw_chooser(self) -> tuple[gr.Textbox, gr.Dropdown, gr.HTML]:
@@ -221,7 +240,7 @@ class Page(Family):
     ) -> None:
         word, style, grid = chooser
         shell.on(
-            [word.change, style.input],
+            [word.change, style.change],
             self.find,
             [word, style],
             [grid],
@@ -255,25 +274,23 @@ class Page(Family):
             query = gr.Textbox(QUERY, label="Words", scale=4, min_width=200, elem_id="clip_moe-query")
             style = gr.Dropdown(style_choices(), value=STYLES[0], label="Drawn by", scale=3, min_width=200)
             search = gr.Button("Search", variant="primary", scale=1, min_width=110, elem_id="clip_moe-search")
-        note = gr.HTML(look.hint("Press Search: the first search in a style looks at all 1,641 pictures once."))
-        grid = look.tiles([], label="Nearest emoji", size=64, empty="", elem_id="clip_moe-found")
+        note = gr.HTML(look.hint(SEARCH_HINT))
+        grid = look.tiles([], label="Nearest emoji", elem_id="clip_moe-found")
         table = gr.JSON(visible=False, label="nearest")
 
-        def blank(count: int) -> list[Any]:
-            return [gr.HTML("", items=[]), "", None]
-
-        shell.forget([shell.model.input, style.input], [grid, note, table], message=message, blank=blank)
-        shell.on(
+        found = [grid, note, table]
+        shown = {"message": message, "blank": lambda _: [look.new_tiles([]), look.hint(SEARCH_HINT), None]}
+        ran = shell.on(
             [search.click, query.submit],
             self.search,
             [shell.model, query, style],
-            [grid, note, table],
+            found,
             api_name="clip_moe_search",
             names=["model", "query", "style"],
-            message=message,
-            blank=blank,
             show_progress_on=[note],
+            **shown,
         )
+        shell.forget([shell.model, style], found, runs=[ran], **shown)
         self._wire_pick(shell, "clip_moe_pick_found", grid, picture, labels, message)
 
     def search(self, note: Note, model: str, query: str, style: str) -> tuple[Any, str, list[dict[str, Any]]]:
@@ -285,21 +302,22 @@ class Page(Family):
         check_style(style)
         with self.store.use(model, note) as loaded:
             found = nearest_emoji(loaded, text, style, note)
+            cut = told_cut(loaded.model, [text])
         concepts = [emoji_set().concepts[index] for index, _ in found]
         items = [emoji_tile(index, style, f"{cosine:.2f}") for index, cosine in found]
         rows = [
             {"name": c.name, "cosine": round(cosine, 4), "held_out": c.held_out, "id": c.id}
             for c, (_, cosine) in zip(concepts, found, strict=True)
         ]
-        return gr.HTML("", items=items), look.hint(_told(concepts, text, style)), rows
+        return look.new_tiles(items), look.hint(_told(concepts, text, style) + cut), rows
 
     def find(self, note: Note, word: str, style: str) -> Any:
         """Emoji by name or keyword in one drawing style; the examples without a word."""
         check_style(style)
         if not (word or "").strip():
-            return gr.HTML("", items=example_tiles(), empty="")
+            return look.new_tiles(example_tiles() if style == STYLES[0] else example_emoji(style))
         items = [emoji_tile(index, style) for index in find_emoji(word)]
-        return gr.HTML("", items=items, empty="" if items else f"No emoji is called “{word.strip()[:60]}”.")
+        return look.new_tiles(items, "" if items else f"No emoji is called “{word.strip()[:60]}”.")
 
     def pick(self, note: Note, choice: str, labels: str) -> tuple[Any, str]:
         """A picture by the id of its tile ("example/fox", "twemoji/1F98A"); its name joins the labels."""

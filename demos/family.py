@@ -19,6 +19,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -54,11 +55,15 @@ class Shell:
         store: models in memory.
         model: component whose value is the chosen model's name.
         after_job: functions that each add a follow-up to the event of a heavy job.
+        after_choice: functions that each listen to the choice of a model once its page listens.
+        results: what `forget` was told.
     """
 
     store: ModelStore
     model: gr.components.Component
     after_job: list[Callable[[Any], None]] = field(default_factory=list)
+    after_choice: list[Callable[[], None]] = field(default_factory=list)
+    results: list[_Results] = field(default_factory=list)
 
     def on(
         self,
@@ -107,25 +112,55 @@ class Shell:
         return event
 
     def forget(
-        self, events: Sequence[Any], outputs: Sequence[Any], *, message: gr.HTML, blank: Blank | None = None
+        self,
+        sources: Sequence[Any],
+        outputs: Sequence[Any],
+        *,
+        runs: Sequence[Any],
+        message: gr.HTML,
+        blank: Blank | None = None,
     ) -> None:
-        """Clears results as soon as something that they were made from changes.
+        """Clears results as soon as something that they were made from changes, and drops runs that have not ended.
 
         Args:
-            events: what changes it. A page that is opened sends `change` for what is filled in, but not `input`.
+            sources: components that the results are made from.
             outputs: components.
+            runs: events that make the results.
             message: where the error card of these results is.
-            blank: what the outputs become, None each by default.
+            blank: what the outputs become, None each by default. A page that is opened changes every component once,
+                so this is what it shows at first.
         """
-        gr.on(
-            list(events),
-            lambda: ["", *(blank or clear)(len(outputs))],
-            None,
-            [message, *outputs],
-            api_visibility="private",
-            show_progress="hidden",
-            queue=False,
-        )
+        self.results.append(_Results(list(sources), [message, *outputs], list(runs), blank or clear))
+
+    def wire_changes(self) -> None:
+        """Listens to every source of `forget`, once all are known, so that a change acts on all results at once."""
+        sources = {source._id: source for results in self.results for source in results.sources}
+        for source in sources.values():
+            made = [results for results in self.results if source in results.sources]
+            source.change(None, cancels=[run for results in made for run in results.runs])
+            source.change(
+                partial(_blank, made),
+                None,
+                [output for results in made for output in results.outputs],
+                api_name="forget",
+                api_visibility="private",
+                show_progress="hidden",
+                queue=False,
+            )
+
+
+@dataclass
+class _Results:
+    """Results that go when one of their sources changes."""
+
+    sources: list[Any]
+    outputs: list[Any]
+    runs: list[Any]
+    blank: Blank
+
+
+def _blank(made: Sequence[_Results]) -> list[Any]:
+    return [value for results in made for value in ("", *results.blank(len(results.outputs) - 1))]
 
 
 def clear(count: int) -> list[Any]:
@@ -239,16 +274,9 @@ class Family:
             result = gr.Label(look.NO_RESULT, label="Result")
         inputs = [shell.model, *components]
         names = ["model", *self.parameters]
-        shell.on(
-            run.click,
-            self.run,
-            inputs,
-            [result],
-            api_name=f"{self.name}_predict",
-            names=names,
-            message=message,
-            blank=lambda _: [look.NO_RESULT],
-        )
+        shown = {"message": message, "blank": lambda _: [look.NO_RESULT]}
+        ran = shell.on(run.click, self.run, inputs, [result], api_name=f"{self.name}_predict", names=names, **shown)
+        shell.forget(inputs, [result], runs=[ran], **shown)
         return components
 
     def run(self, note: Note, model: str, *values: Any) -> dict[str, float]:

@@ -45,6 +45,8 @@ def theme() -> gr.Theme:
         block_label_text_color_dark="#e2e8f0",
         input_placeholder_color="#5b6779",
         input_placeholder_color_dark="#94a3b8",
+        checkbox_border_color="#64748b",
+        checkbox_border_color_dark="#94a3b8",
         link_text_color="#1d4ed8",
         link_text_color_dark="#93c5fd",
     )
@@ -60,6 +62,7 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
 :is(button, a, input, textarea, [role=tab], [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
 .message:not(:has(.error-card)) { display: none !important; }
+body:has(.page-head.dense) .for-experts, body:not(:has(.page-head.dense)) .for-dense { display: none !important; }
 .error-card { border: 1px solid #b45309; border-left-width: 5px; border-radius: 8px; padding: 10px 14px;
   background: #fffbeb; color: #451a03; overflow-wrap: anywhere; }
 .error-card strong { color: inherit; }
@@ -77,7 +80,9 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
 .dark .chip { background: #334155; color: #f1f5f9; }
 .dark .chip.good { background: #064e3b; color: #d1fae5; }
 .dark .chip.warn { background: #5b3a06; color: #fef3c7; }
-.hint p { margin: 0; font-size: .875rem !important; color: var(--body-text-color-subdued) !important; }
+.hint p { margin: 0; overflow-wrap: anywhere; font-size: .875rem !important;
+  color: var(--body-text-color-subdued) !important; }
+.html-container.pending .hint { visibility: hidden; }
 .section h2 { font-size: 1.1rem; margin: 2px 0 2px; }
 .section p { margin: 0; color: var(--body-text-color-subdued); }
 .brand { display: flex; align-items: center; justify-content: space-between; font-weight: 700; font-size: 1.15rem; }
@@ -86,13 +91,17 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
 .layout { flex-wrap: nowrap !important; gap: 24px; align-items: flex-start; }
 .side { position: sticky; top: 12px; width: 260px; flex: none !important; }
 .main { min-width: 0 !important; }
-@media (min-width: 900px) { .brand button { display: none; } }
+@media (min-width: 900px) {
+  .brand button { display: none; }
+  .card-text td:nth-child(-n + 2) { white-space: nowrap; }
+}
 @media (max-width: 899.9px) {
   .layout { flex-direction: column; gap: 10px; }
   .side { position: static; width: 100%; padding-bottom: 4px; }
   .main { width: 100%; }
   #models:not(.open) { display: none; }
   .panel-head { flex-direction: column; gap: 8px; }
+  .card-text pre { padding-top: 34px !important; }
 }
 .captioned > label[data-testid=block-label] { position: static !important; border: 0; border-radius: 0; width: 100%;
   background: none; padding: 7px 10px; box-shadow: none; }
@@ -103,6 +112,8 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
 .card-text :is(th, td) { padding: 5px 18px 5px 0 !important; text-align: left; vertical-align: top; font-size: .9rem;
   box-shadow: inset 0 -1px var(--border-color-primary); word-break: normal; overflow-wrap: normal; }
 .card-text h2 { font-size: 1.05rem; margin: 14px 0 4px; }
+.card-text .token.punctuation { color: #475569; }
+.dark .card-text .token.punctuation { color: #cbd5e1; }
 .card-text .token.string { color: #3f6212; }
 .dark .card-text .token.string { color: #bef264; }
 .card-text p, .card-text li { overflow-wrap: anywhere; }
@@ -115,8 +126,10 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
 .picker label input { margin-top: 4px; flex: none; }
 .output-class:only-child { font-size: 1rem !important; font-weight: 400 !important;
   color: var(--body-text-color-subdued) !important; }
+.output-class { overflow: hidden; overflow-wrap: anywhere; display: -webkit-box !important; -webkit-line-clamp: 3;
+  -webkit-box-orient: vertical; text-align: center; padding-bottom: 0 !important; margin-bottom: var(--size-6); }
 .confidence-set .inner-wrap { min-width: 0; }
-.confidence-set .text { overflow-wrap: break-word; max-width: calc(100% - 56px); }
+.confidence-set .text { overflow-wrap: break-word; max-width: calc(100% - 64px); }
 .picker-status { min-height: 60px; font-size: .85rem; color: var(--body-text-color-subdued); }
 """
 
@@ -172,7 +185,7 @@ def head(card: Card) -> str:
     others = {weights.licence for weights in card.weights.values()} - {card.licence}
     facts += [chip(f"weights: licence {licence}", "warn") for licence in sorted(others)]
     return (
-        f'<header class="page-head"><h1>{escape(card.name)}</h1><p>{escape(card.summary)}</p>'
+        f'<header class="page-head{"" if moe else " dense"}"><h1>{escape(card.name)}</h1><p>{escape(card.summary)}</p>'
         f'<div class="chips">{"".join(facts)}</div></header>'
     )
 
@@ -187,15 +200,37 @@ def hint(text: str) -> str:
     return f'<div class="hint"><p>{escape(text)}</p></div>' if text else ""
 
 
-TABLE_TEMPLATE = """<div class="scroll" tabindex="0" role="region" aria-label="${label}">{{#if rows.length}}<table>
-<thead><tr>{{#each header}}<th scope="col">{{this}}</th>{{/each}}</tr></thead>
-<tbody>{{#each rows}}<tr>{{#each this}}<td>{{this}}</td>{{/each}}</tr>{{/each}}</tbody></table>{{/if}}</div>"""
+TEXT_JS = "value => String(value).replace(/[&<>\\x22']/g, sign => '&#' + sign.charCodeAt() + ';')"
+
+
+def template(html: str, **fixed: Any) -> str:
+    """A template for `gr.HTML` in which `${text(...)}` shows a visitor's words as they are.
+
+    Gradio fills a template with Handlebars and runs the outcome as JavaScript: words that came in by Handlebars would
+    be run as code, the value of an expression is not. An update of a component that is not on the page yet drops the
+    properties that it does not name, so what never changes is written into the template.
+
+    Args:
+        html: the template.
+        fixed: what stands for each `@name`.
+    """
+    for name, value in fixed.items():
+        html = html.replace(f"@{name}", str(value))
+    return "${(text => `" + html + "`)(" + TEXT_JS + ")}"
+
+
+TABLE_TEMPLATE = """<div class="scroll" tabindex="0" role="region" aria-label="@label">${rows.length ? `<table>
+<thead><tr>@header</tr></thead>
+<tbody>${rows.map(row => `<tr>${row.map(cell => `<td>${text(cell)}</td>`).join('')}</tr>`).join('')}</tbody>
+</table>` : ''}</div>"""
 TABLE_CSS = """
 .scroll { overflow-x: auto; }
 table, thead, tbody, tr, th, td { border: 0 !important; }
 table { border-collapse: collapse; width: 100%; margin: 0; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px 5px 0; text-align: left; white-space: nowrap;
   box-shadow: inset 0 -1px var(--border-color-primary); }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 8.5em; }
+@media (max-width: 480px) { th, td { padding-right: 6px; } }
 th { font-weight: 500; color: var(--body-text-color-subdued); }
 """
 
@@ -208,9 +243,9 @@ def table(header: list[str], *, label: str, **options: Any) -> gr.HTML:
         label: for screen readers.
         options: of the component.
     """
-    return gr.HTML(
-        "", html_template=TABLE_TEMPLATE, css_template=TABLE_CSS, header=header, rows=[], label=label, **options
-    )
+    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    html = template(TABLE_TEMPLATE, label=escape(label), header=names)
+    return gr.HTML("", html_template=html, css_template=TABLE_CSS, rows=[], **options)
 
 
 def rows(values: list[list[Any]]) -> gr.HTML:
@@ -218,18 +253,18 @@ def rows(values: list[list[Any]]) -> gr.HTML:
     return gr.HTML("", rows=values)
 
 
-GRID_TEMPLATE = """<div class="tiles" role="group" aria-label="${label}">{{#each items}}
-<button type="button" class="tile" data-id="{{id}}" title="{{name}}">
-<img src="{{src}}" alt="" width="64" height="64"><span class="tile-name">{{name}}</span>
-<span class="tile-note">{{note}}</span>{{#if mark}}<span class="tile-mark">{{mark}}</span>{{/if}}</button>{{/each}}
-</div><p class="tiles-empty">{{empty}}</p>"""
+GRID_TEMPLATE = """<div class="tiles" role="group" aria-label="@label">${items.map(item => `
+<button type="button" class="tile" data-id="${text(item.id)}" title="${text(item.name)}">
+<img src="${text(item.src)}" alt="" width="64" height="64"><span class="tile-name">${text(item.name)}</span>
+<span class="tile-note">${text(item.note)}</span>${item.mark ? `<span class="tile-mark">${text(item.mark)}</span>` : ''}
+</button>`).join('')}</div><p class="tiles-empty">${text(empty)}</p>"""
 GRID_CSS = """
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(${width}px, 28%), 1fr)); gap: 8px; }
-.tile { display: flex; flex-direction: column; align-items: center; gap: 1px; padding: 6px 4px; min-width: 0;
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(@widthpx, 28%), 1fr)); gap: 8px; }
+.tile { margin: 0; display: flex; flex-direction: column; align-items: center; gap: 1px; padding: 6px 4px; min-width: 0;
   border: 1px solid var(--border-color-primary); border-radius: 8px; background: var(--background-fill-primary);
   color: var(--body-text-color); cursor: pointer; font: inherit; }
 .tile:hover { border-color: var(--color-accent); }
-.tile img { width: ${picture}px; height: ${picture}px; margin: 0; background: #fff; border-radius: 6px; padding: 3px;
+.tile img { width: @sizepx; height: @sizepx; margin: 0; background: #fff; border-radius: 6px; padding: 3px;
   object-fit: contain; }
 .tile-name { font-size: .78rem; line-height: 1.25; text-align: center; overflow-wrap: anywhere; max-width: 100%;
   display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; }
@@ -238,7 +273,7 @@ GRID_CSS = """
 .tile-note:empty, .tiles-empty:empty { display: none; }
 .tile-mark { font-size: .7rem; line-height: 1.4; padding: 0 6px; border-radius: 999px; background: #fef3c7;
   color: #78350f; }
-.tiles-empty { color: var(--body-text-color-subdued); margin: 6px 0; font-size: .875rem; }
+.tiles-empty { overflow-wrap: anywhere; color: var(--body-text-color-subdued); margin: 6px 0; font-size: .875rem; }
 """
 GRID_JS = """
 element.addEventListener('click', event => {
@@ -248,25 +283,20 @@ element.addEventListener('click', event => {
 """
 
 
-def tiles(items: list[dict[str, str]], *, label: str, empty: str = "", size: int = 64, **options: Any) -> gr.HTML:
+def tiles(items: list[dict[str, str]], *, label: str, size: int = 64, **options: Any) -> gr.HTML:
     """A grid of pictures that are buttons; its value is the id of the one that was pressed, its event `select`.
 
     Args:
         items: each with id, name, src, note and mark.
         label: for screen readers.
-        empty: shown when there are none.
         size: of the pictures in pixels.
         options: of the component.
     """
-    return gr.HTML(
-        "",
-        html_template=GRID_TEMPLATE,
-        css_template=GRID_CSS,
-        js_on_load=GRID_JS,
-        items=items,
-        label=label,
-        empty=empty,
-        picture=size,
-        width=round(1.3 * size + 42),
-        **options,
-    )
+    css = GRID_CSS.replace("@width", str(round(1.3 * size + 42))).replace("@size", str(size))
+    html = template(GRID_TEMPLATE, label=escape(label))
+    return gr.HTML("", html_template=html, css_template=css, js_on_load=GRID_JS, items=items, empty="", **options)
+
+
+def new_tiles(items: list[dict[str, str]], empty: str = "") -> gr.HTML:
+    """New pictures for `tiles`, or what is said when there are none."""
+    return gr.HTML("", items=items, empty=empty)

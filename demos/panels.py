@@ -1,12 +1,10 @@
-"""Panels that every model has: Routing, Ablate and Card. They work with the inputs of the family's Try tab.
+"""Panels that every model has: Routing, with the inputs of the family's Try tab, and Card.
 
 Each panel draws itself into the open tab and wires itself; nothing of a visitor is kept outside `gr.State`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +23,7 @@ KEEP_SECONDS = 3600
 def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) -> None:
     """The Routing tab: who handled which patch and token, layer by layer, and how even the load is.
 
-    Opening the tab runs the model when the inputs changed; the slider only draws again.
+    Opening the tab runs the model when the inputs changed; another layer is only drawn.
     """
     panel = _RoutingPanel(family, shell)
     message = message_area()
@@ -33,7 +31,8 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
     with gr.Row(elem_classes="panel-head"):
         about = gr.HTML(look.hint("The inputs of the Try tab, as the routers saw them."), scale=4, min_width=300)
         again = gr.Button("Run again", size="sm", scale=0, min_width=110)
-    depth = gr.Slider(1, 2, 1, step=1, label="Layer", elem_id=f"{family.name}-depth", buttons=[])
+    depth = gr.Radio([1], value=1, label="Layer", elem_id=f"{family.name}-depth", elem_classes="depths")
+    depth.preprocess = lambda payload: payload  # a request that brings its own layer has seen no choices
     with gr.Row():
         picture = _figure("Patches by first expert", "Picture with tinted patches", f"{family.name}-overlay")
         texts = _figure("Tokens by first expert", "Tokens tinted by expert", f"{family.name}-tokens")
@@ -47,13 +46,14 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
     def blank(count: int, told: str = "") -> list[Any]:
         return [None, look.hint(told), gr.skip(), None, None, None, None, look.rows([])]
 
-    shell.forget([shell.model.change], whole, message=message, blank=lambda n: blank(n, 'Press "Run again".'))
-
     inputs = [state, depth, shell.model, *sources]
     names = ["state", "layer", "model", *family.parameters]
     name = f"{family.name}_routing"
-    shell.on(tab.select, panel.show, inputs, whole, api_name=f"{name}_open", names=names, message=message, blank=blank)
-    shell.on(again.click, panel.run, inputs[1:], whole, api_name=name, names=names[1:], message=message, blank=blank)
+    told = {"message": message, "blank": blank}
+    opened = shell.on(tab.select, panel.show, inputs, whole, api_name=f"{name}_open", names=names, **told)
+    ran = shell.on(again.click, panel.run, inputs[1:], whole, api_name=name, names=names[1:], **told)
+    told["blank"] = lambda count: blank(count, 'Press "Run again".')
+    shell.forget([shell.model, *sources], whole, runs=[opened, ran], **told)
     shell.on(
         depth.input,
         panel.draw,
@@ -109,13 +109,13 @@ class _RoutingPanel:
                 model,
             )
         note("Drawing", 0.8)
-        depth = min(max(int(depth), 1), found.depth)
-        slider = gr.Slider(maximum=max(found.depth, 2), value=depth, interactive=found.depth > 1)
+        depth = min(max(read_layer(depth), 1), found.depth)
+        layers = gr.Radio(depth_names(found), value=depth)
         state = {"key": (model, values), "record": found}
         return (
             state,
             _about(found),
-            slider,
+            layers,
             *self._layer(found, depth),
             heatmap(found),
             look.rows(record.numbers(found)),
@@ -125,13 +125,39 @@ class _RoutingPanel:
         """Another layer of the routing that this session recorded last."""
         if state is None:
             raise BadInput("there is no routing to show", "nothing was run yet", 'press "Run again"')
-        return self._layer(state["record"], int(depth))
+        return self._layer(state["record"], read_layer(depth))
 
     def _layer(self, found: record.RoutingRecord, depth: int) -> tuple[Any, ...]:
         from mmoe.figures import load_bars
 
         bars = load_bars(record.loads(found, depth), title="Load per expert")
         return record.overlay(found, depth), record.token_lines(found, depth), bars
+
+
+def read_layer(depth: Any) -> int:
+    """Number of a layer.
+
+    Raises:
+        BadInput: it is no whole number.
+    """
+    try:
+        return int(depth)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"no layer {depth!r}", "layers are counted from 1", "layer=1") from error
+
+
+def depth_names(found: record.RoutingRecord) -> list[tuple[str, int]]:
+    """Depths to choose among; one that a modality does not have says which of its layers stands in.
+
+    >>> from types import SimpleNamespace
+    >>> depth_names(SimpleNamespace(depth=2, depths={"image": 2, "text": 1}))
+    [('1', 1), ('2 (text 1)', 2)]
+    """
+    choices = []
+    for depth in range(1, found.depth + 1):
+        last = [f"{kind} {most}" for kind, most in found.depths.items() if most < depth]
+        choices.append((f"{depth} ({', '.join(last)})" if last else str(depth), depth))
+    return choices
 
 
 def heatmap(found: record.RoutingRecord) -> Any:
@@ -151,196 +177,6 @@ def _about(found: record.RoutingRecord) -> str:
         f"busiest expert has {uneven['max_over_mean']:.1f} times its even share. Experts this input did not use: "
         f"{f'{unused} of {slots}' if unused else 'none'}."
     )
-
-
-SWITCH_TEMPLATE = """<p class="caption">${caption}</p><div class="switches"><table>
-<thead><tr><th scope="row">expert</th>
-${Array.from({length: experts}, (_, e) => `<th scope="col">${e}</th>`).join('')}</tr></thead>
-<tbody>${rows.length > 1 ? `<tr class="all"><th scope="row">all layers</th>
-${Array.from({length: experts}, (_, e) => `<td><input type="checkbox" data-all="${e}"
- aria-label="expert ${e} off in all layers" ${e === start ? 'checked' : ''}></td>`).join('')}</tr>` : ''}
-${rows.map(row => `<tr><th scope="row">${row.name}</th>
-${Array.from({length: experts}, (_, e) => e < row.experts ? `<td><input type="checkbox" data-layer="${row.layer}"
- data-expert="${e}" aria-label="expert ${e} off in ${row.name}" ${e === start ? 'checked' : ''}></td>` : '<td></td>')
- .join('')}</tr>`).join('')}</tbody></table></div>"""
-SWITCH_CSS = """
-.switches { overflow: auto; max-height: 420px; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; margin: 0; }
-table, thead, tbody, tr, th, td { border: 0 !important; }
-.caption { margin: 0 0 6px; font-size: .875rem; color: var(--body-text-color-subdued); }
-th, td { padding: 4px 6px; text-align: center; vertical-align: middle;
-  box-shadow: inset 0 -1px var(--border-color-primary); }
-th { font-weight: 500; white-space: nowrap; }
-th[scope=row] { text-align: left; padding-left: 0; }
-tr.all th { font-weight: 650; }
-input { width: 19px; height: 19px; accent-color: var(--color-accent); cursor: pointer; margin: 2px; }
-"""
-SWITCH_JS = """
-const boxes = query => [...element.querySelectorAll(query)];
-element.addEventListener('change', event => {
-  const box = event.target;
-  if (box.dataset.all !== undefined)
-    boxes(`input[data-layer][data-expert="${box.dataset.all}"]`).forEach(one => { one.checked = box.checked; });
-  boxes('input[data-all]').forEach(one => {
-    const column = boxes(`input[data-layer][data-expert="${one.dataset.all}"]`);
-    one.checked = column.every(other => other.checked);
-    one.indeterminate = !one.checked && column.some(other => other.checked);
-  });
-  const off = {};
-  boxes('input[data-layer]:checked').forEach(one => (off[one.dataset.layer] ??= []).push(+one.dataset.expert));
-  props.value = JSON.stringify(off);
-});
-"""
-
-
-def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) -> None:
-    """The Ablate tab: tick experts off, run again, compare."""
-    panel = _AblatePanel(family, shell)
-    message = message_area()
-    shown = gr.State("", time_to_live=KEEP_SECONDS)
-    with gr.Row():
-        with gr.Column(scale=4, min_width=270):
-            switches = _switches(f"{family.name}-switches")
-            run = gr.Button("Run without them", variant="primary", elem_id=f"{family.name}-ablate")
-        with gr.Column(scale=6, min_width=270):
-            verdict = gr.HTML(look.hint("Here come the results: all experts on, the ticked ones off, and the change."))
-            with gr.Row():
-                before = gr.Label(look.NO_RESULT, label="All experts on", num_top_classes=5, min_width=140)
-                after = gr.Label(
-                    look.NO_RESULT,
-                    label="Ticked ones off",
-                    num_top_classes=5,
-                    min_width=140,
-                    elem_id=f"{family.name}-after",
-                )
-            table = look.table(
-                ["label", "before, %", "after, %", "change"],
-                label="Change of every label",
-                elem_id=f"{family.name}-difference",
-            )
-    name = f"{family.name}_ablate"
-    results = [verdict, before, after, table]
-
-    def blank(count: int) -> list[Any]:
-        return ["", look.NO_RESULT, look.NO_RESULT, look.rows([])]
-
-    shell.forget([one.change for one in (shell.model, *sources)], results, message=message, blank=blank)
-    shell.on(
-        tab.select,
-        panel.layers,
-        [shown, shell.model],
-        [switches, shown],
-        api_name=f"{family.name}_layers",
-        names=["shown", "model"],
-        message=message,
-        blank=lambda _: [gr.HTML("{}", rows=[], experts=0), ""],
-    )
-    shell.on(
-        run.click,
-        panel.run,
-        [switches, shell.model, *sources],
-        results,
-        api_name=name,
-        names=["switched_off", "model", *family.parameters],
-        message=message,
-        blank=blank,
-    )
-
-
-def _switches(elem_id: str) -> gr.HTML:
-    """A table of boxes, a row per layer and a column per expert; its value is JSON from layers to ticked experts."""
-    return gr.HTML(
-        "{}",
-        html_template=SWITCH_TEMPLATE,
-        css_template=SWITCH_CSS,
-        js_on_load=SWITCH_JS,
-        rows=[],
-        experts=0,
-        start=0,
-        caption="Ticked experts are off; the router chooses among the others.",
-        label="Experts to switch off",
-        elem_id=elem_id,
-        container=True,
-        padding=True,
-    )
-
-
-@dataclass
-class _AblatePanel:
-    """Work of the Ablate tab."""
-
-    family: Family
-    shell: Shell
-
-    def layers(self, note: Note, shown: str, model: str) -> tuple[Any, ...]:
-        """Layers of a model and the number of experts in each, as rows for the switches; expert 0 is ticked."""
-        if shown == model:
-            return gr.skip(), gr.skip()
-        with self.shell.store.use(model, note) as loaded:
-            sizes = record.experts_of(loaded.model, model)
-            names = record.layer_names(list(sizes), self.family.views(loaded.model))
-        rows = [{"layer": layer, "name": names[layer], "experts": size} for layer, size in sizes.items()]
-        off = {layer: [0] for layer, size in sizes.items() if size > 1}
-        return gr.HTML(json.dumps(off), rows=rows, experts=max(sizes.values())), model
-
-    def run(self, note: Note, switched_off: str, model: str, *values: Any) -> tuple[Any, ...]:
-        """Runs a model twice, with all experts and without some.
-
-        `switched_off` is JSON from layer names or patterns to experts, such as {"clip.visual.*": [0, 2]}.
-        """
-        import mmoe
-
-        inputs = self.family.read(*values)
-        with self.shell.store.use(model, note) as loaded:
-            record.experts_of(loaded.model, model)
-            off = read_switches(switched_off)
-            note("Running with all experts", 0.5)
-            before = self.family.predict(loaded.model, inputs)
-            note("Running without some", 0.8)
-            with mmoe.override(loaded.model, {layer: mmoe.switch_off(experts) for layer, experts in off.items()}):
-                after = self.family.predict(loaded.model, inputs)
-        return look.hint(_verdict(before, after, off)), before, after, look.rows(_differences(before, after))
-
-
-def read_switches(text: str | None) -> dict[str, list[int]]:
-    """JSON from layers to experts -> mapping; layers without experts are left out.
-
-    Raises:
-        BadInput: it is no such mapping, or nothing is switched off.
-
-    >>> read_switches('{"clip.visual.*": [2, 0], "clip.transformer.*": []}')
-    {'clip.visual.*': [0, 2]}
-    """
-    try:
-        given = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise BadInput("cannot read which experts to switch off", f"it is not JSON: {error}", '{"*": [0]}') from error
-    good = isinstance(given, Mapping) and all(
-        isinstance(experts, list) and all(type(expert) is int for expert in experts) for experts in given.values()
-    )
-    if not good:
-        raise BadInput("cannot read which experts to switch off", "it maps layers to lists of experts", '{"*": [0]}')
-    off = {layer: sorted(set(experts)) for layer, experts in given.items() if experts}
-    if not off:
-        raise BadInput("all experts are on", "no box is ticked", "tick expert 0 in all layers, then run again")
-    return off
-
-
-def _verdict(before: Mapping[str, float], after: Mapping[str, float], off: Mapping[str, list[int]]) -> str:
-    count = sum(map(len, off.values()))
-    first, then = max(before, key=before.__getitem__), max(after, key=after.__getitem__)
-    what = f"{count} expert{'s' if count > 1 else ''} switched off in {len(off)} layer{'s' if len(off) > 1 else ''}: "
-    was, now = (f"{100 * before[name]:.1f} % before and {100 * after[name]:.1f} % after" for name in (first, then))
-    if first == then:
-        return f"{what}the first answer stays “{first}”, {was}."
-    return f"{what}the first answer changes from “{first}” ({was}) to “{then}” ({now})."
-
-
-def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[Any]]:
-    """Rows of name, before, after and change, the largest change first."""
-    names = sorted(before, key=lambda name: -abs(after[name] - before[name]))
-    changes = [(name, 100 * before[name], 100 * after[name]) for name in names]
-    return [[name, f"{was:.2f}", f"{now:.2f}", f"{round(now - was, 2) or 0.0:+.2f}"] for name, was, now in changes]
 
 
 def card_text(card: Card) -> str:

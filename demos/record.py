@@ -43,9 +43,14 @@ class RoutingRecord:
     picture: Image.Image | None
 
     @property
+    def depths(self) -> dict[str, int]:
+        """Number of layers by modality."""
+        return {view.modality: len(self.layers(view)) for view in self.views}
+
+    @property
     def depth(self) -> int:
         """Layers of the deepest view."""
-        return max((len(self.layers(view)) for view in self.views), default=1)
+        return max(self.depths.values(), default=1)
 
     def layers(self, view: TokenView) -> list[str]:
         """Names of a view's layers in the order in which they ran."""
@@ -166,8 +171,9 @@ def token_lines(record: RoutingRecord, depth: int, width: int = 480) -> Image.Im
 
 
 def loads(record: RoutingRecord, depth: int) -> dict[str, Any]:
-    """Share of each expert by modality at one depth, {"image": (E,), ...}."""
-    return {view.modality: record.trace.select(record.layer(view, depth))[0].load() for view in record.views}
+    """Share of each expert by layer at one depth, {"image 1": (E,), ...}."""
+    layers = [record.layer(view, depth) for view in record.views]
+    return {record.names[layer]: record.trace.select(layer)[0].load() for layer in layers}
 
 
 def numbers(record: RoutingRecord) -> list[list[Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import zoo
-from mmoe.errors import Refused
+from mmoe.errors import BadInput, Refused
 
 if TYPE_CHECKING:
     from zoo.model import Model
@@ -68,8 +68,11 @@ class ModelStore:
             fetch: weights that are not bundled may be fetched.
 
         Raises:
-            Refused: the weights are not here and may not be fetched. MmoeError: loading failed.
+            BadInput: there is no name. Refused: the weights are not here and may not be fetched. MmoeError: loading
+                failed.
         """
+        if not name:
+            raise BadInput("there is no model", "none is chosen in the list of models", "clip_moe_tiny")
         with self._lock:
             if name not in self._loaded:
                 self._load(name, note, fetch)

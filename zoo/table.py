@@ -36,12 +36,12 @@ def _width(text: str) -> int:
 def metric_tables(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Metrics of a card that share their data, as a heading and a table each.
 
-    A number with a partner named "... sd" is shown with it; shares are shown in percent. A heading names the command
-    where it is another one than before.
+    A number with a partner named "... sd" is shown with it; shares are shown in percent. A heading says where the
+    numbers are from and how they are shown, where that is not as before.
 
     >>> row = {"data": "d", "model": "a", "total": 3000, "active": 2000, "R@1": 0.5, "R@1 sd": 0.01}
     >>> print(*metric_tables([{**row, "provenance": "ours", "command": "c"}])[0], sep="\\n")
-    d; ours: c
+    d; ours, in %, mean ± standard deviation: c
     model  active / total  R@1
     a      2.00k / 3.00k   50.0±1.0
     """
@@ -55,18 +55,29 @@ def metric_tables(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]
         sizes = ["active / total"] if "total" in rows[0] else []
         cells = [[str(row.get("model", "")), *(_value(row, key) for key in [*sizes, *keys])] for row in rows]
         seeds = f", seeds {', '.join(map(str, rows[0]['seeds']))}" if rows[0].get("seeds") else ""
-        source = f"{provenance}{seeds}" + (f": {command}" if command else "")
+        source = f"{provenance}{seeds}{_units(rows, keys)}" + (f": {command}" if command else "")
         heading = data if source == said else f"{data}; {source}"
         tables.append((heading, columns(["model", *sizes, *keys], cells)))
         said = source
     return tables
 
 
+def _units(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
+    """How the numbers of a table are shown."""
+    shares = any(_is_share(row.get(key)) for row in rows for key in keys)
+    spread = any(f"{key} sd" in row for row in rows for key in keys)
+    return (", in %" if shares else "") + (", mean ± standard deviation" if spread else "")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, float) and 0 <= value <= 1
+
+
 def _value(row: Mapping[str, Any], key: str) -> str:
     if key == "active / total":
         return f"{short(row['active'])} / {short(row['total'])}"
     value, spread = row.get(key), row.get(f"{key} sd")
-    if not isinstance(value, float) or not 0 <= value <= 1:
+    if not _is_share(value):
         return str(value)
     return f"{100 * value:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
 
@@ -77,8 +88,8 @@ def routing_table(routing: Mapping[str, Any]) -> tuple[str, str]:
     >>> layer = {"layer": "block.0", "max_over_mean": 1.2, "dead": [], "entropy": 0.9, "load": [0.4, 0.6]}
     >>> print(*routing_table({"data": "d", "command": "c", "layers": [layer]}), sep="\\n")
     use of the experts on d: c
-    layer    max/mean load  dead  entropy  share of each expert in %
-    block.0           1.20  none     0.90  40.0  60.0
+    layer    max/mean load  unused  entropy, nats  share of each expert in %
+    block.0           1.20  none             0.90  40.0  60.0
     """
     rows = [
         [
@@ -86,14 +97,14 @@ def routing_table(routing: Mapping[str, Any]) -> tuple[str, str]:
             f"{row['max_over_mean']:.2f}",
             ", ".join(map(str, row["dead"])) or "none",
             f"{row['entropy']:.2f}",
-            "  ".join(f"{100 * share:.1f}" for share in row["load"]),
+            "  ".join(f"{100 * share:4.1f}" for share in row["load"]),
         ]
         for row in routing.get("layers", ())
     ]
     heading = (
         f"use of the experts on {routing.get('data', 'unknown data')}: {routing.get('command', 'unknown command')}"
     )
-    header = ["layer", "max/mean load", "dead", "entropy", "share of each expert in %"]
+    header = ["layer", "max/mean load", "unused", "entropy, nats", "share of each expert in %"]
     return heading, columns(header, rows, right={1, 3})
 
 

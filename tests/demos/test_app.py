@@ -24,7 +24,7 @@ from PIL import Image
 import mmoe
 import zoo
 from demos import app as gallery
-from demos import clip_moe, panels
+from demos import clip_moe, look, panels, record
 from demos.cli import free_port
 from demos.family import Family, read_texts
 from demos.store import ModelStore
@@ -122,7 +122,7 @@ def test_one_heavy_job_at_a_time(server: SimpleNamespace) -> None:
         "clip_moe_pick_found",
         "clip_moe_routing_layer",
     }
-    assert heavy == ENDPOINTS - light
+    assert heavy == ENDPOINTS - light | {"clip_moe_ablate_follow"}
     assert all(fn.concurrency_limit == 1 for fn in server.app.fns.values() if fn.concurrency_id == "heavy")
 
 
@@ -131,6 +131,16 @@ def test_predict_equals_the_python_api(client: Client, model: Any) -> None:
     assert error == ""
     assert probabilities(label) == pytest.approx(expected(model), abs=1e-6)
     assert MODEL in note and "3 labels" in note
+
+
+def test_labels_that_the_model_cuts_are_named(client: Client, model: Any) -> None:
+    long = "a fox " * model.config.context_length
+    fits = "fox " * (model.config.context_length - 2)
+    note = client.predict(MODEL, handle_file(FOX), f"{long}, {fits}", api_name="/clip_moe_predict")[2]
+    assert "2 labels" in note and note.count("“") == 1
+    assert "Only the first 30 tokens were read of “a fox a fox" in note
+    assert "1 label, " in client.predict(MODEL, handle_file(FOX), "fox", api_name="/clip_moe_predict")[2]
+    assert "tokens were read" in client.predict(MODEL, long, "twemoji", api_name="/clip_moe_search")[2]
 
 
 def test_search_equals_the_python_api(client: Client, model: Any) -> None:
@@ -169,11 +179,11 @@ def test_pictures_of_emoji_are_encoded_once(server: SimpleNamespace, monkeypatch
 def test_routing_equals_the_trace(client: Client, model: Any) -> None:
     with mmoe.trace(model) as routing:
         model.predict(FOX, LABELS)
-    error, about, slider, picture, texts, bars, heatmap, table = client.predict(
+    error, about, layers, picture, texts, bars, heatmap, table = client.predict(
         1, MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_routing"
     )
     assert error == "" and "2 of 4 experts" in about
-    assert slider["maximum"] == max(model.config.vision_layers, model.config.text_layers) and slider["value"] == 1
+    assert layers["choices"] == [["1", 1], ["2", 2], ["3", 3], ["4 (text 3)", 4]] and layers["value"] == 1
     assert Image.open(picture).width >= 480 and Image.open(texts).width >= 400
     assert bars["type"] == heatmap["type"] == "matplotlib"
     found = rows(table)
@@ -191,6 +201,25 @@ def test_layers_are_drawn_again_without_a_run(client: Client, monkeypatch: pytes
     error, picture, _, _ = client.predict(2, api_name="/clip_moe_routing_layer")
     assert error == ""
     assert Image.open(picture).tobytes() != Image.open(whole[3]).tobytes()
+
+
+def test_a_layer_that_is_not_there_is_the_last_one(client: Client) -> None:
+    error, _, layers, *_ = client.predict(99, MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_routing")
+    assert error == "" and layers["value"] == 4
+    with pytest.raises(AppError):  # gradio checks the choices it was told
+        client.predict(5, api_name="/clip_moe_routing_layer")
+
+
+def test_layers_are_numbers() -> None:
+    with pytest.raises(BadInput, match="layers are counted from 1"):
+        panels.read_layer("x")
+
+
+def test_what_is_shown_is_named_after_its_layer(model: Any) -> None:
+    batch = model.preprocess(FOX, LABELS)
+    found = record.record_routing(model, lambda: model.predict(FOX, LABELS), batch, None, MODEL)[1]
+    assert list(record.loads(found, 1)) == ["image 1", "text 1"]
+    assert list(record.loads(found, 4)) == ["image 4", "text 3"]
 
 
 def test_opening_the_tab_again_does_nothing(server: SimpleNamespace) -> None:
@@ -212,7 +241,7 @@ def test_ablation_equals_the_python_api(client: Client, model: Any) -> None:
     error, verdict, before, after, table = client.predict(
         json.dumps(off), MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_ablate"
     )
-    assert error == "" and "3 experts switched off in 2 layers" in verdict
+    assert error == "" and "9 experts switched off in 5 layers" in verdict
     assert probabilities(before) == pytest.approx(expected(model), abs=1e-6)
     assert probabilities(after) == pytest.approx(without, abs=1e-6)
     found = {row[0]: [float(value) for value in row[1:]] for row in rows(table)}
@@ -222,6 +251,8 @@ def test_ablation_equals_the_python_api(client: Client, model: Any) -> None:
         assert found[label] == pytest.approx(want, abs=0.006)
     error, label, _ = client.predict(MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_predict")
     assert probabilities(label) == pytest.approx(whole, abs=1e-6)  # nothing stays switched off
+    verdict = client.predict('{"*": [0]}', MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_ablate")[1]
+    assert "7 experts switched off in 7 layers" in verdict and "\u00a0% before" in verdict
 
 
 def test_layers_for_the_switches(client: Client, model: Any) -> None:
@@ -271,6 +302,9 @@ def test_find_and_pick(client: Client, model: Any) -> None:
     assert probabilities(label) == pytest.approx(want, abs=1e-6)
     examples = client.predict("", "twemoji", api_name="/clip_moe_find")[1]["props"]["items"]
     assert [tile["id"] for tile in examples] == [f"example/{name}" for name in clip_moe.examples()]
+    drawn = client.predict("", "noto", api_name="/clip_moe_find")[1]["props"]["items"]
+    assert [tile["name"] for tile in drawn] == list(clip_moe.examples())
+    assert all(tile["id"].startswith("noto/") for tile in drawn)
     assert client.predict("example/guitar", "guitar", api_name="/clip_moe_pick_found")[2] == "guitar"
     nothing = client.predict("zzzz<i>", "twemoji", api_name="/clip_moe_find")[1]["props"]
     assert nothing["items"] == [] and "zzzz<i>" in nothing["empty"]  # the page's template escapes it
@@ -307,12 +341,14 @@ def make_text(folder: Path) -> Path:
         (("{}", MODEL, "fox", TEXT), "clip_moe_ablate", "All experts are on"),
         (('{"*": ["a"]}', MODEL, "fox", TEXT), "clip_moe_ablate", "maps layers to lists of experts"),
         (('{"*": [0, 1, 2, 3]}', MODEL, "fox", TEXT), "clip_moe_ablate", "at least one must stay"),
+        (('{"*": [0, 1, 2, 3]}', MODEL, "fox", TEXT), "clip_moe_ablate", "All 4 experts of image 1 are off"),
+        ((None, "fox", TEXT), "clip_moe_predict", "none is chosen in the list of models"),
         (('{"*": [7]}', MODEL, "fox", TEXT), "clip_moe_ablate", "experts 0 to 3"),
         (('{"clip.vision.*": [0]}', MODEL, "fox", TEXT), "clip_moe_ablate", "No MoE layer named"),
         (("clip_moe_vit_l14", "fox", TEXT), "clip_moe_predict", "its weights are not bundled"),
     ],
 )
-def test_mistakes_become_cards(client: Client, arguments: tuple[str, ...], endpoint: str, reason: str) -> None:
+def test_mistakes_become_cards(client: Client, arguments: tuple[str | None, ...], endpoint: str, reason: str) -> None:
     given = [handle_file(FOX) if one == "fox" else one for one in arguments]
     result = client.predict(*given, api_name=f"/{endpoint}")
     assert reason in result[0] and 'class="error-card"' in result[0]
@@ -501,6 +537,24 @@ def test_cards_are_complete() -> None:
             assert metric["provenance"] in text and metric["command"] in text
 
 
+def test_numbers_say_what_they_are() -> None:
+    text = panels.card_text(zoo.card("clip_tiny"))
+    assert "in %, mean ± standard deviation" in text and "T2I is text to image" in text
+    routing = panels.card_text(zoo.card(MODEL)).split("## Measured routing")[1]
+    assert "unused  entropy, nats" in routing and "\u0020 9.0  41.1" in routing
+
+
+@pytest.mark.parametrize(("kind", "ground"), [("", "#ffffff"), ("_dark", "#1e293b")])
+def test_boxes_that_are_not_ticked_can_be_seen(kind: str, ground: str) -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) + 0.05
+
+    ratio = luminance(getattr(look.theme(), f"checkbox_border_color{kind}")) / luminance(ground)
+    assert max(ratio, 1 / ratio) >= 3
+
+
 def test_metrics_are_shown_with_their_provenance() -> None:
     metric = {
         "data": "emoji",
@@ -513,5 +567,5 @@ def test_metrics_are_shown_with_their_provenance() -> None:
     layer = {"layer": "text.0", "max_over_mean": 1.2, "dead": [], "entropy": 0.5, "load": [0.4, 0.6]}
     routing = {"data": "emoji", "command": "python -m y", "layers": [layer]}
     text = panels.card_text(replace(zoo.card(MODEL), metrics=(metric,), routing=routing))
-    assert "emoji; ours: python -m x" in text and "50.0±1.0" in text
+    assert "emoji; ours, in %, mean ± standard deviation: python -m x" in text and "50.0±1.0" in text
     assert "Use of the experts on emoji: python -m y" in text and "40.0  60.0" in text

@@ -154,6 +154,8 @@ def test_a_visit(server: str, browser: Any, shots: Path) -> None:
     visit = Visit(browser, server, 1280, shots)
     page = visit.page
     visit.shot("0_start")
+    heights = page.locator("#clip_moe-chooser .tile").evaluate_all("all => all.slice(-2).map(e => e.offsetHeight)")
+    assert len(set(heights)) == 1, "tiles of a row are as tall as each other"
     labels = list(clip_moe.examples())
     model = zoo.load(MODEL)
     picture = next(iter(clip_moe.examples().values()))
@@ -175,7 +177,7 @@ def test_a_visit(server: str, browser: Any, shots: Path) -> None:
     assert page.locator("#clip_moe-numbers tbody tr").count() == len(moe_layers(model))
     first = page.locator("#clip_moe-overlay img").get_attribute("src")
     visit.shot("3_routing")
-    page.locator("#clip_moe-depth input[type=range]").press("ArrowRight")
+    page.locator("#clip_moe-depth input").nth(1).check()
     page.wait_for_function(
         "old => document.querySelector('#clip_moe-overlay img')?.getAttribute('src') !== old", arg=first
     )
@@ -247,7 +249,27 @@ def test_on_a_phone(server: str, browser: Any, shots: Path) -> None:
     visit.shares("#clip_moe-after")
     visit.shot("4_ablated")
     visit.tab("Card")
+    above = page.locator(".card-text pre").first.evaluate("e => parseFloat(getComputedStyle(e).paddingTop)")
+    assert above > page.locator(".card-text .copy_code_button").first.bounding_box()["height"]
     visit.shot("5_card")
+    visit.close()
+
+
+def test_words_of_a_visitor_are_only_words(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    words = "${document.title = 'run'}", "${", "\\u0041", "`x`", "{{rows}}", "<i>&amp;"
+    page.locator("#clip_moe-word textarea").fill(" ".join(words))
+    page.locator("#clip_moe-chooser .tiles-empty", has_text=" ".join(words)).wait_for()
+    page.locator("#clip_moe-labels textarea").fill("\n".join(words))
+    visit.tab("Ablate")
+    page.wait_for_selector("#clip_moe-switches input")
+    page.click("#clip_moe-ablate")
+    page.wait_for_selector("#clip_moe-difference tbody tr")
+    found = page.locator("#clip_moe-difference tbody td:first-child").all_inner_texts()
+    assert sorted(found) == sorted(words) and page.title() == "mmoe gallery"
+    header = page.locator("#clip_moe-difference th").all_inner_texts()
+    assert header == ["label", "before, %", "after, %", "change"], "the first update of a table keeps its header"
     visit.close()
 
 
@@ -265,17 +287,90 @@ def test_results_do_not_outlive_what_they_were_made_from(server: str, browser: A
     page.locator("#picker input").nth(2).check()
     page.get_by_role("heading", name="clip_tiny").wait_for()
     page.wait_for_selector("#clip_moe-overlay img", state="detached")
-    page.get_by_text('Press "Run again".').wait_for()
+    page.get_by_text("no layer has experts").locator("visible=true").wait_for()
     visit.shot("7_other_model")
+    page.locator("#picker input").nth(0).check()
+    page.get_by_text('Press "Run again".').wait_for()
     visit.tab("Try")
     page.locator("#clip_moe-result", has_text="no result yet").wait_for()
+    visit.close()
+
+
+def test_every_way_to_change_an_input_clears_results(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    labels = page.locator("#clip_moe-labels textarea")
+    blank = page.locator("#clip_moe-result", has_text="no result yet")
+    page.click("#clip_moe-search")
+    page.wait_for_selector("#clip_moe-found .tile")
+    page.get_by_label("Drawn by").nth(1).focus()
+    page.keyboard.press("Tab")
+    changes = (
+        lambda: labels.press("Backspace"),
+        lambda: labels.evaluate("e => { e.focus(); e.select(); document.execCommand('insertText', false, 'a, b'); }"),
+        page.locator("#clip_moe-found .tile").nth(2).click,
+    )
+    for change in changes:
+        page.click("#clip_moe-run")
+        visit.shares("#clip_moe-result")
+        change()
+        blank.wait_for()
+    assert page.locator("#clip_moe-found .tile").count() == 12, "leaving a menu changes nothing"
+    visit.tab("Ablate")
+    page.wait_for_selector("#clip_moe-switches input")
+    page.click("#clip_moe-ablate")
+    visit.shares("#clip_moe-after")
+    page.locator("#clip_moe-switches input[data-all='3']").check()
+    page.locator("#clip_moe-after", has_text="no result yet").wait_for()
+    visit.close()
+
+
+def test_a_run_that_has_not_ended_is_dropped_with_its_inputs(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    seen = """() => new MutationObserver(() => {
+      window.stale ||= document.querySelector('#clip_moe-result').innerText.includes('dog face');
+    }).observe(document.querySelector('#clip_moe-result'), {subtree: true, childList: true, characterData: true})"""
+    page.evaluate(seen)
+    page.click("#unload")
+    with page.expect_response(lambda answer: "dog face" in (answer.request.post_data or "")):
+        page.click("#clip_moe-run")
+    page.locator("#clip_moe-labels textarea").fill("a zebra")
+    page.locator("#clip_moe-result", has_text="no result yet").wait_for()
+    page.click("#clip_moe-run")  # waits for the run before
+    assert visit.shares("#clip_moe-result") == {"a zebra": 100}
+    assert not page.evaluate("window.stale")
+    other = Visit(browser, server, 1280, shots)
+    other.page.locator("#status", has_text=MODEL).wait_for()
+    other.close()
+    visit.close()
+
+
+def test_the_ablate_tab_follows_the_model(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    boxes = page.locator("#clip_moe-switches input")
+    for other in (1, 0):  # before the tab was ever open
+        page.locator("#picker input").nth(other).check()
+        page.get_by_role("heading", name=("clip_moe_tiny", "clip_moe_vit_l14")[other]).wait_for()
+    visit.tab("Ablate")
+    boxes.first.wait_for()
+    page.locator("#picker input").nth(2).check()
+    page.get_by_text("no layer has experts").locator("visible=true").wait_for()
+    assert not page.locator("#clip_moe-ablate").is_visible()
+    visit.shot("9_dense")
+    page.locator("#picker input").nth(1).check()
+    page.get_by_role("alert").get_by_text("not bundled").wait_for()
+    assert boxes.count() == 0
+    page.locator("#picker input").nth(0).check()
+    boxes.first.wait_for()
     visit.close()
 
 
 def test_labels_break_between_words_first(server: str, browser: Any, shots: Path) -> None:
     visit = Visit(browser, server, 390, shots)
     page = visit.page
-    page.locator("#clip_moe-labels textarea").fill(f"airplane, spouting whale, {'x' * 200}")
+    page.locator("#clip_moe-labels textarea").fill(f"airplane, spouting whale, counterclockwise, {'x' * 200}")
     visit.tab("Ablate")
     page.wait_for_selector("#clip_moe-switches input")
     page.click("#clip_moe-ablate")
@@ -289,4 +384,8 @@ def test_labels_break_between_words_first(server: str, browser: Any, shots: Path
     for share in page.locator("#clip_moe-after .confidence-set .confidence").all():
         box = share.bounding_box()
         assert box["x"] + box["width"] <= panel["x"] + panel["width"], "every percentage is inside the panel"
+    change = page.locator("#clip_moe-difference th").last.bounding_box()
+    assert change["x"] + change["width"] <= 390, "the change is in view"
+    for cut in ("#clip_moe-after .output-class", "#clip_moe-difference .scroll"):
+        assert page.locator(cut).evaluate("e => e.scrollWidth <= e.clientWidth")
     visit.close()

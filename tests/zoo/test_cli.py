@@ -193,8 +193,8 @@ def test_info_of_metrics_routing_and_lineage(run: Any, tmp_path: Path) -> None:
     data |= {"lineage": {"verb": "upcycle"}, "notes": ["Be careful."]}
     (tmp_path / "card.json").write_text(json.dumps(data))
     text = " ".join(run("info", tmp_path).out.split())
-    assert "emoji test; ours: mmoe x model metric value top-1 91.0" in text
-    assert "use of the experts on emoji: mmoe y layer max/mean load dead entropy share" in text
+    assert "emoji test; ours, in %: mmoe x model metric value top-1 91.0" in text
+    assert "use of the experts on emoji: mmoe y layer max/mean load unused entropy, nats share" in text
     assert "text.0 1.30 2 0.50 25.0 75.0" in text
     assert "made by verb upcycle" in text and "note Be careful." in text
     assert f"load it model = zoo.load('{tmp_path}')" in text
