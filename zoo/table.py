@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
@@ -69,7 +69,7 @@ def _units(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     return (", in %" if shares else "") + (", mean ± standard deviation" if spread else "")
 
 
-def _is_share(value: Any) -> bool:
+def _is_share(value: Any) -> TypeGuard[float]:
     return isinstance(value, float) and 0 <= value <= 1
 
 
