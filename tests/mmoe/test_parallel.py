@@ -141,6 +141,25 @@ def test_a_training_run_is_that_of_one_process(world: int, sizes: list[int], tmp
     check(run(world, train, tmp_path, sizes))
 
 
+def copies(rank: int, world: int) -> str:
+    """Data parallel training by `DistributedDataParallel`, which needs a gradient of every parameter."""
+    reference, model = Net(), nn.parallel.DistributedDataParallel(Net())
+    for step in (0, 3):  # in step 3 the first process has no rows
+        data = batch(step, world)
+        model.zero_grad()
+        reference.zero_grad()
+        mean_loss(model(data[rank][0]), data[rank][1]).backward()
+        torch.stack([mean_loss(reference(x), target) for x, target in data]).mean().backward()
+        for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert ours.grad is not None and theirs.grad is not None
+            close(ours.grad, theirs.grad, f"gradient of {name}")
+    return "done"
+
+
+def test_data_parallel_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+    check(run(2, copies, tmp_path))
+
+
 def balance(rank: int, world: int) -> str:
     torch.manual_seed(0)
     alone = mmoe.build_moe(D, F, E, K, bias_rate=0.1)
