@@ -32,6 +32,14 @@ def emoji():
     return load_emoji()
 
 
+@pytest.fixture
+def interruptible():
+    """A shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def tiny(**options):
     torch.manual_seed(0)
     sizes = {"vision_width": 32, "vision_layers": 2, "text_width": 32, "text_layers": 2, "embed_dim": 16}
@@ -147,7 +155,7 @@ def run_until(model, folder, config, interrupted_in: int | None) -> torch.nn.Mod
     return model
 
 
-def test_interrupted_run_ends_with_the_same_bits(tmp_path):
+def test_interrupted_run_ends_with_the_same_bits(tmp_path, interruptible):
     config = StageConfig(steps=8, batch_size=16, lr=1e-3, muon_lr=1e-3)
     options = {"expert_dropout": 0.2}
     undisturbed = run_until(tiny(**options), tmp_path / "a", config, None)
@@ -163,7 +171,7 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path):
     assert logs[1]["seconds"] > saved["seconds"] > 0
 
 
-def test_a_second_interrupt_does_not_wait():
+def test_a_second_interrupt_does_not_wait(interruptible):
     with pytest.raises(KeyboardInterrupt), interrupts_held() as interrupted:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupted()
