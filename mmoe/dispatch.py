@@ -18,6 +18,7 @@ from mmoe.options import check_choice
 from mmoe.routing import Routing
 
 Backend = Literal["auto", "fused", "grouped", "loop"]
+_FEW = 64  # slots
 
 
 class Dispatch(NamedTuple):
@@ -43,12 +44,28 @@ def dispatch(routing: Routing) -> Dispatch:
         >>> token_idx.tolist(), counts.tolist()
         ([1, 0, 1], [1, 2])
     """
-    order = routing.experts.flatten().argsort(stable=True)  # (T*K,)
+    ids = routing.experts.flatten()  # (T*K,)
+    if ids.device.type == "cpu" and len(ids) <= _FEW and not torch.compiler.is_compiling():
+        return _dispatch_few(routing, ids.tolist())
+    if routing.num_experts < 256:
+        ids = ids.to(torch.uint8)  # sorts several times as fast
+    order = ids.argsort(stable=True)
     counts = routing.counts()  # (E,)
     if not routing.all_used:
         order = order[: int(counts.sum())]  # (N,)
     slots = routing.experts.shape[1]
     return Dispatch(order // slots, counts, routing.weights.flatten()[order])
+
+
+def _dispatch_few(routing: Routing, ids: list[int]) -> Dispatch:
+    """For so few slots the steps of tensors cost more than the work."""
+    experts, slots = routing.num_experts, routing.experts.shape[1]
+    order = sorted((slot for slot, expert in enumerate(ids) if expert < experts), key=ids.__getitem__)
+    counts = [0] * experts
+    for slot in order:
+        counts[ids[slot]] += 1
+    weights = routing.weights.flatten()[torch.tensor(order, dtype=torch.long)]
+    return Dispatch(torch.tensor([slot // slots for slot in order], dtype=torch.long), torch.tensor(counts), weights)
 
 
 def combine(out: Tensor, dispatched: Dispatch, rows: int) -> Tensor:

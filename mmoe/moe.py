@@ -125,12 +125,12 @@ class MoE(nn.Module):
         if context is not None:
             context = context.flatten(x.shape[:-1])
         routing = self._route(rows, context, state, override)
-        sent = dispatch(routing)
         inputs = rows if self.pre is None else self.pre(rows)
         fuses = getattr(self.experts, "fuses", None)  # peft wraps experts in a module that does not have it
-        if fuses is not None and fuses(inputs, sent):
-            y = self.experts(inputs, sent.counts, sent)  # (T, D)
+        if fuses is not None and fuses(inputs, routing):
+            y = self.experts(inputs, None, routing)  # (T, D)
         else:
+            sent = dispatch(routing)
             out = self.experts(inputs[sent.token_idx], sent.counts)  # (N, D)
             y = combine(out, sent, len(rows))  # (T, D)
         if self.post is not None:

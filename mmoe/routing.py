@@ -114,6 +114,8 @@ class Routing:
     def counts(self) -> Tensor:
         """Slots that each expert got, (E,) int64."""
         ids = self.experts.flatten()
+        if not torch.compiler.is_compiling():  # it cannot know the length of the result
+            return torch.bincount(ids, minlength=self.num_experts + 1)[: self.num_experts]
         counts = ids.new_zeros(self.num_experts + 1).index_add_(0, ids, torch.ones_like(ids))
         return counts[: self.num_experts]
 

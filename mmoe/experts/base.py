@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmoe.dispatch import Backend, Dispatch
+from mmoe.dispatch import Backend
 from mmoe.errors import Refused, UnknownName, did_you_mean
+from mmoe.routing import Routing
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -88,8 +89,8 @@ class Experts(nn.Module):
         """
         raise NotImplementedError
 
-    def fuses(self, x: Tensor, sent: Dispatch) -> bool:
-        """True where `forward` takes the rows before they are sent, with `sent`, and returns their weighted sums."""
+    def fuses(self, x: Tensor, routing: Routing) -> bool:
+        """True where `forward(x, None, routing)` takes rows that were not sent, and returns their weighted sums."""
         return False
 
     def shared(self, count: int) -> nn.Module:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmoe.dispatch import Dispatch, grouped_linear
+from mmoe.dispatch import dispatch, grouped_linear
 from mmoe.experts.base import Activation, Experts, activation
-from mmoe.experts.fused import fusable, pays, routed_ffn
+from mmoe.experts.fused import fusable, one_row, pays, routed_ffn
 from mmoe.options import check_bool, check_float
 from mmoe.registry import experts
+from mmoe.routing import Routing
 
 
 def _packed(num_experts: int, outputs: int, inputs: int, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -43,12 +44,14 @@ class _PackedFFN(Experts):
         """Weight and bias of the first product."""
         raise NotImplementedError
 
-    def fuses(self, x: Tensor, sent: Dispatch) -> bool:
+    def fuses(self, x: Tensor, routing: Routing) -> bool:
         """On a CPU, without dropout, where it pays or is asked for; an activation with parameters has to be seen."""
         if self.backend not in ("auto", "fused") or (self.dropout and self.training) or isinstance(self.act, nn.Module):
             return False
         weight = self._up()[0]
-        return fusable(x, weight) and (self.backend == "fused" or pays(len(sent.token_idx), weight))
+        if not fusable(x, weight):
+            return False
+        return self.backend == "fused" or _is_one_row(x) or pays(routing.experts.numel(), weight)
 
     def shared(self, count: int) -> nn.Module:
         """A perceptron as wide as `count` of these experts."""
@@ -56,10 +59,16 @@ class _PackedFFN(Experts):
         hidden_dim, dim = self.down_proj.shape[2], self._up()[0].shape[2]
         return dense(dim, count * hidden_dim, act=self.act, bias=self.down_bias is not None)
 
-    def _fused(self, x: Tensor, sent: Dispatch) -> Tensor:
-        up, up_bias = self._up()
-        slots = sent.weights, sent.token_idx, sent.counts
-        return routed_ffn(x, *slots, up, up_bias, self.down_proj, self.down_bias, self.act, self.gated)
+    def _fused(self, x: Tensor, routing: Routing) -> Tensor:
+        weights = *self._up(), self.down_proj, self.down_bias
+        if _is_one_row(x):
+            return one_row(x, routing.experts, routing.weights, *weights, self.act, self.gated)
+        sent = dispatch(routing)
+        return routed_ffn(x, sent.weights, sent.token_idx, sent.counts, *weights, self.act, self.gated)
+
+
+def _is_one_row(x: Tensor) -> bool:
+    return len(x) == 1 and not torch.is_grad_enabled()
 
 
 @experts.register("ffn")
@@ -105,10 +114,11 @@ class FFNExperts(_PackedFFN):
     def _up(self) -> tuple[Tensor, Tensor | None]:
         return self.up_proj, self.up_bias
 
-    def forward(self, x: Tensor, counts: Tensor, sent: Dispatch | None = None) -> Tensor:
-        """Rows (N, D) sorted by expert -> (N, O); with `sent`, rows (T, D) -> their weighted sums (T, O)."""
-        if sent is not None:
-            return self._fused(x, sent)
+    def forward(self, x: Tensor, counts: Tensor | None, routing: Routing | None = None) -> Tensor:
+        """Rows (N, D) sorted by expert -> (N, O); with a routing, rows (T, D) -> their weighted sums (T, O)."""
+        if counts is None:
+            assert routing is not None
+            return self._fused(x, routing)
         hidden = self.act(grouped_linear(x, self.up_proj, counts, self.up_bias, self.backend))  # (N, F)
         hidden = F.dropout(hidden, self.dropout, self.training)
         return grouped_linear(hidden, self.down_proj, counts, self.down_bias, self.backend)
@@ -154,10 +164,11 @@ class GatedFFNExperts(_PackedFFN):
     def _up(self) -> tuple[Tensor, Tensor | None]:
         return self.gate_up_proj, self.gate_up_bias
 
-    def forward(self, x: Tensor, counts: Tensor, sent: Dispatch | None = None) -> Tensor:
-        """Rows (N, D) sorted by expert -> (N, D); with `sent`, rows (T, D) -> their weighted sums (T, D)."""
-        if sent is not None:
-            return self._fused(x, sent)
+    def forward(self, x: Tensor, counts: Tensor | None, routing: Routing | None = None) -> Tensor:
+        """Rows (N, D) sorted by expert -> (N, D); with a routing, rows (T, D) -> their weighted sums (T, D)."""
+        if counts is None:
+            assert routing is not None
+            return self._fused(x, routing)
         gate_up = grouped_linear(x, self.gate_up_proj, counts, self.gate_up_bias, self.backend)  # (N, 2F)
         gate, up = gate_up.chunk(2, dim=-1)
         hidden = F.dropout(self.act(gate) * up, self.dropout, self.training)  # (N, F)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from mmoe.dispatch import is_sharded
 
@@ -78,6 +79,33 @@ def routed_ffn(
     keep = torch.is_grad_enabled()
     out: Tensor = _RoutedFFN.apply(x, weights, *packed, token_idx, counts.tolist(), act, gated, keep)
     return out
+
+
+def one_row(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    act: Activation,
+    gated: bool,
+) -> Tensor:
+    """As `routed_ffn` for a single row (1, I), with its experts and weights (1, K): nothing is sorted.
+
+    It is what decoding needs, where steps around the products cost as much as they do.
+    """
+    slots = [(slot, expert) for slot, expert in enumerate(experts[0].tolist()) if expert < len(up)]
+    if not slots:
+        return x.new_zeros(1, down.shape[1])
+    if len(slots) < experts.shape[1]:
+        weights = weights[:, [slot for slot, _ in slots]]
+    inner = torch.cat([F.linear(x, up[e], None if up_bias is None else up_bias[e]) for _, e in slots])  # (K, H)
+    rows = _activated(inner, act, gated).split(1)
+    biases = [None if down_bias is None else down_bias[e] for _, e in slots]
+    out = [F.linear(row, down[e], bias) for row, (_, e), bias in zip(rows, slots, biases, strict=True)]
+    return weights.to(x.dtype) @ torch.cat(out)
 
 
 class _Block(NamedTuple):

@@ -86,12 +86,12 @@ class TopKRouter(LinearRouter):
         """Top-k of the selection scores; weights from the unbiased, noise-free scores."""
         probs = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()  # (T, E)
         experts = self._selection(logits, probs).topk(self.top_k, dim=-1).indices  # (T, K)
-        if self.weights == "softmax_topk":
-            weights = logits.gather(-1, experts).softmax(-1)  # (T, K)
+        if self.weights == "softmax_topk" or (self.weights == "renormalized" and self.score == "softmax"):
+            weights = logits.gather(-1, experts).softmax(-1)  # (T, K); the same, without the others' sum
         else:
             weights = probs.gather(-1, experts)  # (T, K)
-        if self.weights == "renormalized":
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+            if self.weights == "renormalized":
+                weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         routing = Routing(
             experts=experts,
             weights=weights * self.scale if self.scale != 1.0 else weights,

@@ -241,7 +241,7 @@ class TestCheckpointing:
         expected = self.grads(moe, moe, inputs, around, backward)
         found = self.grads(moe, lambda x: checkpoint(moe, x, use_reentrant=reentrant), inputs, around, backward)
         for ours, reference in zip(found, expected, strict=True):
-            assert torch.equal(ours, reference)
+            torch.testing.assert_close(ours, reference)  # without a graph the forward takes another way
         assert moe._checkpointed and copy.deepcopy(moe)._checkpointed is None
 
     @staticmethod
