@@ -67,7 +67,7 @@ def layer(
     cells_, types = chosen or (QUICK if quick else GRID), dtypes or ["fp32", "bf16"]
     timings = []
     with Progress("bench layer", len(cells_) * len(types) * len(PASSES)) as bar:
-        for timing in run(cells_, types, PASSES, min(seconds, 0.3) if quick else seconds):
+        for timing in run(cells_, types, PASSES, min(seconds, 0.2) if quick else seconds):
             timings.append(timing)
             bar.update(len(timings))
     told = summary(timings)

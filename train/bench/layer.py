@@ -28,7 +28,7 @@ GRID = [Cell(rows, *sizes) for sizes in SIZES for rows in ROWS]
 QUICK = [Cell(rows, *sizes) for sizes in SIZES[:2] for rows in (1, 32, 1024)]
 PASSES = {"forward": False, "forward + backward": True}
 MEMORY_ROWS = 4096  # cells of that many rows tell their peak memory
-_LEAST, _MOST, _SECONDS = 5, 60, 1.0  # repeats, and seconds that one candidate of a cell may take
+_LEAST, _MOST, _SECONDS = 3, 60, 1.0  # repeats, and seconds that one candidate of a cell may take
 
 
 @dataclass(kw_only=True)
@@ -151,20 +151,20 @@ def take_turns(
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     draw, names = random.Random(0), list(runs)
-    turns = _LEAST
-    for turn in range(_MOST + 1):
+    while names:
         draw.shuffle(names)
         for name in names:
             prepare()
             started = time.perf_counter()
             runs[name]()
             times[name].append(time.perf_counter() - started)
-        if turn == 1:
-            slowest = statistics.median(values[-1] for values in times.values())
-            turns = max(_LEAST, min(_MOST, round(seconds / slowest)))
-        if turn >= turns:
-            break
+        names = [name for name in names if len(times[name]) <= _turns(times[name], seconds)]
     return {name: round(1e3 * statistics.median(values[1:]), 4) for name, values in times.items()}
+
+
+def _turns(times: list[float], seconds: float) -> int:
+    """How many turns a function gets after its first one, which warms up."""
+    return max(_LEAST, min(_MOST, round(seconds / times[-1])))
 
 
 def _peaks(passes: dict[str, Callable[[], object]], prepare: Callable[[], object]) -> dict[str, float]:
