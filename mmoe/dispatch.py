@@ -90,7 +90,7 @@ def grouped_linear(
         (N, O), under autocast in its dtype as `nn.Linear` does.
     """
     if is_sharded(weight):
-        weight, bias = weight.to_local(), None if bias is None else bias.to_local()  # type: ignore[attr-defined]
+        weight, bias = weight.to_local(), None if bias is None else bias.to_local()  # type: ignore[attr-defined]  # a DTensor
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

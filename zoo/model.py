@@ -88,7 +88,8 @@ class Model(nn.Module):
     def load_report(self) -> LoadReport | None:
         """What loading the weights did, or None where they are random or were trained since."""
         now = [parameter._version for parameter in self.parameters()]
-        changed = any(version > loaded for version, loaded in zip(now, self._versions, strict=False))
+        pairs = zip(now, self._versions, strict=False)  # parameters may have been added since
+        changed = any(version > loaded for version, loaded in pairs)
         return None if changed else self._report
 
     @load_report.setter

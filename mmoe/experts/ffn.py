@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mmoe.dispatch import dispatch, grouped_linear
 from mmoe.experts.base import Activation, Experts, activation
-from mmoe.experts.fused import fusable, one_row, pays, routed_ffn
+from mmoe.experts.fused import FeedForward, fusable, one_row, pays, routed_ffn
 from mmoe.options import check_bool, check_float
 from mmoe.registry import experts
 from mmoe.routing import Routing
@@ -60,11 +60,11 @@ class _PackedFFN(Experts):
         return dense(dim, count * hidden_dim, act=self.act, bias=self.down_bias is not None)
 
     def _fused(self, x: Tensor, routing: Routing) -> Tensor:
-        weights = *self._up(), self.down_proj, self.down_bias
+        ffn = FeedForward(*self._up(), self.down_proj, self.down_bias, self.act, self.gated)
         if _is_one_row(x):
-            return one_row(x, routing.experts, routing.weights, *weights, self.act, self.gated)
+            return one_row(x, routing.experts, routing.weights, ffn)
         sent = dispatch(routing)
-        return routed_ffn(x, sent.weights, sent.token_idx, sent.counts, *weights, self.act, self.gated)
+        return routed_ffn(x, sent.weights, sent.token_idx, sent.counts, ffn)
 
 
 def _is_one_row(x: Tensor) -> bool:

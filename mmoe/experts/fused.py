@@ -46,17 +46,32 @@ def pays(slots: int, weight: Tensor) -> bool:
     return slots >= (4 if weight.itemsize == 2 else 128) * len(weight)
 
 
+class FeedForward(NamedTuple):
+    """Packed weights of feed-forward experts.
+
+    Attributes:
+        up: (E, H, I), gate rows first where gated.
+        up_bias: (E, H) or None.
+        down: (E, O, F).
+        down_bias: (E, O) or None.
+        act: elementwise activation.
+        gated: multiplies the activated first half of the inner values by the second.
+    """
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    act: Activation
+    gated: bool
+
+
 def routed_ffn(
     x: Tensor,
     weights: Tensor,
     token_idx: Tensor,
     counts: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    act: Activation,
-    gated: bool,
+    ffn: FeedForward,
 ) -> Tensor:
     """Weighted sum of the chosen experts for every row.
 
@@ -65,19 +80,13 @@ def routed_ffn(
         weights: (N,) combine weight of each slot, sorted by expert.
         token_idx: (N,) row of each slot.
         counts: (E,) slots per expert, summing to N.
-        up: (E, H, I), gate rows first where gated.
-        up_bias: (E, H) or None.
-        down: (E, O, F).
-        down_bias: (E, O) or None.
-        act: elementwise activation.
-        gated: multiplies the activated first half of the inner values by the second.
+        ffn: packed weights.
 
     Returns:
         (T, O) in the type of x.
     """
-    packed = up, up_bias, down, down_bias
     keep = torch.is_grad_enabled()
-    out: Tensor = _RoutedFFN.apply(x, weights, *packed, token_idx, counts.tolist(), act, gated, keep)
+    out: Tensor = _RoutedFFN.apply(x, weights, *ffn[:4], token_idx, counts.tolist(), ffn.act, ffn.gated, keep)
     return out
 
 
@@ -85,17 +94,13 @@ def one_row(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    act: Activation,
-    gated: bool,
+    ffn: FeedForward,
 ) -> Tensor:
     """As `routed_ffn` for a single row (1, I), with its experts and weights (1, K): nothing is sorted.
 
     It is what decoding needs, where steps around the products cost as much as they do.
     """
+    up, up_bias, down, down_bias, act, gated = ffn
     slots = [(slot, expert) for slot, expert in enumerate(experts[0].tolist()) if expert < len(up)]
     if not slots:
         return x.new_zeros(1, down.shape[1])

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmoe
 from mmoe import Context, FFNExperts, FixedRouter, GatedFFNExperts, MoE, TopKRouter
-from mmoe.experts.fused import _blocks, pays, routed_ffn
+from mmoe.experts.fused import FeedForward, _blocks, pays, routed_ffn
 
 T, D, F, E = 24, 16, 12, 5
 EXPERTS = {
@@ -104,7 +104,7 @@ def test_gradients_are_those_of_differences(gated: bool) -> None:
     packed = (values(3, inner, width), values(3, inner), values(3, 2, inner // (1 + gated)), values(3, 2))
 
     def step(x: Tensor, weights: Tensor, *packed: Tensor) -> Tensor:
-        return routed_ffn(x, weights, slots, counts, *packed, torch.tanh, gated)
+        return routed_ffn(x, weights, slots, counts, FeedForward(*packed, torch.tanh, gated))
 
     assert torch.autograd.gradcheck(step, (values(5, width), values(5), *packed))
 
