@@ -333,10 +333,12 @@ def test_a_run_that_has_not_ended_is_dropped_with_its_inputs(server: str, browse
     }).observe(document.querySelector('#clip_moe-result'), {subtree: true, childList: true, characterData: true})"""
     page.evaluate(seen)
     page.click("#unload")
+    page.locator("#status", has_text="none").wait_for()  # so that the run has to load the model first
     with page.expect_response(lambda answer: "dog face" in (answer.request.post_data or "")):
         page.click("#clip_moe-run")
     page.locator("#clip_moe-labels textarea").fill("a zebra")
     page.locator("#clip_moe-result", has_text="no result yet").wait_for()
+    page.evaluate("window.stale = false")  # what came before the labels changed was not stale
     page.click("#clip_moe-run")  # waits for the run before
     assert visit.shares("#clip_moe-result") == {"a zebra": 100}
     assert not page.evaluate("window.stale")
