@@ -279,9 +279,8 @@ class PackedMuon(torch.optim.Muon):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
         """One step with the gradients of the packed matrices."""
         for parameter, views in self.packed:
-            for view, grad in zip(
-                views, (None,) * len(views) if parameter.grad is None else parameter.grad, strict=True
-            ):
+            grads = [None] * len(views) if parameter.grad is None else parameter.grad.unbind()
+            for view, grad in zip(views, grads, strict=True):
                 view.grad = grad
         return super().step(closure)
 

@@ -182,7 +182,7 @@ def _hub_folder(reference: str) -> Path:
     except (OSError, ValueError):
         folder = Path()
     if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
-        require_online(asked, f"hf download {repo} --local-dir FOLDER")
+        require_online(asked, f"hf download {repo} --local-dir FOLDER", "copy the folder and load it by its path")
     return folder
 
 

@@ -248,7 +248,7 @@ class Model(nn.Module):
 
         from huggingface_hub import HfApi
 
-        require_online(f"cannot push to {repo_id!r}", f"hf upload {repo_id} FOLDER", then="")
+        require_online(f"cannot push to {repo_id!r}", f"hf upload {repo_id} FOLDER")
         api = HfApi()
         with hub_errors(f"cannot push to {repo_id!r}", repo_id), tempfile.TemporaryDirectory() as temporary:
             saved = self.save(folder or temporary)

@@ -141,7 +141,7 @@ def _from_hub(reference: str) -> Path:
     if cached is not None:
         return cached
     asked = f"cannot fetch {file!r} of {repo!r}"
-    require_online(asked, f"hf download {repo} {file}")
+    require_online(asked, f"hf download {repo} {file}", "copy its ~/.cache/huggingface, or load the file by its path")
     from huggingface_hub import hf_hub_download
 
     with hub_errors(asked, repo):
@@ -175,7 +175,7 @@ def split_hub(reference: str) -> tuple[str, str | None, str]:
     return found[1], found[2], found[3] or ""
 
 
-def require_online(asked: str, elsewhere: str, then: str = ", then copy the file and load it by its path") -> None:
+def require_online(asked: str, elsewhere: str, then: str = "") -> None:
     """Fails with one line that says what to do when there is no network.
 
     Args:
@@ -187,7 +187,7 @@ def require_online(asked: str, elsewhere: str, then: str = ", then copy the file
         raise Offline(
             asked,
             "there is no network and the file is not in the cache" if then else "there is no network",
-            f"{elsewhere}   (on a machine with network{then})",
+            f"{elsewhere}   (on a machine with network{then and f', then {then}'})",
         )
 
 

@@ -545,7 +545,7 @@ MISTAKES = {
         "cannot fetch 'clip-moe-4-2-sharegpt4v.pt' of 'MajorDavidZhang/CLIP-MoE'\n"
         "  there is no network and the file is not in the cache\n"
         "  try: hf download MajorDavidZhang/CLIP-MoE clip-moe-4-2-sharegpt4v.pt   "
-        "(on a machine with network, then copy the file and load it by its path)",
+        "(on a machine with network, then copy its ~/.cache/huggingface, or load the file by its path)",
     ),
     "wrong router": (
         ["predict", NAME, "FOX", "a fox", "--router", "tpok"],

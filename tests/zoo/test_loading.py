@@ -489,7 +489,7 @@ def test_from_the_hub_without_network(names: tuple[str, ...], small: Any) -> Non
         "cannot fetch the model 'me/model'",
         "there is no network and the file is not in the cache",
         "try: hf download me/model --local-dir FOLDER   "
-        "(on a machine with network, then copy the file and load it by its path)",
+        "(on a machine with network, then copy the folder and load it by its path)",
     ]
 
 

@@ -291,7 +291,8 @@ def test_a_hub_file_without_network() -> None:
     assert str(error.value) == (
         "cannot fetch 'a.pt' of 'org/repo'\n"
         "  there is no network and the file is not in the cache\n"
-        "  try: hf download org/repo a.pt   (on a machine with network, then copy the file and load it by its path)"
+        "  try: hf download org/repo a.pt   "
+        "(on a machine with network, then copy its ~/.cache/huggingface, or load the file by its path)"
     )
 
 
