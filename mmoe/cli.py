@@ -195,14 +195,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # `mmoe list | head`; what is still buffered must not fail again at exit
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `mmoe list | head`
+        _drop_output()
         return 141
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         return 130
     return code
+
+
+def _drop_output() -> None:
+    """What is still buffered must not fail again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: list[str]) -> int:
@@ -242,8 +247,11 @@ def _report(raised: BaseException, error: MmoeError, args: list[str]) -> int:
 
         traceback.print_exception(raised)
     if "--json" in args[: args.index("--") if "--" in args else None]:
-        typer.echo(json.dumps({"error": error.as_dict()}, ensure_ascii=False, indent=2))
-    else:
-        colour = None if "NO_COLOR" not in os.environ else False
-        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True, color=colour)
+        try:
+            typer.echo(json.dumps({"error": error.as_dict()}, ensure_ascii=False, indent=2))
+            return 2
+        except OSError:  # it may be the output that failed
+            _drop_output()
+    colour = None if "NO_COLOR" not in os.environ else False
+    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True, color=colour)
     return 2

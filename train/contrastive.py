@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from mmoe.atomic import atomic_path, torch_save
-from mmoe.errors import BadInput
+from mmoe.errors import BadInput, CorruptFile
 from mmoe.options import check_float, check_int
 from mmoe.trace import trace, update_routers
 from train.augment import as_input, augment
@@ -245,7 +245,12 @@ class ContrastiveRun:
         path = None if self.folder is None else self.folder / f"{self.name}.pt"
         if path is None or not path.exists():
             return
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # a damaged file can raise anything
+            wrong = f"{path.stat().st_size:,} bytes; it is damaged"
+            fix = f"rm '{path}'   (its stage begins again)"
+            raise CorruptFile(f"cannot go on from '{path}'", wrong, fix) from error
         if state["config"] != self.config.model_dump():
             raise BadInput(
                 f"go on with the run in '{self.folder}'",

@@ -33,6 +33,7 @@ from train.data.emoji import EmojiSet, load_emoji
 from train.evaluate import evaluate, expert_use, image_features, text_features
 from zoo.clip_moe.convert import upcycle
 from zoo.clip_moe.model import ClipMoE
+from zoo.state import read_json
 
 RECIPE = Path(__file__).parent / "recipes" / "clip_moe" / "dmu_tiny.yaml"
 
@@ -115,7 +116,7 @@ class DmuRun:
         """Writes what is run into the folder, or makes sure that it is the same run."""
         resolved = {"seed": self.seed, **self.config.model_dump(mode="json")}
         path = self.out / "recipe.json"
-        if path.exists() and json.loads(path.read_text()) != resolved:
+        if path.exists() and read_json(path, f"rm '{path}'") != resolved:
             raise BadInput(
                 f"go on with the run in '{self.out}'",
                 "it was started with another recipe or seed",
@@ -210,7 +211,7 @@ class DmuRun:
     def seconds(self) -> dict[str, float]:
         """Time that each stage trained, over all its interruptions."""
         logs = {path.name.removesuffix(".log.json"): path for path in sorted(self.out.glob("*.log.json"))}
-        return {name: json.loads(path.read_text())["seconds"] for name, path in logs.items()}
+        return {name: read_json(path, f"rm '{path}'")["seconds"] for name, path in logs.items()}
 
     def results(self, controls: bool) -> dict[str, Any]:
         """Measures every model of the run."""

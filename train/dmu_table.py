@@ -18,6 +18,7 @@ import zoo
 from mmoe.atomic import atomic_path
 from mmoe.errors import BadInput, MmoeError
 from train.evaluate import RANKS
+from zoo.state import read_json
 
 DENSE, MIXTURE = "clip_tiny", "clip_moe_tiny"
 MODELS = {
@@ -53,7 +54,7 @@ def read_results(folders: list[Path]) -> list[dict[str, Any]]:
             raise BadInput(
                 f"no results in '{folder}'", "the run is not finished", f"python -m train.dmu --out {folder}"
             )
-        results.append(json.loads(path.read_text(encoding="utf-8")))
+        results.append(read_json(path, f"python -m train.dmu --out {folder}"))
     seeds = [result["seed"] for result in results]
     if len(set(seeds)) < len(seeds):
         raise BadInput("put runs together", f"their seeds are {seeds}", "give runs with different seeds")

@@ -147,12 +147,15 @@ def from_original(
     takes = inspect.signature(convert.from_original).parameters
     if top_k is not None and "top_k" not in takes:
         raise BadOverride(f"--top-k for {family}", "its files say how many experts a token uses", "leave it out")
+    asked = {**overrides, **({} if top_k is None else {"top_k": top_k})}
+    if asked != {**asked, **overrides}:
+        wrong = "they are the same option"
+        raise BadOverride(f"--top-k {top_k} with --set top_k={overrides['top_k']}", wrong, f"--top-k {top_k}")
     try:
         config, state = convert.from_original(read_state(path), **({} if top_k is None else {"top_k": top_k}))
     except (RuntimeError, TypeError, IndexError) as error:  # tensors of shapes that no model has
         wrong = str(error).splitlines()[0]
         raise LoadMismatch(f"convert this checkpoint to {family}", wrong, f"the state dict of a {family}") from error
-    asked = {**({} if top_k is None else {"top_k": top_k}), **overrides}
     given = {**_read_note(path, family), **asked}
     config = make_config(type(config), {**asdict(config), **given}, family, "--set {}=...")
     model = family_class(family)(config).eval()

@@ -67,9 +67,11 @@ def as_seen(source: Any, resize_mode: str = "shortest") -> Image.Image:
 
 
 def _open(source: str | Path) -> Image.Image:
-    path, asked, fix = Path(source), f"cannot read the picture '{source}'", "give a PNG, JPEG or WebP file"
+    path, asked, fix = Path(source).expanduser(), f"cannot read the picture '{source}'", "give a PNG, JPEG or WebP file"
     if "://" in str(source):
-        raise BadInput(asked, "it is an address, not a file", f"download it first: wget '{source}'")
+        local = str(source).removeprefix("file://")
+        fix = f"give its path: {local}" if local != str(source) else f"download it first: wget '{source}'"
+        raise BadInput(asked, "it is an address, not a file", fix)
     if not os.path.exists(path):
         raise BadInput(asked, f"no such file (looked in {path.absolute().parent})", fix)
     if path.is_dir():
@@ -99,7 +101,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
             "give a path, a PIL image or such an array",
         )
     if array.dtype.kind not in "uifb":
-        raise BadInput(f"cannot read a picture from an array of {array.dtype}", "it holds no numbers", "array / 255")
+        raise BadInput(
+            f"cannot read a picture from an array of {array.dtype}", "it holds no real numbers", "an array of uint8"
+        )
     top = 255 if array.dtype.kind in "ui" else 1
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= top):  # also for NaN

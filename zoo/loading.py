@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,7 +16,7 @@ from zoo.card import Card
 from zoo.config import make_config
 from zoo.model import FORMAT, Model, pick_dtype
 from zoo.registry import card, list_models, model_folder
-from zoo.state import LoadReport, State, load_state, read_state
+from zoo.state import LoadReport, State, load_state, read_json, read_state
 from zoo.weights import WEIGHTS, hub_errors, locate, online, require_online, split_hub
 
 _SOURCES = ("bundled:", "hf-hub:", "pypi:")
@@ -193,12 +192,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"it has no {path.name}; a model folder is written by model.save(folder)",
             "mmoe list",
         )
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"cannot read '{path}'", error.strerror or str(error), f"chmod u+r '{path}'") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFile(f"cannot read '{path}'", f"it is not JSON: {error}", "save the model again") from error
+    data: dict[str, Any] = read_json(path, "save the model again")
     return data
 
 

@@ -5,6 +5,7 @@ torch is imported by the functions that read tensors, so that importing this fil
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 import zipfile
@@ -14,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mmoe.errors import CorruptFile, LoadMismatch
+from mmoe.errors import BadInput, CorruptFile, LoadMismatch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,6 +52,24 @@ def read_state(path: Path) -> State:
             damaged, "it holds no state dict (names with tensors)", "torch.save(model.state_dict(), file)"
         )
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def read_json(path: Path, fix: str) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: of the file.
+        fix: what helps when it is damaged.
+
+    Raises:
+        BadInput: it may not be read. CorruptFile: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"cannot read '{path}'", error.strerror or str(error), f"chmod u+r '{path}'") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"cannot read '{path}'", f"it is not JSON: {error}", fix) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

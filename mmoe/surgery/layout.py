@@ -299,8 +299,10 @@ def prove(module: nn.Module, layout: Layout) -> Layout | str:
         The layout with gate order, activation and dropouts filled in, or the reason why the block is not the formula.
         On the meta device, and with weights that are not finite, only the order of the layers is checked.
     """
-    weight = module.get_submodule(layout.up[0]).weight
-    assert isinstance(weight, Tensor)
+    tensors = dict(module.named_parameters())
+    if not {f"{name}.weight" for name in layout.layers} <= tensors.keys():
+        return "its weights are computed from other tensors (weight norm, pruning); make them plain parameters first"
+    weight = tensors[f"{layout.up[0]}.weight"]
     dim = weight.shape[0 if layout.transposed else 1]
     x = torch.arange(2 * dim, device="cpu", dtype=torch.float32).sin().reshape(1, 2, dim)  # no random numbers drawn
     x = x.to(weight.device, weight.dtype)
@@ -311,11 +313,13 @@ def prove(module: nn.Module, layout: Layout) -> Layout | str:
         return f"it does not run on rows of shape {tuple(x.shape)} ({type(error).__name__}: {error})"
     if not isinstance(want, Tensor) or want.shape != x.shape:
         return "it does not return one tensor of the shape of its input"
-    layout = _place_dropouts(layout, events)
+    placed = _place_dropouts(layout, events)
+    if isinstance(placed, str):
+        return placed
+    layout = placed
     if want.is_meta or not want.isfinite().all():
         hidden = layout.gate_last is None or layout.act is None
         return "its gate order or activation shows only with real weights; load them first" if hidden else layout
-    tensors = dict(module.named_parameters())
     with torch.no_grad(), _no_autocast(x.device):
         tried = [(_error(want, _formula(x, option, tensors)), option) for option in _options(layout)]
     gap, best = min(tried, key=lambda pair: pair[0])
@@ -357,11 +361,11 @@ def _no_autocast(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _watched(module: nn.Module, layout: Layout) -> Iterator[list[Any]]:
-    """Lists the linear layers and dropouts of a block in the order in which they run, in eval mode."""
+    """Lists what a block consists of in the order in which it runs, in eval mode; linear layers by name."""
     modes = {child: child.training for child in module.modules()}
     events: list[Any] = []
     names = {module.get_submodule(name): name for name in layout.layers}
-    watched = [child for child in modes if child in names or isinstance(child, nn.modules.dropout._DropoutNd)]
+    watched = [child for child in modes if child in names or (child is not module and not list(child.children()))]
 
     def note(child: nn.Module, args: Any) -> None:
         events.append(names.get(child, child))
@@ -377,13 +381,20 @@ def _watched(module: nn.Module, layout: Layout) -> Iterator[list[Any]]:
             child.training = training
 
 
-def _place_dropouts(layout: Layout, events: list[Any]) -> Layout:
-    """Files each dropout that ran under the place where it ran."""
-    after = False
+def _place_dropouts(layout: Layout, events: list[Any]) -> Layout | str:
+    """Files each dropout under the place where it ran, or says why experts have no such place."""
+    found: dict[str, float] = {}
+    begun, place = 0, "dropout"
     for event in events:
         if isinstance(event, str):
-            after = event == layout.down
+            begun, place = begun + 1, "out_dropout" if event == layout.down else "dropout"
+        elif not isinstance(event, nn.modules.dropout._DropoutNd):
+            if place in found and not isinstance(event, nn.Identity):
+                return "it has a dropout before its activation; experts have one behind it"
         elif event.p > 0:
-            place = {"out_dropout": event.p} if after else {"dropout": event.p}
-            layout = replace(layout, **place)
-    return layout
+            if place in found:
+                return "it has two dropouts in a row; experts have one"
+            if begun < len(layout.up):
+                return "it has a dropout on its input; experts have one behind the activation and one at the end"
+            found[place] = event.p
+    return replace(layout, **found)

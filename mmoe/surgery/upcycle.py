@@ -206,9 +206,12 @@ def _choose(model: nn.Module, layers: int | str | Sequence[str] | None) -> tuple
     """The chosen dense sites, and chosen blocks that cannot be upcycled with the reason."""
     found, refused = sites(model), refused_sites(model)
     refused |= {name: "it is a MoE already" for name, site in found.items() if site.kind == "moe"}
+    hooked = "it has forward hooks, which a mixture in its place would not run; remove them first"
+    refused |= {name: hooked for name, site in found.items() if _has_hooks(site.module)}
     names = [*found, *(name for name in refused if name not in found)]
-    if isinstance(layers, int):
-        names = _last_layers(names, layers)
+    if isinstance(layers, int | float):
+        check_int("layers", layers, 1)
+        names = _last_layers(names, int(layers))
     elif layers is not None:
         patterns = [layers] if isinstance(layers, str) else list(layers)
         for pattern in patterns:
@@ -221,9 +224,11 @@ def _choose(model: nn.Module, layers: int | str | Sequence[str] | None) -> tuple
     return chosen, {name: refused[name] for name in names if name in refused}
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _last_layers(names: Sequence[str], n: int) -> list[str]:
-    if n < 1:
-        raise BadOverride(f"layers={n}", "it counts layers from the end of each stack", "layers=1")
     places = {name: place for name, place in _stacks(names).items() if place is not None}
     depths = {stack: sorted({i for s, i in places.values() if s == stack}) for stack, _ in places.values()}
     return [name for name, (stack, index) in places.items() if index in depths[stack][-n:]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -204,6 +205,29 @@ def test_refused_by_proof(after: str) -> None:
     site = only(Named(("fc1", "fc2"), nn.GELU(), after))
     with pytest.raises(Refused, match="computes something else"):
         site.weights()
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        ([nn.Dropout(0.5), nn.Linear(D, F), nn.GELU(), nn.Linear(F, D)], "a dropout on its input"),
+        ([nn.Linear(D, F), nn.Dropout(0.3), nn.GELU(), nn.Linear(F, D)], "a dropout before its activation"),
+        ([nn.Linear(D, F), nn.GELU(), nn.Dropout(0.1), nn.Dropout(0.2), nn.Linear(F, D)], "two dropouts in a row"),
+        ([nn.Linear(D, F), nn.GELU(), nn.Linear(F, D), nn.Dropout(0.3), nn.Dropout(0.2)], "two dropouts in a row"),
+    ],
+)
+def test_dropouts_that_experts_do_not_have_are_refused(layers: list[nn.Module], reason: str) -> None:
+    site = only(nn.Sequential(*layers))
+    with pytest.raises(Refused, match=reason):
+        site.weights()
+
+
+@pytest.mark.parametrize("change", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_computed_weights_are_refused(change: Callable[[nn.Module], nn.Module]) -> None:
+    block = nn.Sequential(nn.Linear(D, F), nn.GELU(), nn.Linear(F, D))
+    change(block[0])
+    with pytest.raises(Refused, match="its weights are computed from other tensors"):
+        only(block).weights()
 
 
 def test_refused_transformers_hosts() -> None:

@@ -410,6 +410,21 @@ def test_twice() -> None:
         upcycle(whole)
 
 
+def test_blocks_with_hooks_are_left_alone() -> None:
+    model = open_clip_host()
+    model.transformer.resblocks[0].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+    sparse, report = upcycle(model)
+    assert "forward hooks" in report.refused["transformer.resblocks.0.mlp"] and len(report.sites) == 4
+    text = torch.tensor([[1, 5, 3, 63, 0, 0, 0, 0, 0, 0, 0, 0]])
+    torch.testing.assert_close(sparse.encode_text(text), model.encode_text(text), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [0, 1.5, True])
+def test_a_number_of_layers_that_is_none(layers: Any) -> None:
+    with pytest.raises(BadOverride, match=f"layers={layers}\n  layers is a whole number of at least 1"):
+        upcycle(open_clip_host(), layers=layers)
+
+
 def test_blocks_that_cannot_be_read_are_reported() -> None:
     model = nn.ModuleList([Layer(), nn.TransformerEncoderLayer(4, 2, 6)])
     _, report = upcycle(model)

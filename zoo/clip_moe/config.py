@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -93,12 +94,11 @@ class ClipMoEConfig:
         check_float("init_logit_scale", self.init_logit_scale)
         if self.position_split is not None:
             check_int("position_split", self.position_split, 0)
-        for name, least in (("image_mean", {"low": 0}), ("image_std", {"above": 0})):
-            if len(getattr(self, name)) != 3:
-                wrong = f"{name} has a number for each of red, green and blue"
-                raise BadOverride(f"{name}={getattr(self, name)}", wrong, f"{name}=(0.5, 0.5, 0.5)")
-            for value in getattr(self, name):
-                check_float(name, value, **least)
+        for name, low in (("image_mean", 0.0), ("image_std", 1e-6)):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(isinstance(v, float | int) and low <= v < math.inf for v in values):
+                wrong = f"{name} has a number of at least {low:g} for each of red, green and blue"
+                raise BadOverride(f"{name}={list(values)}", wrong, f"{name}=[0.5,0.5,0.5]")
         for tower in ("vision", "text"):
             width = getattr(self, f"{tower}_width")
             heads = getattr(self, f"{tower}_heads") or max(1, width // 64)
