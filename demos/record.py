@@ -135,7 +135,7 @@ def layer_names(layers: Sequence[str], views: Sequence[TokenView]) -> dict[str, 
 
 def overlay(record: RoutingRecord, depth: int) -> Image.Image | None:
     """The picture with each patch in the colour of its first expert; None for models without pictures."""
-    from mmoe import figures
+    from mmoe import figures, first_choice
 
     view = next((view for view in record.views if view.grid is not None), None)
     if view is None or view.grid is None or record.picture is None:
@@ -143,7 +143,7 @@ def overlay(record: RoutingRecord, depth: int) -> Image.Image | None:
     routing = record.trace.select(record.layer(view, depth))[0]
     return figures.patch_overlay(
         record.picture,
-        view.of_sample(figures.first_choice(routing), 0),
+        view.of_sample(first_choice(routing), 0),
         view.grid,
         weights=view.of_sample(routing.weights.max(-1).values, 0),
         num_experts=routing.num_experts,
@@ -152,13 +152,13 @@ def overlay(record: RoutingRecord, depth: int) -> Image.Image | None:
 
 def token_lines(record: RoutingRecord, depth: int, width: int = 480) -> Image.Image | None:
     """Every text with its tokens in the colour of their first expert, a line each; None without text."""
-    from mmoe import figures
+    from mmoe import figures, first_choice
 
     view = next((view for view in record.views if view.tokens), None)
     if view is None:
         return None
     routing = record.trace.select(record.layer(view, depth))[0]
-    first, weight = figures.first_choice(routing), routing.weights.max(-1).values
+    first, weight = first_choice(routing), routing.weights.max(-1).values
     tokens: list[str] = []
     experts: list[int] = []
     weights: list[float] = []

@@ -55,7 +55,7 @@ _HOME = {
     "sites": "surgery",
     "upcycle": "surgery",
     "MmoeError": "errors",
-    "first_choice": "figures",
+    "first_choice": "routing",
     "load_bars": "figures",
     "load_heatmap": "figures",
     "patch_overlay": "figures",

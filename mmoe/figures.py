@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -43,18 +42,6 @@ def expert_color(expert: int) -> str:
         ('#0072B2', True)
     """
     return PALETTE[expert % len(PALETTE)]
-
-
-def first_choice(routing: Routing) -> Tensor:
-    """Expert with the largest weight of every row, (T,); E where none is used.
-
-    Example:
-        >>> ids, weights = torch.tensor([[2, 0], [3, 3]]), torch.tensor([[0.3, 0.7], [0.0, 0.0]])
-        >>> first_choice(Routing(experts=ids, weights=weights, num_experts=3)).tolist()
-        [0, 3]
-    """
-    used = routing.weights.masked_fill(routing.experts >= routing.num_experts, -torch.inf)
-    return routing.experts.gather(1, used.argmax(1, keepdim=True)).squeeze(1)
 
 
 def patch_overlay(

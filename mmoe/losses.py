@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmoe.errors import BadInput
-from mmoe.routing import Routing
+from mmoe.routing import Routing, first_choice
 
 Routings = Routing | Iterable[Routing]
 
@@ -41,10 +41,10 @@ def _mean(values: Tensor) -> Tensor:
 
 
 def _hits(routing: Routing, choices: Literal["all", "first"]) -> tuple[Tensor, Tensor]:
-    """How often each expert was chosen (E,), and the number of rows that count."""
-    hits = routing.counts() if choices == "all" else replace(routing, experts=routing.experts[:, :1]).counts()
+    """How often each expert was chosen, or had the largest weight (E,), and the number of rows that count."""
+    counted = routing if choices == "all" else replace(routing, experts=first_choice(routing)[:, None])
     rows = len(routing.experts) if routing.valid is None else routing.valid.sum()
-    return hits.float(), torch.as_tensor(rows, device=hits.device)
+    return counted.counts().float(), torch.as_tensor(rows, device=counted.experts.device)
 
 
 def balance_loss(
@@ -58,7 +58,8 @@ def balance_loss(
 
     Args:
         routings: one routing or those of several layers.
-        choices: counts "all" K slots (Mixtral, DeepSeek) or the "first" only (Switch, GShard).
+        choices: counts "all" K slots (Mixtral, DeepSeek) or the "first" only, the one with the largest weight
+            (Switch, GShard).
         pool: True takes the means over the rows of all layers together, so that one layer can make up for another
             (Mixtral, CLIP-MoE); False averages the losses of the layers.
         per_slot: divides by the mean number of slots per row, so that balance gives 1 (DeepSeek) instead of K.

@@ -10,9 +10,9 @@ The layer hands each `Routing` to whoever listens (`mmoe.trace`), takes side inp
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol, get_args
 
 import torch
@@ -23,6 +23,7 @@ from mmoe.dispatch import Backend, combine, dispatch
 from mmoe.errors import BadOverride, did_you_mean, nearest
 from mmoe.experts.base import Experts
 from mmoe.options import check_choice, check_int
+from mmoe.recompute import Around, Calls, in_backward, in_checkpoint
 from mmoe.routing import Context, Router, Routing
 
 Override = Callable[[Tensor, Router, Routing], Routing]
@@ -56,7 +57,7 @@ class MoE(nn.Module):
     _recorders: tuple[Recorder, ...] = ()
     _context: Context | None = None
     _override: Override | None = None
-    _checkpointed: deque[tuple[list[float], Context | None, Override | None]] | None = None
+    _calls: Calls | None = None
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class MoE(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what `trace`, `with_context` and `override` set: a copy or a pickle made inside them is free."""
-        transient = ("_recorders", "_context", "_override", "_checkpointed")
+        transient = ("_recorders", "_context", "_override", "_calls")
         return {name: value for name, value in self.__dict__.items() if name not in transient}
 
     @property
@@ -103,7 +104,7 @@ class MoE(nn.Module):
     def _route(self, x: Tensor, context: Context | None, state: Any, override: Override | None) -> Routing:
         routing: Routing = self.router(x, context, state)
         if override is not None:
-            routing = override(x, self.router, routing)
+            routing = _checked(override(x, self.router, routing))
         for recorder in self._recorders:
             recorder.add(self, routing)
         return routing
@@ -139,31 +140,31 @@ class MoE(nn.Module):
             y = y + self.shared(rows)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def _around(self, rows: Tensor) -> tuple[Context | None, Override | None]:
-        """What `with_context` and `override` set around this call.
-
-        A checkpointed call is computed again in backward, after they have ended; it is known by its rows then.
-        """
+    def _around(self, rows: Tensor) -> Around:
+        """What `with_context` and `override` set around this call, or its first run where backward repeats it."""
         around = self._context, self._override
         if torch.compiler.is_compiling():
             return around
-        again = torch._C._current_graph_task_id() != -1
-        if not again and not _in_checkpoint(self.training):
-            return around
-        known_by = rows.detach().flatten()[:: max(1, rows.numel() // 64)].tolist()
-        if self._checkpointed is None:
-            self._checkpointed = deque(maxlen=64)
-        if not again:
-            self._checkpointed.append((known_by, *around))
-            return around
-        return next((call[1:] for call in reversed(self._checkpointed) if call[0] == known_by), around)
+        if in_backward():
+            return around if self._calls is None else self._calls.find(rows, around)
+        if in_checkpoint(self.training):
+            self._calls = self._calls or Calls()
+            self._calls.keep(rows, around)
+        return around
 
 
-def _in_checkpoint(training: bool) -> bool:
-    """True where a forward may run that backward runs again."""
-    if torch.is_grad_enabled():
-        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    return training  # reentrant checkpoints switch gradients off
+def _checked(routing: Any) -> Routing:
+    """The routing of an override, which may have left slots unused.
+
+    Raises:
+        BadOverride: it is none.
+    """
+    if not isinstance(routing, Routing):
+        wrong = f"it returned {type(routing).__name__}, not a Routing"
+        raise BadOverride("an override that changes nothing", wrong, "return routing")
+    if routing.all_used and not bool((routing.experts < routing.num_experts).all()):
+        return replace(routing, all_used=False)
+    return routing
 
 
 def build_moe(

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from mmoe.errors import BadInput, UnknownName, did_you_mean
+from mmoe.errors import BadInput, BadOverride, UnknownName, did_you_mean
 from mmoe.moe import Override, moe_layers
 from mmoe.routing import Router, Routing
 
@@ -29,10 +30,15 @@ def override(model: nn.Module, hooks: Override | Mapping[str, Override]) -> Iter
             ("visual.*") to such a function.
 
     Raises:
-        UnknownName: a pattern names no MoE layer.
+        UnknownName: a pattern names no MoE layer. BadOverride: a hook is no function.
     """
     layers = moe_layers(model)
     by_pattern = hooks if isinstance(hooks, Mapping) else {"*": hooks}
+    for hook in by_pattern.values():
+        if not callable(hook):
+            raise BadOverride(
+                f"override with {hook!r}", "it is no function", "mmoe.override(model, mmoe.switch_off([0]))"
+            )
     before = {name: layer._override for name, layer in layers.items()}
     try:
         for pattern, hook in by_pattern.items():
@@ -49,7 +55,7 @@ def override(model: nn.Module, hooks: Override | Mapping[str, Override]) -> Iter
             layer._override = before[name]
 
 
-def switch_off(experts: Iterable[int]) -> Override:
+def switch_off(experts: int | Iterable[int]) -> Override:
     """An override after which the named experts are never used: the router chooses among the others.
 
     Routers without scores lose the slots instead, and the other weights of a row are scaled up to the same sum.
@@ -62,7 +68,10 @@ def switch_off(experts: Iterable[int]) -> Override:
         >>> routing[0].counts().tolist()
         [0, 5, 5, 0]
     """
-    off = sorted(set(experts))
+    given = list(experts) if isinstance(experts, Iterable) and not isinstance(experts, str) else [experts]
+    if not all(isinstance(expert, Integral) and not isinstance(expert, bool) for expert in given):
+        raise BadInput(f"switch off experts {experts!r}", "experts are a list of whole numbers", "switch_off([0])")
+    off = sorted({int(expert) for expert in given})
 
     def hook(x: Tensor, router: Router, routing: Routing) -> Routing:
         _check(off, router.num_experts)

@@ -170,6 +170,18 @@ def _detached(value: Any) -> Any:
     return type(value)(map(_detached, value)) if type(value) in (list, tuple) else value
 
 
+def first_choice(routing: Routing) -> Tensor:
+    """Expert with the largest weight of every row, (T,); E where none is used.
+
+    Example:
+        >>> ids, weights = torch.tensor([[2, 0], [3, 3]]), torch.tensor([[0.3, 0.7], [0.0, 0.0]])
+        >>> first_choice(Routing(experts=ids, weights=weights, num_experts=3)).tolist()
+        [0, 3]
+    """
+    used = routing.weights.masked_fill(routing.experts >= routing.num_experts, -torch.inf)
+    return routing.experts.gather(1, used.argmax(1, keepdim=True)).squeeze(1)
+
+
 class Router(nn.Module):
     """Decides which experts see a row and with which weight. Subclasses state what they are.
 

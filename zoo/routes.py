@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmoe.atomic import open_atomic
 from mmoe.errors import BadInput, Refused
-from mmoe.figures import first_choice, load_heatmap, patch_overlay, save_figure
-from mmoe.routing import Routing
+from mmoe.figures import load_heatmap, patch_overlay, save_figure
+from mmoe.routing import Routing, first_choice
 from mmoe.trace import Trace
 from zoo.images import as_seen
 from zoo.model import TokenView

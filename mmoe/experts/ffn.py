@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmoe.dispatch import dispatch, grouped_linear
-from mmoe.experts.base import Activation, Experts, activation
+from mmoe.experts.base import ACTIVATIONS, Activation, Experts, activation
 from mmoe.experts.fused import FeedForward, fusable, one_row, pays, routed_ffn
 from mmoe.options import check_bool, check_float
 from mmoe.registry import experts
@@ -45,8 +45,10 @@ class _PackedFFN(Experts):
         raise NotImplementedError
 
     def fuses(self, x: Tensor, routing: Routing) -> bool:
-        """On a CPU, without dropout, where it pays or is asked for; an activation with parameters has to be seen."""
-        if self.backend not in ("auto", "fused") or (self.dropout and self.training) or isinstance(self.act, nn.Module):
+        """On a CPU, without dropout, where it pays or is asked for; foreign activations may have parameters."""
+        if self.backend not in ("auto", "fused") or (self.dropout and self.training):
+            return False
+        if self.act not in ACTIVATIONS.values():
             return False
         weight = self._up()[0]
         if not fusable(x, weight):

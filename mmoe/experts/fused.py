@@ -193,15 +193,9 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def _activated(inner: Tensor, act: Activation, gated: bool) -> Tensor:
     """Inner values (..., H) -> (..., F), in new memory."""
     if not gated:
-        out = act(inner)
-        return out.clone() if _shares_memory(out, inner) else out
+        return act(inner)
     gate, up = inner.chunk(2, dim=-1)
-    out = act(gate)
-    return out * up if _shares_memory(out, inner) else out.mul_(up)
-
-
-def _shares_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return act(gate).mul_(up)
 
 
 class _RoutedFFN(torch.autograd.Function):

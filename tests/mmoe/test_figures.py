@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import mmoe
-from mmoe import FFNExperts, MoE, Routing, TopKRouter
+from mmoe import FFNExperts, MoE, Routing, TopKRouter, first_choice
 from mmoe.errors import BadInput
 from mmoe.figures import (
     PALETTE,
     expert_color,
-    first_choice,
     load_bars,
     load_heatmap,
     patch_overlay,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmoe import Context, DenseRouter, FixedRouter, Routing, TopKRouter
+from mmoe import Context, DenseRouter, ExpertChoiceRouter, FixedRouter, Router, Routing, TopKRouter
 from mmoe.errors import BadInput
 from mmoe.losses import balance_loss, entropy_loss, importance_loss, z_loss
 
@@ -51,6 +51,20 @@ class TestBalance:
     def test_collapse_gives_e_times_its_probability(self) -> None:
         collapsed = routing_of([[0], [0], [0]], peaked(0, 3))
         assert balance_loss(collapsed).item() == pytest.approx(E * 0.7)
+
+    @pytest.mark.parametrize("router", [DenseRouter, ExpertChoiceRouter])
+    def test_the_first_choice_of_routers_that_order_by_expert(self, router: type[Router]) -> None:
+        routing = router(8, E)(torch.randn(200, 8))  # type: ignore[call-arg]  # sizes of both
+        best = routing.weights.argmax(1)[routing.n_used() > 0].bincount(minlength=E)
+        assert routing.probs is not None
+        expected = E * (best / 200 * routing.probs.mean(0)).sum()
+        torch.testing.assert_close(balance_loss(routing, choices="first"), expected)
+
+    def test_pooled_means_weigh_layers_by_their_rows(self) -> None:
+        few, many = (TopKRouter(8, E)(torch.randn(rows, 8)) for rows in (3, 90))
+        hits = sum(r.counts() for r in (few, many)) / 93
+        probs = sum(r.probs.sum(0) for r in (few, many)) / 93
+        torch.testing.assert_close(balance_loss([few, many], pool=True), E * (hits * probs).sum())
 
     def test_first_choice_ignores_the_others(self) -> None:
         routing = routing_of([[0, 1], [0, 2], [0, 3]], peaked(0, 3))

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmoe
 from mmoe import Context, FFNExperts, FixedRouter, GatedFFN, GatedFFNExperts, MoE, TopKRouter, with_context
-from mmoe.errors import BadInput, BadOverride
+from mmoe.errors import BadInput, BadOverride, Refused
 
 D, E = 16, 4
 
@@ -242,7 +242,7 @@ class TestCheckpointing:
         found = self.grads(moe, lambda x: checkpoint(moe, x, use_reentrant=reentrant), inputs, around, backward)
         for ours, reference in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, reference)  # without a graph the forward takes another way
-        assert moe._checkpointed and copy.deepcopy(moe)._checkpointed is None
+        assert moe._calls and copy.deepcopy(moe)._calls is None
 
     @staticmethod
     def grads(
@@ -267,4 +267,45 @@ class TestCheckpointing:
         moe(x).sum().backward()
         with torch.no_grad():
             moe.eval()(x)
-        assert moe._checkpointed is None
+        assert moe._calls is None
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("kept", [0, 1])
+    def test_the_same_rows_under_two_contexts_are_not_guessed(self, reentrant: bool, kept: int) -> None:
+        moe, x, outputs = layer(), torch.randn(5, D, requires_grad=True), []
+        for i in range(2):
+            with with_context(moe, Context(valid=torch.arange(5) > i)):
+                outputs.append(checkpoint(moe, x, use_reentrant=reentrant))
+        with pytest.raises(Refused, match="the same rows came under different ones"):
+            outputs[kept].sum().backward()
+
+    def test_the_same_rows_again_after_backward(self) -> None:
+        moe, x, found = layer(), torch.randn(5, D, requires_grad=True), []
+        for i in range(2):
+            with with_context(moe, Context(valid=torch.arange(5) > i)):
+                y = checkpoint(moe, x, use_reentrant=False)
+            found.append(torch.autograd.grad(y.sum(), x)[0])
+        assert (found[0][1] != 0).any() and (found[1][1] == 0).all()
+
+    def test_rows_are_known_by_every_value(self) -> None:
+        moe, one = layer(), torch.randn(200, D)
+        other = one.clone()
+        other[1, 0] += 1e-3
+        outputs, inputs = [], [x.requires_grad_() for x in (one, other)]
+        for i, x in enumerate(inputs):
+            with with_context(moe, Context(valid=torch.arange(200) > 99 * i)):
+                outputs.append(checkpoint(moe, x, use_reentrant=True))
+        sum(y.sum() for y in outputs).backward()
+        grads = [x.grad for x in inputs]
+        assert grads[0] is not None and (grads[0][2] != 0).any()
+        assert grads[1] is not None and (grads[1][2] == 0).all()
+
+    def test_more_calls_than_are_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("mmoe.recompute.MOST", 3)
+        moe, outputs = layer(), []
+        for _ in range(4):
+            with with_context(moe, Context(valid=torch.arange(5) > 1)):
+                outputs.append(checkpoint(moe, torch.randn(5, D, requires_grad=True), use_reentrant=False))
+        outputs[-1].sum().backward()
+        with pytest.raises(Refused, match="more than 3 calls wait for backward"):
+            outputs[0].sum().backward()

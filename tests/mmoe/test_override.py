@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import mmoe
 from mmoe import Context, FFNExperts, FixedRouter, MoE, Router, Routing, TopKRouter, override, switch_off
-from mmoe.errors import BadInput, UnknownName
+from mmoe.errors import BadInput, BadOverride, UnknownName
 from mmoe.moe import Override
 
 T, D, E = 12, 16, 5
@@ -42,6 +42,39 @@ def chosen(model: nn.Module, x: Tensor) -> dict[str, list[int]]:
             layer(x)
         found[name] = routing[0].counts().nonzero().flatten().tolist()
     return found
+
+
+@pytest.mark.parametrize("backend", ["fused", "grouped", "loop"])
+def test_slots_that_an_override_leaves_unused(backend: str) -> None:
+    """Though it keeps the promise of the routing that all are used."""
+    layer, x = moe(), torch.randn(200, D)
+    layer.experts.backend = backend  # type: ignore[assignment]  # any of the names
+
+    def hook(x: Tensor, router: Router, routing: Routing) -> Routing:
+        gone = torch.arange(200)[:, None] % 2 == torch.arange(2)
+        weights = routing.weights.masked_fill(gone, 0.0)
+        return replace(routing, experts=routing.experts.masked_fill(gone, E), weights=weights)
+
+    with override(layer, hook), mmoe.trace(layer) as routing:
+        y = layer(x)
+    assert routing[0].counts().sum() == 200
+    single = [layer.experts(x, (torch.arange(E) == e) * 200) for e in range(E)]
+    kept = torch.stack([single[e][i] for i, e in enumerate(mmoe.first_choice(routing[0]).tolist())])
+    torch.testing.assert_close(y, routing[0].weights.sum(1, keepdim=True) * kept, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hook", [5, lambda x, router, routing: None])
+def test_hooks_that_are_none(hook: Override) -> None:
+    layer = moe()
+    with pytest.raises(BadOverride), override(layer, hook):
+        layer(torch.randn(T, D))
+    layer(torch.randn(T, D))
+
+
+@pytest.mark.parametrize("experts", ["01", [0.5], None])
+def test_what_is_no_list_of_experts(experts: object) -> None:
+    with pytest.raises(BadInput, match="experts are a list of whole numbers"):
+        switch_off(experts)  # type: ignore[arg-type]  # wrong on purpose
 
 
 class TestOverride:

@@ -1,0 +1,92 @@
+"""What stood around a call that gradient checkpointing computes again.
+
+A checkpointed call is computed a second time in backward, after `with_context` and `override` have ended. What they
+had set is kept here with the rows of the call, by which the second run is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmoe.errors import Refused
+from mmoe.routing import Context
+
+MOST = 1024
+_WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Around = tuple[Context | None, Callable[..., Any] | None]
+
+
+def in_backward() -> bool:
+    """True where backward runs, and with it what checkpoints compute again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def in_checkpoint(training: bool) -> bool:
+    """True where a forward may run that backward runs again."""
+    if torch.is_grad_enabled():
+        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return training  # reentrant checkpoints switch gradients off
+
+
+@dataclass
+class _Call:
+    known_by: tuple[Any, ...]
+    around: Around
+    ran_again: bool = False
+
+
+@dataclass
+class Calls:
+    """Calls of one layer that backward may run again, the latest last."""
+
+    calls: list[_Call] = field(default_factory=list)
+    forgot: bool = False
+
+    def keep(self, rows: Tensor, around: Around) -> None:
+        """Notes what stands around a call with rows (T, D)."""
+        known_by = _known_by(rows)
+        self.calls = [call for call in self.calls if not (call.ran_again and call.known_by == known_by)]
+        self.calls.append(_Call(known_by, around))
+        if len(self.calls) > MOST:
+            oldest = next((i for i, call in enumerate(self.calls) if call.ran_again), 0)
+            self.forgot |= not self.calls.pop(oldest).ran_again
+
+    def find(self, rows: Tensor, now: Around) -> Around:
+        """What stood around the first run of a call; what stands there now if it has none.
+
+        Raises:
+            Refused: there were several with the same rows, or too many.
+        """
+        known_by = _known_by(rows)
+        found = [call for call in self.calls if call.known_by == known_by]
+        if not found and not self.forgot:
+            return now
+        if not found or not all(_same(call.around, found[0].around) for call in found):
+            wrong = "the same rows came under different ones" if found else f"more than {MOST} calls wait for backward"
+            asked = "tell which context and override a checkpointed call had"
+            raise Refused(asked, wrong, "run backward after each forward, or the layer without checkpointing")
+        for call in found:
+            call.ran_again = True
+        return found[0].around
+
+
+def _known_by(rows: Tensor) -> tuple[Any, ...]:
+    """Shape and exact checksum of each row."""
+    bits = rows.detach().contiguous().view(_WHOLE_NUMBERS[rows.itemsize])
+    return tuple(rows.shape), rows.dtype, hash(bits.sum(-1).cpu().numpy().tobytes())
+
+
+def _same(one: Around, other: Around) -> bool:
+    return one[1] is other[1] and _as_data(one[0]) == _as_data(other[0])
+
+
+def _as_data(context: Context | None) -> Sequence[Any] | None:
+    if context is None:
+        return None
+    values = [getattr(context, f.name) for f in fields(context)]
+    return [(v.shape, v.tolist()) if isinstance(v, Tensor) else v for v in values]
