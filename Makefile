@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	{ echo "error: '$(PYTHON)' is missing or older than Python 3.11; try: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	{ echo "error: '$(PYTHON)' has no venv module; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@[ -e $(STAMP) ] || echo "Installing into $(VENV): once, some minutes, about 6 GB."
+	@[ -e $(STAMP) ] || echo "Installing into $(VENV): once, some minutes, 3 GB to download and 7 GB on the disk."
 	@if [ -d $(VENV) ] && ! $(BIN)/python -m pip --version >/dev/null 2>&1; then rm -rf $(VENV); fi
 	@[ -d $(VENV) ] || $(PYTHON) -m venv $(VENV)
 	@for info in $(VENV)/lib/python*/site-packages/*.dist-info; do \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,9 +41,10 @@ def atomic_paths(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
     They take their names in the given order.
     """
     files = [_target(Path(path)) for path in paths]
-    temporaries = tuple(file.parent / f".{file.name}.{os.getpid()}.tmp{file.suffix}" for file in files)
+    own = f"{os.getpid()}-{threading.get_ident()}"
+    temporaries = tuple(file.parent / f".{file.name}.{own}.tmp{file.suffix}" for file in files)
     try:
-        modes = [_make(temporary) for temporary in temporaries]
+        modes = [_make(temporary, file) for temporary, file in zip(temporaries, files, strict=True)]
         yield temporaries
         for temporary, mode in zip(temporaries, modes, strict=True):
             temporary.chmod(mode)
@@ -72,11 +74,14 @@ def _target(path: Path) -> Path:
     return target
 
 
-def _make(path: Path) -> int:
-    """Makes an empty file; returns the mode that the umask gives new files, which safetensors' are not made with."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    return path.stat().st_mode
+def _make(temporary: Path, file: Path) -> int:
+    """Makes an empty file; returns its mode in the end: that of the file it replaces, or what the umask gives.
+
+    Safetensors makes files with another one.
+    """
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.touch()
+    return (file if file.exists() else temporary).stat().st_mode
 
 
 @contextmanager

@@ -138,7 +138,7 @@ class MoE(nn.Module):
             y = self.post(y)
         if self.shared is not None:
             y = y + self.shared(rows)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])  # a view confuses FSDP's hooks
 
     def _around(self, rows: Tensor) -> Around:
         """What `with_context` and `override` set around this call, or its first run where backward repeats it."""
@@ -201,6 +201,8 @@ def build_moe(
         >>> [tuple(p.shape) for p in (moe.router.weight, moe.experts.gate_up_proj, moe.experts.down_proj)]
         [(4, 8), (4, 32, 8), (4, 8, 16)]
     """
+    for size, value in (("dim", dim), ("hidden_dim", hidden_dim), ("num_experts", num_experts)):
+        check_int(size, value, 1)
     check_int("num_shared_experts", num_shared_experts, 0)
     specs = registry.parse_spec(router), registry.parse_spec(experts)
     takes = registry.routers.options(specs[0]["name"]), registry.experts.options(specs[1]["name"])

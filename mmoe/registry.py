@@ -93,8 +93,12 @@ class Registry:
                 fix = f"{name}:{(near or allowed)[0]}=..." if allowed else name
                 asked = f"{key!r} is not an option of the {self.kind} {name!r}"
                 raise BadOverride(asked, f"did you mean: {', '.join(near)}" if near else known, fix)
-        given = {key: value for key, value in defaults.items() if key in parameters}
-        return cls(**{**given, **options})
+        given = {**{key: value for key, value in defaults.items() if key in parameters}, **options}
+        missing = [key for key, p in parameters.items() if p.default is p.empty and key not in given]
+        if missing:
+            fix = f"build_{self.kind.removesuffix('s')}({name!r}, {', '.join(f'{key}=...' for key in missing)})"
+            raise BadOverride(f"the {self.kind} {name!r} without {', '.join(missing)}", "its sizes are needed", fix)
+        return cls(**given)
 
 
 def parse_spec(spec: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -104,17 +108,17 @@ def parse_spec(spec: str | Mapping[str, Any]) -> dict[str, Any]:
     {'name': 'topk', 'top_k': 1, 'score': 'sigmoid'}
     """
     if not isinstance(spec, str):
-        if not isinstance(spec.get("name"), str):
-            raise BadOverride(
-                f"no 'name' in {dict(spec)!r}", "a spec is a name or a mapping with a name", "topk:top_k=1"
-            )
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+            raise BadOverride(f"no 'name' in {spec!r}", "a spec is a name or a mapping with a name", "topk:top_k=1")
         return dict(spec)
     name, _, rest = spec.partition(":")
     options: dict[str, Any] = {"name": name}
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
-            raise BadOverride(f"{item!r} in {spec!r} is no option", "options are written key=value", f"{name}:{key}=1")
+            raise BadOverride(
+                f"{item!r} in {spec!r} is no option", "options are written key=value", f"{name}:{key}=VALUE"
+            )
         options[key.strip()] = _scalar(value.strip())
     return options
 

@@ -60,8 +60,20 @@ class Context:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         rows = {name: _flat(name, value, shape) for name, value in given.items() if value is not None}
         if "valid" in rows:
-            rows["valid"] = rows["valid"].bool()  # attention masks often come as 0 and 1
+            rows["valid"] = _truth(rows["valid"])
         return Context(**rows)
+
+
+def _truth(mask: Tensor) -> Tensor:
+    """A mask of truth values; attention masks often come as 0 and 1.
+
+    Raises:
+        BadInput: it holds other numbers, as masks that are added to scores do.
+    """
+    if mask.is_floating_point() and not torch.compiler.is_compiling() and not ((mask == 0) | (mask == 1)).all():
+        wrong = "True marks what counts; a mask that is added to scores says the opposite"
+        raise BadInput("context field 'valid' of other numbers than 0 and 1", wrong, "Context(valid=mask == 0)")
+    return mask.bool()
 
 
 _INNER_DIMS = {"features": (1,), "expert_ids": (1, 0)}

@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from mmoe.atomic import atomic_path, torch_save
-from mmoe.errors import BadInput, CorruptFile
-from mmoe.options import check_float, check_int
+from mmoe.errors import BadInput, BadOverride, CorruptFile
+from mmoe.options import check_int
 from mmoe.trace import trace, update_routers
 from train.augment import as_input, augment
 from train.data.emoji import EmojiSet, load_emoji
@@ -233,6 +233,7 @@ class ContrastiveRun:
             "losses": self.losses,
             "seconds": self.seconds,
             "config": self.config.model_dump(),
+            "key": self.key,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
@@ -251,10 +252,10 @@ class ContrastiveRun:
             wrong = f"{path.stat().st_size:,} bytes; it is damaged"
             fix = f"rm '{path}'   (its stage begins again)"
             raise CorruptFile(f"cannot go on from '{path}'", wrong, fix) from error
-        if state["config"] != self.config.model_dump():
+        if (state["config"], state.get("key")) != (self.config.model_dump(), self.key):
             raise BadInput(
                 f"go on with the run in '{self.folder}'",
-                f"its stage {self.name!r} was started with other options",
+                f"its stage {self.name!r} was started with other options or another seed",
                 f"start again in another folder, or delete '{path}'",
             )
         self.model.load_state_dict(state["model"])
@@ -335,7 +336,7 @@ def fine_tune(
     """A short fine-tuning on the emoji, of the routers by default; returns the loss of every step.
 
     Args:
-        model: trained in place; afterwards it is where it was, with the same parameters frozen.
+        model: trained in place; afterwards it is where it was, in its mode, with the same parameters frozen.
         steps: optimiser steps.
         lr: peak learning rate. The default is for routers; all weights of a trained model want about 1e-4.
         trainable: pattern of parameter names, or several.
@@ -345,15 +346,16 @@ def fine_tune(
         BadOverride: no steps or no learning rate. BadInput: no parameter has such a name.
     """
     check_int("steps", steps, 1)
-    check_float("lr", lr, above=0)
-    patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
+    if not isinstance(lr, float | int) or not 0 < lr < math.inf:
+        raise BadOverride(f"lr={lr!r}", "it is a number above 0", "lr=3e-3")
+    patterns = (trainable,) if isinstance(trainable, str) else tuple(map(str, trainable))
     config = StageConfig(steps=steps, batch_size=64, lr=lr, trainable=patterns)
     frozen = {name: not parameter.requires_grad for name, parameter in model.named_parameters()}
-    device = model.device
+    device, was_training = model.device, model.training
     try:
         with torch.random.fork_rng():
             return ContrastiveRun(model, load_emoji(), config, name="fine_tune").run(progress)
     finally:
-        model.to(device)
+        model.to(device).train(was_training)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not frozen[name])

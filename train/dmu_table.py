@@ -72,6 +72,9 @@ def metrics(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if missing:
             asked = f"make the table of the run with seed {result['seed']}"
             raise BadInput(asked, f"it has no {', '.join(missing)}", "python -m train.dmu --controls")
+    steps = sorted({result.get("added_steps") for result in results})
+    if len(steps) > 1:
+        raise BadInput("put runs together", f"their recipes add {steps} steps", "give runs of one recipe")
     seeds = [result["seed"] for result in results]
     command = f"python -m train.dmu --controls --seed S --out runs/dmu_S, S = {', '.join(map(str, seeds))}"
     entries = []

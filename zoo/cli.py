@@ -14,7 +14,7 @@ import typer
 
 from mmoe.errors import BadInput, BadOverride, CorruptFile, Refused, UnknownName, did_you_mean, nearest
 from zoo.card import Card, Weights
-from zoo.registry import card, model_folder
+from zoo.registry import card, list_parts, model_folder
 from zoo.registry import list_models as find_models
 from zoo.table import columns, metric_tables, routing_table, short, shorten
 
@@ -54,11 +54,13 @@ def list_models(
             fix = f"--{option} {(nearest(value, choices) or choices)[0]}"
             raise UnknownName(f"cannot list by --{option} {value!r}", did_you_mean(value, choices), fix)
     if kind != "models":
-        found = [entry for entry in _registered(kind) if _matches(entry["name"], pattern)]
-        if as_json:
-            print_json(found)
-        else:
-            echo_table(["name", "", "properties"], [[e["name"], e["summary"], e["properties"]] for e in found])
+        filters = {"task": task, "modality": modality, "family": family, "license": license, "weights": weights}
+        given = [option for option, value in filters.items() if value is not None]
+        if given:
+            raise BadOverride(
+                f"--{given[0]} with --kind {kind}", "it is a property of models", f"mmoe list --{given[0]}"
+            )
+        _list_registered([entry for entry in list_parts(kind) if _matches(entry["name"], pattern)], kind, as_json)
         return
     cards = find_models()
     wanted = modality.split(",") if modality else []
@@ -81,6 +83,15 @@ def list_models(
         typer.echo(f"no model matches{hint}", err=True)
 
 
+def _list_registered(found: list[dict[str, str]], kind: str, as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+    elif found:
+        echo_table(["name", "", "properties"], [[e["name"], e["summary"], e["properties"]] for e in found])
+    else:
+        typer.echo(f"no {kind} match; all of them: mmoe list --kind {kind}", err=True)
+
+
 def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*")
 
@@ -91,21 +102,6 @@ def _check_known(what: str, values: Sequence[str], known: Iterable[str]) -> None
         if value not in choices:
             fix = (nearest(value, choices) or choices)[0]
             raise UnknownName(f"no model has the {what} {value!r}", did_you_mean(value, choices), f"--{what} {fix}")
-
-
-def _registered(kind: str) -> list[dict[str, str]]:
-    """Name, first line of the docstring and properties of every registered router or expert."""
-    from mmoe import registry
-
-    found = []
-    names = registry.routers if kind == "routers" else registry.experts
-    for name in names.names():
-        cls: Any = names.get(name)
-        flags = {"trainable": "trainable", "causal_safe": "causal-safe", "batch_dependent": "batch-dependent"}
-        properties = [word for flag, word in flags.items() if getattr(cls, flag, False)]
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        found.append({"name": name, "summary": summary, "properties": ", ".join(properties)})
-    return found
 
 
 def _row(found: Card) -> list[str]:

@@ -199,7 +199,7 @@ def to_original(
     convert = _family(found.family, "to_original")
     convert.check_expressible(found.config)
     state = {name: value.detach().contiguous() for name, value in convert.to_original(found.state_dict()).items()}
-    _, again = convert.from_original(state)
+    guessed, again = convert.from_original(state)
     if not _same(again, found.state_dict()):
         raise Refused(
             f"cannot write {model!r} under the authors' names", "it does not survive the way back", "model.save(folder)"
@@ -209,9 +209,17 @@ def to_original(
             save_file(state, temporary, metadata={"format": "pt", **_note(found)})
     else:
         torch_save(state, out)
+    here, there = convert.assumed(found.config), convert.assumed(guessed)
+    differ = {key: value for key, value in here.items() if there.get(key) != value}
     if as_json:
-        print_json({"out": str(out), "tensors": len(state), "bytes": out.stat().st_size, "round_trip": "exact"})
+        told = {"out": str(out), "tensors": len(state), "bytes": out.stat().st_size, "round_trip": "exact"}
+        print_json({**told, "not_in_the_file": differ})
         return
+    if differ:
+        theirs = ", ".join(f"{key}={there.get(key)}" for key in differ)
+        back = " ".join(f"--set {key}={value}" for key, value in differ.items())
+        note = f"their code takes {theirs} for this file and computes something else; the way back needs {back}"
+        typer.echo(f"note: {note}" + (", which the file carries" if out.suffix == ".safetensors" else ""), err=True)
     typer.echo(f"{out}: {len(state)} tensors, {out.stat().st_size / 1e6:,.1f} MB; read back they are equal bit for bit")
 
 

@@ -46,6 +46,8 @@ def read_image(source: Any, background: tuple[int, int, int] = (255, 255, 255)) 
             raise BadInput(f"cannot read the picture '{source}'", error.told, fix) from error
     if isinstance(source, Image.Image):
         return _flatten(source, background)
+    if str(getattr(source, "dtype", "")) == "torch.bfloat16":  # numpy does not have it
+        source = source.float()
     return _flatten(_from_array(np.asarray(source)), background)
 
 

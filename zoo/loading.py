@@ -79,18 +79,28 @@ def load(
     path, source = None, ""
     if weights is not False and device.type != "meta":
         path, source = _weights_file(origin, weights)  # before a large model is built
-    with torch.device(device):
-        model = origin.model_class(config)
+    model = _build(origin, config, device)
     model.card = origin.card
     model.to(dtype)
     if origin.folder is not None:
         _restore_preprocessing(model, origin.folder / "preprocess.json")
     if path is not None:
         state, source = _in_our_layout(read_state(path), source, model)
-        allowed = [allow_missing] if isinstance(allow_missing, str) else list(allow_missing)
+        allowed = _patterns(allow_missing)
         allowed += [pattern for key in swapped for pattern in _fresh_patterns(key)]
         model.load_report = load_state(model, state, source, allow_missing=allowed)
     return model.eval()
+
+
+def _build(origin: _Origin, config: Any, device: torch.device) -> Model:
+    try:
+        with torch.device(device):
+            return origin.model_class(config)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        asked, fix = f"cannot build {origin.label}", "smaller sizes, or device='meta' for the shapes alone"
+        raise BadInput(asked, f"its memory is not there: {str(error).splitlines()[0]}", fix) from error
 
 
 def _with_one_top_k(
@@ -110,6 +120,14 @@ def _with_one_top_k(
         asked = f"top_k={overrides['top_k']} with a router of top_k={spec['top_k']}"
         raise BadOverride(asked, "they are the same option", f"top_k={spec['top_k']}")
     return {**values, "router": {**spec, "top_k": overrides["top_k"]}}
+
+
+def _patterns(given: str | Iterable[str]) -> list[str]:
+    patterns = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        asked = f"allow_missing={given!r}"
+        raise BadOverride(asked, "it is a pattern of tensor names, or several", "allow_missing=['*.router.*']")
+    return patterns
 
 
 def _fresh_patterns(swapped: str) -> list[str]:

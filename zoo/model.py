@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -78,7 +81,7 @@ class Model(nn.Module):
     config_class: ClassVar[type]
     card: Card | None = None
     _report: LoadReport | None = None
-    _versions: tuple[int, ...] = ()
+    _loaded: Mapping[str, _Mark] = MappingProxyType({})
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -87,14 +90,20 @@ class Model(nn.Module):
     @property
     def load_report(self) -> LoadReport | None:
         """What loading the weights did, or None where they are random or were trained since."""
-        now = [parameter._version for parameter in self.parameters()]
-        pairs = zip(now, self._versions, strict=False)  # parameters may have been added since
-        changed = any(version > loaded for version, loaded in pairs)
-        return None if changed else self._report
+        now = _marks(self)
+        same = now.keys() == self._loaded.keys() and all(now[name].follows(mark) for name, mark in self._loaded.items())
+        return self._report if same else None
 
     @load_report.setter
     def load_report(self, report: LoadReport | None) -> None:
-        self._report, self._versions = report, tuple(parameter._version for parameter in self.parameters())
+        self._report, self._loaded = report, {} if report is None else _marks(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_report": self.load_report, "_loaded": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.load_report = self._report  # of the copies, whose versions begin anew
 
     @property
     def device(self) -> torch.device:
@@ -177,6 +186,8 @@ class Model(nn.Module):
             Refused: the layers are not those of the config, for example after `mmoe.upcycle`.
         """
         self._check_layout()
+        if not isinstance(card, Card | None):
+            raise BadOverride(f"save with the card {card!r}", "it is no Card", "model.save(folder)")
         folder, state = Path(folder).expanduser(), self._saved_state(None if dtype is None else pick_dtype(dtype))
         config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(self.config)}
         card = card or self._card_to_save()
@@ -191,7 +202,7 @@ class Model(nn.Module):
         return folder
 
     def _check_layout(self) -> None:
-        """A folder is built from its config again, so the layers must be those of the config."""
+        """A folder is built from its config again, so layers and their settings must be those of the config."""
         with torch.device("meta"):
             blank = type(self)(self.config)
         built, own = blank.state_dict(), self.state_dict()
@@ -212,7 +223,10 @@ class Model(nn.Module):
         parameters = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         for name, value in self.state_dict().items():
             target = dtype if dtype is not None and name in parameters else value.dtype  # buffers keep their precision
-            value = value.detach().to("cpu", target).contiguous()
+            value, given = value.detach().to("cpu", target).contiguous(), value
+            if value.dtype != given.dtype and given.isfinite().all() and not value.isfinite().all():
+                wrong = f"{name} holds values of up to {float(given.abs().max()):.3g}"
+                raise Refused(f"save {name} in {target}", wrong, "model.save(folder, dtype='bf16')")
             storage = value.untyped_storage()
             if storage.data_ptr() in used or storage.nbytes() != value.nbytes:  # the file takes no shared memory
                 value = value.clone()
@@ -258,15 +272,52 @@ class Model(nn.Module):
         return str(url)
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """What a parameter was when it was loaded: changes in place, and a few of its values."""
+
+    version: int
+    values: torch.Tensor
+
+    def follows(self, loaded: _Mark) -> bool:
+        """True where nothing happened since but moves and changes of type."""
+        same = self.values.shape == loaded.values.shape
+        same = same and torch.allclose(self.values, loaded.values, rtol=0.02, atol=1e-6, equal_nan=True)
+        return same and self.version <= loaded.version
+
+
+def _marks(model: nn.Module) -> dict[str, _Mark]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        few = flat[:: max(1, len(flat) // 8)]
+        values = torch.empty(0) if parameter.is_meta else few.to("cpu", torch.float32, copy=True)
+        found[name] = _Mark(0 if parameter.is_inference() else parameter._version, values)
+    return found
+
+
 def _other_parts(model: nn.Module, built: nn.Module) -> list[str]:
-    """Names of mixtures whose router or experts are of another kind, or whose rows use another number of experts."""
+    """Names of parts of mixtures that are of another class or have other settings."""
 
-    def kinds(host: nn.Module) -> dict[str, tuple[type, type, float]]:
-        layers = moe_layers(host).items()
-        return {name: (type(moe.router), type(moe.experts), moe.router.experts_per_token) for name, moe in layers}
+    def parts(host: nn.Module) -> dict[str, tuple[type, dict[str, Any]]]:
+        layers = [
+            (name, part) for layer, moe in moe_layers(host).items() for name, part in moe.named_modules(prefix=layer)
+        ]
+        return {name: (type(part), _settings(part)) for name, part in layers}
 
-    own, expected = kinds(model), kinds(built)
+    own, expected = parts(model), parts(built)
     return [name for name in own if own[name] != expected.get(name)]
+
+
+def _settings(part: nn.Module) -> dict[str, Any]:
+    """Plain values and functions of a module that say what it computes."""
+    plain = (bool, int, float, str, tuple, type(None))
+    speed = ("training", "backend")
+    return {
+        name: value
+        for name, value in vars(part).items()
+        if not name.startswith("_") and name not in speed and (isinstance(value, plain) or inspect.isroutine(value))
+    }
 
 
 def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:

@@ -6,6 +6,7 @@ import os
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mmoe.errors import UnknownModel, did_you_mean, nearest
 from mmoe.options import check_choice
@@ -77,6 +78,25 @@ def model_folder(name: str) -> Path | None:
     return Path(folder) if name not in _cards() and os.path.isdir(folder) else None
 
 
+def list_parts(kind: str) -> list[dict[str, str]]:
+    """Name, first line of the docstring and properties of every registered router or expert.
+
+    Args:
+        kind: "routers" or "experts".
+    """
+    from mmoe import registry
+
+    found = []
+    names = registry.routers if kind == "routers" else registry.experts
+    for name in names.names():
+        cls: Any = names.get(name)
+        flags = {"trainable": "trainable", "causal_safe": "causal-safe", "batch_dependent": "batch-dependent"}
+        properties = [word for flag, word in flags.items() if getattr(cls, flag, False)]
+        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        found.append({"name": name, "summary": summary, "properties": ", ".join(properties)})
+    return found
+
+
 def card(name: str) -> Card:
     """The card of a model; a name may carry a weights tag ("clip_moe_tiny.emoji").
 
@@ -86,7 +106,7 @@ def card(name: str) -> Card:
     >>> card("clip_moe_vit_l14").params["total"]
     1202429441
     """
-    cards = _cards()
+    name, cards = str(name), _cards()
     found = cards.get(name) or cards.get(name.partition(".")[0])
     if found is not None:
         return found

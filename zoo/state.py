@@ -51,7 +51,8 @@ def read_state(path: Path) -> State:
         raise CorruptFile(
             damaged, "it holds no state dict (names with tensors)", "torch.save(model.state_dict(), file)"
         )
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    parallel = all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
 
 
 def read_json(path: Path, fix: str) -> Any:

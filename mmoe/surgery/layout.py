@@ -383,7 +383,7 @@ def _watched(module: nn.Module, layout: Layout) -> Iterator[list[Any]]:
 
 def _place_dropouts(layout: Layout, events: list[Any]) -> Layout | str:
     """Files each dropout under the place where it ran, or says why experts have no such place."""
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     begun, place = 0, "dropout"
     for event in events:
         if isinstance(event, str):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmoe.atomic import atomic_paths, torch_save
+from mmoe.atomic import atomic_path, atomic_paths, torch_save
 from mmoe.errors import BadInput
 
 
@@ -72,3 +74,26 @@ def test_links_are_followed_and_what_is_no_file_stays(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=wrong), atomic_paths(tmp_path / name):
             pass
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(0o600)
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_two_threads_write_one_file(tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def write(text: str) -> None:
+        with atomic_path(tmp_path / "a.txt") as temporary:
+            both.wait()
+            temporary.write_text(text)
+            both.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ["one", "two"]))
+    assert (tmp_path / "a.txt").read_text() in ("one", "two")

@@ -86,3 +86,9 @@ def test_mistakes(kind: type[Exception], changes: dict[str, Any], message: str) 
 def test_experts_without_a_dense_twin() -> None:
     with pytest.raises(Refused, match="no shared experts beside Experts"):
         mmoe.Experts().shared(1)
+
+
+@pytest.mark.parametrize("sizes", [(-8, 16, 4), ("8", 16, 4), (8, 0, 4), (8, 16, 0)])
+def test_sizes_that_are_none(sizes: Any) -> None:
+    with pytest.raises(BadOverride, match="is a whole number of at least 1"):
+        mmoe.build_moe(*sizes)

@@ -210,6 +210,10 @@ class TestFlatten:
         mask = torch.tensor([[1, 0, 1], [0, 0, 1]])
         assert torch.equal(flat((2, 3), valid=mask), mask.flatten() > 0)
 
+    def test_a_mask_that_is_added_to_scores_is_an_error(self) -> None:
+        with pytest.raises(BadInput, match="a mask that is added to scores says the opposite"):
+            flat((3,), valid=torch.tensor([0.0, 0.0, -1e9]))
+
     def test_absent_fields_stay_absent(self) -> None:
         assert Context().flatten(torch.Size((2, 3))) == Context()
 

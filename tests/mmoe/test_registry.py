@@ -73,7 +73,7 @@ class TestErrors:
             ),
             (
                 "topk:top_k",
-                "'top_k' in 'topk:top_k' is no option\n  options are written key=value\n  try: topk:top_k=1",
+                "'top_k' in 'topk:top_k' is no option\n  options are written key=value\n  try: topk:top_k=VALUE",
             ),
         ],
     )
@@ -92,6 +92,21 @@ class TestErrors:
         with pytest.raises(UnknownName) as error:
             build_experts("gated-fn")
         assert str(error.value).splitlines()[:2] == ["no expert named 'gated-fn'", "  did you mean: gated_ffn"]
+
+    def test_without_sizes(self) -> None:
+        with pytest.raises(BadOverride) as error:
+            mmoe.build_router("topk")
+        assert str(error.value) == (
+            "the router 'topk' without dim, num_experts\n  its sizes are needed\n"
+            "  try: build_router('topk', dim=..., num_experts=...)"
+        )
+        with pytest.raises(BadOverride, match="the expert 'ffn' without hidden_dim, num_experts"):
+            mmoe.build_experts("ffn", dim=8)
+
+    @pytest.mark.parametrize("spec", [None, 5, ["topk"]])
+    def test_what_is_no_spec(self, spec: object) -> None:
+        with pytest.raises(BadOverride, match="a spec is a name or a mapping with a name"):
+            mmoe.build_router(spec, dim=8, num_experts=4)  # type: ignore[arg-type]  # wrong on purpose
 
     def test_a_mapping_without_a_name(self) -> None:
         with pytest.raises(BadOverride) as error:

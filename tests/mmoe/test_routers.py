@@ -216,7 +216,7 @@ class TestExpertChoice:
         torch.testing.assert_close(routing.dense_weights(), torch.zeros(T, E).scatter(0, best, probs.gather(0, best)))
 
     @pytest.mark.parametrize("experts", [3, 7, 13])
-    @pytest.mark.parametrize("factor", [1, 1.5, 0.1])
+    @pytest.mark.parametrize("factor", [1, 1.5, 0.1, 1e-7])
     def test_capacity_is_exact(self, experts: int, factor: float) -> None:
         router = ExpertChoiceRouter(D, experts, capacity_factor=factor)
         for rows in range(1, 60):

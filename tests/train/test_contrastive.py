@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import zoo
-from mmoe.errors import BadInput, BadOverride
+from mmoe.errors import BadInput, BadOverride, CorruptFile
 from mmoe.moe import moe_layers
 from train.augment import augment, on_background
 from train.contrastive import (
@@ -116,7 +116,7 @@ def test_fine_tuning_leaves_nothing_frozen():
     ("options", "wrong"),
     [
         ({"steps": 0}, "steps=0\n  steps is a whole number of at least 1\n  try: steps=1"),
-        ({"lr": -1.0}, "lr=-1.0\n  lr is a finite number above 0\n  try: lr=1"),
+        ({"lr": -1.0}, "lr=-1.0\n  it is a number above 0\n  try: lr=3e-3"),
     ],
 )
 def test_fine_tuning_without_a_meaning(options, wrong):
@@ -230,6 +230,39 @@ def test_other_options_do_not_go_on(tmp_path):
     run_until(tiny(), tmp_path, config, None)
     with pytest.raises(BadInput, match="its stage 'stage' was started with other options"):
         run_until(tiny(), tmp_path, config.model_copy(update={"lr": 2e-3}), None)
+
+
+def test_another_seed_does_not_go_on(tmp_path):
+    config = StageConfig(steps=1, batch_size=16, lr=1e-3)
+    ContrastiveRun(tiny(), load_emoji(), config, folder=tmp_path, seed=0).run(progress=False)
+    with pytest.raises(BadInput, match="or another seed"):
+        ContrastiveRun(tiny(), load_emoji(), config, folder=tmp_path, seed=7).run(progress=False)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    config = StageConfig(steps=1, batch_size=16, lr=1e-3)
+    ContrastiveRun(tiny(), load_emoji(), config, folder=tmp_path, name="stage").run(progress=False)
+    path = tmp_path / "stage.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CorruptFile, match=r"cannot go on from '.*stage.pt'\n  5,000 bytes; it is damaged\n  try: rm"):
+        ContrastiveRun(tiny(), load_emoji(), config, folder=tmp_path, name="stage").run(progress=False)
+
+
+def test_gradients_are_clipped():
+    moved = {}
+    for clip in (1e-9, 1.0):
+        model = tiny()
+        before = model.clip.token_embedding.weight.detach().clone()
+        config = StageConfig(steps=1, batch_size=16, lr=1e-2, clip=clip, weight_decay=0.0)
+        ContrastiveRun(model, load_emoji(), config).run(progress=False)
+        moved[clip] = float((model.clip.token_embedding.weight.detach() - before).norm())
+    assert 0 < moved[1e-9] < 0.1 * moved[1.0]
+
+
+def test_fine_tuning_leaves_the_mode():
+    model = tiny().train()
+    fine_tune(model, steps=1, progress=False)
+    assert model.training
 
 
 def test_pattern_that_names_nothing_is_an_error():

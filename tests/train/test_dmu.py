@@ -10,8 +10,8 @@ import torch
 import typer
 import yaml
 
-from mmoe.errors import BadInput
-from train import dmu_table
+from mmoe.errors import BadInput, CorruptFile
+from train import dmu, dmu_table
 from train.dmu import RECIPE, DmuRun, main, print_results, read_recipe, refine_cells
 from train.evaluate import expert_use, recall
 
@@ -51,6 +51,50 @@ def test_experts_differ_from_the_base_in_feed_forward_layers_only(run):
     for expert in experts:
         changed = {n for n, v in expert.state_dict().items() if not torch.equal(v, base.state_dict()[n])}
         assert changed and all(".mlp." in name for name in changed)
+
+
+def test_each_stage_starts_from_the_base_with_clusters_of_the_newest_model(recipe, tmp_path, monkeypatch):
+    run, started, clustered = DmuRun(read_recipe(recipe), tmp_path / "run", progress=False), [], []
+
+    def train(model, config, name, cells=None):
+        started.append((name, copy.deepcopy(model.state_dict())))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * len(started)
+        return model
+
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(dmu, "refine_cells", lambda cells, model, *rest: clustered.append(model) or cells)
+    models = [model.state_dict() for model in run.experts()]
+    assert [name for name, _ in started] == ["base", "mcl_1", "mcl_2", "mcl_3"]
+    for _, start in started[1:]:
+        assert all(torch.equal(value, models[0][name]) for name, value in start.items())
+    for model, newest in zip(clustered, models, strict=False):  # the last one is not clustered
+        assert all(torch.equal(value, newest[name]) for name, value in model.state_dict().items())
+    assert len(clustered) == len(models) - 1
+
+
+def test_clusters_are_fitted_to_concepts_that_are_trained_on(run, monkeypatch):
+    fitted = []
+
+    class Watched(dmu.MiniBatchKMeans):
+        def fit(self, rows):
+            fitted.append(len(rows))
+            return super().fit(rows)
+
+    monkeypatch.setattr(dmu, "MiniBatchKMeans", Watched)
+    none = torch.zeros(len(run.emoji.training_styles), len(run.emoji), dtype=torch.long)
+    refine_cells(none, run.base(), run.emoji, (2, 2), 0)
+    seen = len(run.emoji.seen)
+    assert fitted == [len(run.emoji.training_styles) * seen, seen] and seen == 1341
+
+
+@pytest.mark.parametrize("file", ["recipe.json", "base.log.json"])
+def test_damaged_files_of_a_run_are_named(file, recipe, tmp_path):
+    run = DmuRun(read_recipe(recipe), tmp_path / "run", progress=False)
+    (tmp_path / "run" / file).write_text("")
+    with pytest.raises(CorruptFile, match=f"cannot read '.*{file}'\n  it is not JSON"):
+        DmuRun(run.config, tmp_path / "run", progress=False).seconds()
 
 
 def test_assembly_takes_expert_i_from_stage_i(run):
@@ -158,6 +202,12 @@ def test_results_hold_every_model_that_the_table_shows(run, capsys, monkeypatch)
     dmu_table.main([run.out])
     table = capsys.readouterr().out
     assert all(about in table for about, _ in dmu_table.MODELS.values())
+
+
+def test_a_table_is_of_one_recipe(run):
+    result = {"seed": 0, "added_steps": 4, "retrieval": {name: {} for name in dmu_table.MODELS}}
+    with pytest.raises(BadInput, match=r"their recipes add \[4, 5\] steps"):
+        dmu_table.metrics([result, {**result, "seed": 1, "added_steps": 5}])
 
 
 def test_a_table_needs_the_controls(run, tmp_path, capsys):

@@ -138,6 +138,22 @@ def test_list_what_models_are_made_of(kind: str, names: list[str], run: Any) -> 
         assert found["topk"]["properties"] == "trainable, causal-safe"
 
 
+def test_list_parts_that_are_not_there(run: Any) -> None:
+    done = run("list", "--kind", "routers", "nothing")
+    assert (done.code, done.out, done.err) == (0, "", "no routers match; all of them: mmoe list --kind routers\n")
+    done = run("list", "--kind", "routers", "--task", "retrieval")
+    assert done.err == ("error: --task with --kind routers\n  it is a property of models\n  try: mmoe list --task\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("words", [["list"], ["list", "--json"], ["info", "nope", "--json"]])
+def test_an_output_that_is_full(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "mmoe", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 3 and done.stderr.startswith("error: ")
+
+
 # ---- info ----
 
 

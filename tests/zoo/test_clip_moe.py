@@ -78,8 +78,10 @@ def test_kinds_of_pictures(tiny: Any, fox: Path) -> None:
     white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     array = np.asarray(white)
     expected = tiny.predict(fox, LABELS).cosines
-    for picture in (str(fox), image, white, array, array / 255.0):
+    tensor = torch.from_numpy(array / 255.0)
+    for picture in (str(fox), image, white, array, array / 255.0, tensor):
         torch.testing.assert_close(tiny.predict(picture, LABELS).cosines, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(tiny.predict(tensor.bfloat16(), LABELS).cosines, expected, atol=2e-2, rtol=0)
 
 
 def test_the_best_labels(tiny: Any, pictures: list[Path]) -> None:
@@ -259,6 +261,28 @@ def test_where_the_rows_of_a_routing_are(tiny: Any, pictures: list[Path]) -> Non
             length = len(text.tokens[index]) if view is text else tiny.grid[0] * tiny.grid[1]
             assert rows.shape == (length, tiny.config.top_k)
             assert (rows < tiny.config.num_experts).all(), "padding is left out"
+
+
+def test_tokens_are_shown_as_text(tiny: Any) -> None:
+    (view,) = tiny.views(tiny.preprocess(texts=["café 狐"]))
+    (shown,) = view.tokens
+    assert (shown[0], shown[-1]) == ("<start_of_text>", "<end_of_text>")
+    assert "".join(shown[1:-1]).replace("·", "") == "café狐"
+
+
+def test_a_locked_text_tower_has_no_trainable_positions(small: Any) -> None:
+    model = small(position_split=4)
+    model.clip.lock_text_tower()
+    trainable = {name for name, p in model.clip.named_parameters() if p.requires_grad and not name.startswith("visual")}
+    assert trainable == {"logit_scale"}
+    assert {"positional_embedding", "positional_embedding_res"} <= model.clip.no_weight_decay()
+
+
+def test_a_loss_needs_a_picture_for_each_text(small: Any, pictures: list[Path]) -> None:
+    model = small()
+    batch = model.preprocess(pictures[:1], ["a fox", "a pizza"])
+    with pytest.raises(BadInput, match="a loss of 1 pictures and 2 texts"):
+        model(**batch, return_loss=True)
 
 
 def test_it_is_an_open_clip_model(tiny: Any, pictures: list[Path]) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
+from mmoe.errors import Refused
 from mmoe.moe import moe_layers
 from zoo import loading, registry
 from zoo.card import read_cards
@@ -320,7 +321,7 @@ def test_the_authors_weights_there_and_back(suffix: str, run: Any, small: Any, t
     model = small(num_experts=3, top_k=1, position_split=20)
     folder, file, again = model.save(tmp_path / "ours"), tmp_path / f"theirs.{suffix}", tmp_path / "again"
     done = run("convert", "to-original", folder, "--out", file)
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0 and done.err.startswith("note: their code takes vision_heads=1, text_heads=1, top_k=2")
     assert done.out.startswith(f"{file}: ") and done.out.endswith("; read back they are equal bit for bit\n")
     done = run("convert", "from-original", "clip_moe", file, "--top-k", "1", "--out", again)
     assert (done.code, done.err) == (0, "")
@@ -394,6 +395,41 @@ def test_files_that_are_refused(
     done = run("convert", "from-original", *words, "--out", "out")
     assert done.code == 2 and done.err.startswith(f"error: {text}"), done.err
     assert not Path("out").exists()
+
+
+def test_what_the_authors_code_would_read_otherwise_is_told(run: Any, small: Any, tmp_path: Path) -> None:
+    small(text_heads=4, activation="gelu").save(tmp_path / "a")
+    done = run("convert", "to-original", tmp_path / "a", "--out", tmp_path / "a.pt")
+    assert done.err.startswith("note: their code takes activation=quick_gelu, vision_heads=1, text_heads=1")
+    back = done.err.split("the way back needs ")[1].split()
+    done = run("convert", "from-original", "clip_moe", tmp_path / "a.pt", "--out", tmp_path / "b", *back)
+    assert done.code == 0
+    config = zoo.load(tmp_path / "b", device="cpu").config
+    assert (config.text_heads, config.activation) == (4, "gelu")
+
+
+def test_one_option_given_twice(run: Any, small: Any, tmp_path: Path) -> None:
+    small().save(tmp_path / "a")
+    run("convert", "to-original", tmp_path / "a", "--out", tmp_path / "a.pt")
+    given = ["--top-k", "2", "--set", "top_k=1"]
+    done = run("convert", "from-original", "clip_moe", tmp_path / "a.pt", "--out", tmp_path / "b", *given)
+    assert (done.code, done.err) == (
+        2,
+        "error: --top-k 2 with --set top_k=1\n  they are the same option\n  try: --top-k 2\n",
+    )
+
+
+@pytest.mark.parametrize("options", [{"router": "topk:gate_bias=true"}, {"router": "topk:bias_rate=0.1"}])
+def test_upcycling_to_another_router(options: Any, small: Any) -> None:
+    model = upcycle(small(num_experts=0), 3, **options)
+    assert difference(small(num_experts=0), model) >= 0
+    assert all(moe.router.num_experts == 3 for moe in moe_layers(model).values())
+
+
+@pytest.mark.parametrize("options", [{"experts": "with_null:num_null=1"}, {"context_length": 10}])
+def test_upcycling_to_what_does_not_fit(options: Any, small: Any) -> None:
+    with pytest.raises(Refused, match=r"upcycle with .*\n  the dense model's tensors do not fit"):
+        upcycle(small(num_experts=0), 3, **options)
 
 
 def test_to_original_that_is_refused(run: Any, small: Any, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_arrays(array: np.ndarray, value: int) -> None:
         (np.full((2, 2), 300), "integers of a picture lie between 0 and 255"),
         (np.full((2, 2), -0.5), "numbers between -0.5 and -0.5"),
         (np.full((2, 2), np.nan), "numbers between nan and nan"),
-        (np.array([["a", "b"]]), "it holds no numbers"),
+        (np.array([["a", "b"]]), "it holds no real numbers"),
     ],
 )
 def test_arrays_that_are_no_pictures(array: Any, message: str) -> None:

@@ -293,8 +293,9 @@ def test_overrides_of_a_folder(small: Any, tmp_path: Path) -> None:
         ({"balance_coef": float("nan")}, ["balance_coef=nan", "balance_coef is a finite number of at least 0"]),
         ({"init_logit_scale": float("inf")}, ["init_logit_scale=inf", "init_logit_scale is a finite number"]),
         ({"position_split": -3}, ["position_split=-3", "position_split is a whole number of at least 0"]),
-        ({"image_std": [0, 1, 1]}, ["image_std=0", "image_std is a finite number above 0"]),
-        ({"image_mean": [0.5]}, ["image_mean=(0.5,)", "image_mean has a number for each of red, green and blue"]),
+        ({"image_std": [0, 1, 1]}, ["image_std=[0, 1, 1]", "image_std has a number of at least 1e-06 for each"]),
+        ({"image_mean": [0.5]}, ["image_mean=[0.5]", "image_mean has a number of at least 0 for each of red, green"]),
+        ({"image_mean": ["a", "b", "c"]}, ["image_mean=['a', 'b', 'c']", "image_mean has", "image_mean=[0.5,0.5,0.5]"]),
         ({"text_heads": 7}, ["7 heads in a tower of width 128", "heads must share the width evenly", "text_heads=1"]),
         ({"num_experts": -1}, ["num_experts=-1", "num_experts is a whole number of at least 0", "num_experts=0"]),
         (
@@ -583,11 +584,15 @@ def test_one_pattern_is_one_pattern() -> None:
         ("config.json", {"config": None}, "was not written by model.save"),
         ("config.json", {"family": 5}, "was not written by model.save"),
         ("preprocess.json", {"resize_mode": "nope"}, "resize_mode is 'shortest' or 'longest' or 'squash'"),
-        ("preprocess.json", {"mean": [0.5, 0.5]}, "a number for each of red, green and blue"),
-        ("preprocess.json", {"std": [0, 0, 0]}, "a finite number above 0"),
+        ("preprocess.json", {"mean": [0.5, 0.5]}, "for each of red, green and blue"),
+        ("preprocess.json", {"std": [0, 0, 0]}, "image_std has a number of at least 1e-06"),
         ("preprocess.json", {"vocab_size": 9999}, "vocab_size"),
         ("preprocess.json", {"image_size": "64"}, "image_size is int, not str"),
+        ("preprocess.json", {"image_size": 16}, "image_size is 16, the model has 32"),
+        ("preprocess.json", {"context_length": 999}, "context_length is 999, the model has"),
         ("preprocess.json", {"background": None}, "background"),
+        ("preprocess.json", {"background": ["a", "b", "c"]}, "background is ['a', 'b', 'c'], not a colour"),
+        ("preprocess.json", {"background": [999, -1, 0]}, "background is [999, -1, 0], not a colour"),
         ("card.json", {"lineage": None}, "lineage is a NoneType, not a mapping"),
         ("card.json", {"moe": [1]}, "moe is a list, not a mapping"),
     ],
@@ -599,3 +604,22 @@ def test_folders_that_were_edited(file: str, change: Any, wrong: str, small: Any
     with pytest.raises(CorruptFile) as error:
         load(folder)
     assert wrong in str(error.value)
+
+
+def test_patterns_that_are_none() -> None:
+    with pytest.raises(BadOverride, match="allow_missing=5\n  it is a pattern of tensor names"):
+        load(NAME, allow_missing=5)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_loading_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = load(NAME, device="cpu")
+        assert model.load_report is not None and model.load_report.coverage == 1
+
+
+def test_a_model_larger_than_the_memory() -> None:
+    with pytest.raises(BadInput) as error:
+        load(NAME, False, device="cpu", image_size=10**6)
+    asked, wrong, fix = message(error)
+    assert asked == "cannot build clip_moe_tiny" and wrong.startswith("its memory is not there: ")
+    assert fix == "try: smaller sizes, or device='meta' for the shapes alone"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import itertools
 import json
 import os
+import pickle
 import stat
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -390,6 +392,66 @@ def test_a_model_that_was_trained_is_not_the_loaded_one(small: Any, tmp_path: Pa
     assert model.load_report is None
     card = json.loads((model.save(tmp_path / "b") / "card.json").read_text()) if model.card else {}
     assert card.get("lineage", {}).get("weights", "random").startswith("random")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_loaded_until_it_is_trained(copied: Callable[[Any], Any], small: Any, tmp_path: Path) -> None:
+    model = copied(zoo.load(small().save(tmp_path / "a"), device="cpu"))
+    assert model.load_report is not None and model.load_report.coverage == 1
+    with torch.no_grad():
+        model.clip.logit_scale.add_(1e-6)
+    assert model.load_report is None and copied(model).load_report is None
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "through .data": lambda model: [p.data.mul_(0.5) for p in model.parameters()],
+    "assigned": lambda model: model.load_state_dict(
+        {name: torch.randn_like(value) for name, value in model.state_dict().items()}, assign=True
+    ),
+    "other experts": lambda model: mmoe.upcycle(model, 2, layers="*.resblocks.0.*", inplace=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_weights_are_not_the_loaded_ones(change: str, small: Any, tmp_path: Path) -> None:
+    model = zoo.load(small(moe_layers=1).save(tmp_path / "a"), device="cpu")
+    CHANGES[change](model)
+    assert model.load_report is None
+
+
+def test_other_settings_of_the_layers_are_refused(small: Any, tmp_path: Path) -> None:
+    def policy(moe: mmoe.MoE) -> None:
+        old = moe.router
+        moe.router = mmoe.TopKRouter(old.weight.shape[1], old.num_experts, score="sigmoid", weights="raw")
+
+    def scale(moe: mmoe.MoE) -> None:
+        moe.router.scale = 3.0
+
+    def act(moe: mmoe.MoE) -> None:
+        moe.experts.act = torch.nn.functional.relu
+
+    for change in (policy, scale, act):
+        model = small()
+        change(next(iter(mmoe.moe_layers(model).values())))
+        with pytest.raises(Refused, match="whose layers are not those of its config"):
+            model.save(tmp_path / "out")
+    model = small()
+    next(iter(mmoe.moe_layers(model).values())).backend = "loop"
+    model.train().save(tmp_path / "out")
+
+
+def test_values_that_a_type_does_not_hold_are_refused(small: Any, tmp_path: Path) -> None:
+    model = small()
+    with torch.no_grad():
+        model.clip.token_embedding.weight[0, 0] = 1e5
+    with pytest.raises(Refused, match=r"save clip.token_embedding.weight in torch.float16\n.* up to 1e\+05"):
+        model.save(tmp_path / "out", dtype="fp16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_that_is_none(small: Any, tmp_path: Path) -> None:
+    with pytest.raises(BadOverride, match="it is no Card"):
+        small().save(tmp_path / "out", card={"a": 1})
 
 
 def test_the_type_of_saved_weights_has_a_name(small: Any, tmp_path: Path) -> None:

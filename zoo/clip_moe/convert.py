@@ -321,12 +321,19 @@ def upcycle(
     given = {**vars(dense.config), "num_experts": count, "top_k": k, "moe_layers": layers, **options}
     config = make_config(ClipMoEConfig, given, "clip_moe", "upcycle(..., {}=...)")
     hosts = None if sources is None else [_strip(source) for source in sources]
-    host, _ = upcycle_host(dense.clip, count, top_k=config.top_k, layers=config.moe_layers, sources=hosts, noise=noise)
+    router = "topk" if config.router is None else config.router
+    host, _ = upcycle_host(
+        dense.clip, count, top_k=config.top_k, layers=config.moe_layers, sources=hosts, noise=noise, router=router
+    )
     state = {f"clip.{name}": value for name, value in host.state_dict().items()}
     with torch.device("meta"):
         model = ClipMoE(config)  # takes over the tensors below, since a copy of a large model costs gigabytes
     state = {name: _rounded(name, value) if round_to_half else value for name, value in state.items()}
-    model.load_state_dict(state, assign=True)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        told = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise Refused(f"upcycle with {told}", "the dense model's tensors do not fit", "upcycle without it") from error
     model.clip.attn_mask = host.attn_mask  # the one buffer that is in no state dict
     model.preprocessing = dense.preprocessing
     model.card = None

@@ -99,6 +99,16 @@ class LongTextCLIP(CLIP):
         features = self._pool_text(x, text)  # (B, C)
         return F.normalize(features, dim=-1) if normalize else features
 
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Freezes the text tower except its last layers, and with its first position table the second one."""
+        super().lock_text_tower(unlocked_layers, freeze_layer_norm)
+        if self.position_split is not None:
+            self.positional_embedding_res.requires_grad_(self.positional_embedding.requires_grad)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that optimisers should not decay, as timm asks for them."""
+        return {*super().no_weight_decay(), "positional_embedding_res"}
+
     def forward_intermediates(
         self,
         image: Tensor | None = None,

@@ -15,6 +15,7 @@ Shapes: B samples, N tokens, T = B*N rows, D width, C embedding, E experts, K sl
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,8 +122,21 @@ def make_tokenizer(vocab_size: int, context_length: int) -> SimpleTokenizer:
     return tokenizer
 
 
+def shown_tokens(tokenizer: SimpleTokenizer, ids: Sequence[int]) -> tuple[str, ...]:
+    """Text of each token; of the tokens that make up one character the last shows it, the others are dots.
+
+    >>> tokenizer = make_tokenizer(1024, 77)
+    >>> shown_tokens(tokenizer, tokenizer.encode("a 狐"))
+    ('a', '·', '·', '狐')
+    """
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    words = [tokenizer.decoder[i].removesuffix("</w>") for i in ids]
+    return tuple(decode(bytes(tokenizer.byte_decoder[sign] for sign in word)) or "·" for word in words)
+
+
 def _is_colour(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3
+    whole = isinstance(value, (list, tuple)) and all(isinstance(v, int) and 0 <= v <= 255 for v in value)
+    return whole and len(value) == 3
 
 
 def _texts(given: Any) -> list[str]:
@@ -179,8 +193,15 @@ class ClipMoE(Model):
         told = {key: values[key] for key in ("image_size", "interpolation", "resize_mode", "context_length")}
         told |= {"image_mean": values["mean"], "image_std": values["std"]}
         make_config(ClipMoEConfig, {**vars(self.config), **told}, self.family)
-        if values["vocab_size"] != self.config.vocab_size or not _is_colour(values["background"]):
-            raise ValueError("vocab_size or background do not fit the model")
+        for key in ("vocab_size", "image_size"):
+            if values[key] != getattr(self.config, key):
+                raise ValueError(f"{key} is {values[key]}, the model has {getattr(self.config, key)}")
+        if values["context_length"] > self.config.context_length:
+            raise ValueError(
+                f"context_length is {values['context_length']}, the model has {self.config.context_length}"
+            )
+        if not _is_colour(values["background"]):
+            raise ValueError(f"background is {values['background']}, not a colour such as [255, 255, 255]")
         self._preprocessing = values
         self._tokenizer: SimpleTokenizer | None = None
         self.image_transform = image_transform(
@@ -314,6 +335,9 @@ class ClipMoE(Model):
         if not return_loss:
             return output
         smoothing = self.config.label_smoothing
+        if not len(text) or len(image) % len(text):
+            wrong = "each text has one picture, or as many as every other one"
+            raise BadInput(f"a loss of {len(image)} pictures and {len(text)} texts", wrong, "as many texts as pictures")
         batches = image_features.split(len(text))
         contrast = [contrastive_loss(images, text_features, scale, smoothing) for images in batches]
         losses = {"contrastive": torch.stack(contrast).mean()}
@@ -343,8 +367,8 @@ class ClipMoE(Model):
             found.append(TokenView(layers="clip.visual.*", modality="image", prefix=1, grid=self.grid))
         if "text" in batch:
             text = self.clip.cut(batch["text"])
-            words = [[self.tokenizer.decoder[i].replace("</w>", "") for i in row] for row in text.tolist()]
             ends = (text.argmax(-1) + 1).tolist()
-            kept = tuple(tuple(row[:end]) for row, end in zip(words, ends, strict=True))
+            rows = zip(text.tolist(), ends, strict=True)
+            kept = tuple(shown_tokens(self.tokenizer, row[:end]) for row, end in rows)
             found.append(TokenView(layers="clip.transformer.*", modality="text", length=text.shape[1], tokens=kept))
         return found
