@@ -153,10 +153,11 @@ const open = wanted => {
 button.addEventListener('click', () => open(button.getAttribute('aria-expanded') !== 'true'));
 document.addEventListener('change', event => { if (event.target.closest('#picker')) open(false); });
 """
-# Gradio's menus act on a key after the focus has moved on: Tab closes one and opens it again.
+# Gradio's menus open at any key, and act on it after the focus has moved on: Tab closes one and opens it again.
 MENU_JS = """
 document.addEventListener('keydown', event => {
-  if (event.key === 'Tab' && event.target.matches('[role=combobox]')) event.stopPropagation();
+  const known = ['ArrowDown', 'ArrowUp', 'Home', 'End', 'Enter', 'Escape'].includes(event.key);
+  if (event.target.matches('[role=combobox]') && !known) event.stopPropagation();
 }, true);
 """
 
