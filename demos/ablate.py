@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -15,7 +14,6 @@ from demos import look, record
 from demos.family import Family, Shell, message_area
 from demos.store import Note
 from mmoe.errors import BadInput, UnknownName, did_you_mean
-from zoo.table import shorten
 
 KEEP_SECONDS = 3600
 HINT = "Here come the results: all experts on, the ticked ones off, and the change."
@@ -63,22 +61,25 @@ element.addEventListener('change', event => {
 
 
 # Opening the tab shows the switches of the model; one that is open has to follow the choice of another model.
-IF_OPEN = """(shown, model) => {
+CLEAR = "() => ['', {__type__: 'update', value: '{}', props: {rows: []}}]"
+IF_OPEN = """model => {
   const open = document.getElementById('%s-button')?.getAttribute('aria-selected') === 'true';
-  return [shown, open ? model : null];
+  return [open ? model : null];
 }"""
 
 
 def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) -> None:
     """The Ablate tab: tick experts off, run again, compare."""
     panel = _AblatePanel(family, shell)
-    switches_message, message = message_area(), message_area()
     shown = gr.State("", time_to_live=KEEP_SECONDS)
     with gr.Row():
         with gr.Column(scale=4, min_width=270):
-            switches = _switches(f"{family.name}-switches")
-            run = gr.Button("Run without them", variant="primary", elem_id=f"{family.name}-ablate")
+            switches_message = message_area()
+            with gr.Column(elem_classes="switching"):
+                switches = _switches(f"{family.name}-switches")
+                run = gr.Button("Run without them", variant="primary", elem_id=f"{family.name}-ablate")
         with gr.Column(scale=6, min_width=270):
+            message = message_area()
             verdict = gr.HTML(look.hint(HINT))
             with gr.Row():
                 before = gr.Label(look.NO_RESULT, label="All experts on", num_top_classes=5, min_width=220)
@@ -93,18 +94,28 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
     name = f"{family.name}_ablate"
     results = [verdict, before, after, table]
 
-    def blank(count: int) -> list[Any]:
+    def blank(count: int, model: str | None) -> list[Any]:
         return [look.hint(HINT), look.NO_RESULT, look.NO_RESULT, look.rows([])]
 
     inputs, shows = [shown, shell.model], [switches, shown]
     options = {
         "names": ["shown", "model"],
         "message": switches_message,
-        "blank": lambda _: [gr.HTML("{}", rows=[]), ""],
+        "blank": lambda *_: [_no_switches(), ""],
     }
-    shell.on(tab.select, panel.layers, inputs, shows, api_name=f"{family.name}_layers", **options)
-    options |= {"js": IF_OPEN % tab.elem_id, "api_visibility": "private", "trigger_mode": "always_last"}
-    follow = partial(shell.on, shell.model.input, panel.follow, inputs, shows, api_name=f"{name}_follow", **options)
+    opened = shell.on(tab.select, panel.layers, inputs, shows, api_name=f"{family.name}_layers", **options)
+    options |= {
+        "names": ["model"],
+        "js": IF_OPEN % tab.elem_id,
+        "api_visibility": "private",
+        "trigger_mode": "always_last",
+    }
+
+    def follow() -> None:
+        followed = shell.on(shell.model.input, panel.follow, inputs[1:], shows, api_name=f"{name}_follow", **options)
+        shell.model.select(None, cancels=[opened, followed])
+
+    shell.model.input(None, None, [switches_message, switches], js=CLEAR, api_visibility="private")
     shell.after_choice.append(follow)
     made_from = [switches, shell.model, *sources]
     names = ["switched_off", "model", *family.parameters]
@@ -128,6 +139,10 @@ def _switches(elem_id: str) -> gr.HTML:
     )
 
 
+def _no_switches() -> gr.HTML:
+    return gr.HTML("{}", rows=[])
+
+
 @dataclass
 class _AblatePanel:
     """Work of the Ablate tab."""
@@ -146,11 +161,11 @@ class _AblatePanel:
         off = {layer: [0] for layer, size in sizes.items() if size > 1}
         return gr.HTML(json.dumps(off), rows=rows), model
 
-    def follow(self, note: Note, shown: str, model: str | None) -> tuple[Any, ...]:
+    def follow(self, note: Note, model: str | None) -> tuple[Any, ...]:
         """The switches of the model that was just chosen; none when it has no experts or the tab is not open."""
         if model not in [card.name for card in self.family.cards if card.moe]:
-            return gr.HTML("{}", rows=[]), ""
-        return self.layers(note, shown, model)
+            return _no_switches(), ""
+        return self.layers(note, "", model)
 
     def run(self, note: Note, switched_off: str, model: str, *values: Any) -> tuple[Any, ...]:
         """Runs a model twice, with all experts and without some.
@@ -207,8 +222,8 @@ def _check(name: str, experts: list[int], size: int) -> None:
         raise BadInput(f"all {size} experts of {name} are off", "at least one must stay", "untick one of them")
 
 
-def read_switches(text: str | None) -> dict[str, list[int]]:
-    """JSON from layers to experts -> mapping; layers without experts are left out.
+def read_switches(text: Any) -> dict[str, list[int]]:
+    """JSON from layers to experts, or the mapping itself -> mapping; layers without experts are left out.
 
     Raises:
         BadInput: it is no such mapping, or nothing is switched off.
@@ -217,9 +232,11 @@ def read_switches(text: str | None) -> dict[str, list[int]]:
     {'clip.visual.*': [0, 2]}
     """
     try:
-        given = json.loads(text or "{}")
+        given = text if isinstance(text, Mapping) else json.loads(text or "{}")
     except json.JSONDecodeError as error:
         raise BadInput("cannot read which experts to switch off", f"it is not JSON: {error}", '{"*": [0]}') from error
+    except (TypeError, ValueError, RecursionError):
+        given = None
     good = isinstance(given, Mapping) and all(
         isinstance(experts, list) and all(type(expert) is int for expert in experts) for experts in given.values()
     )
@@ -238,14 +255,17 @@ def _verdict(before: Mapping[str, float], after: Mapping[str, float], off: Mappi
     was, now = (
         f"{100 * before[name]:.1f}\u00a0% before and {100 * after[name]:.1f}\u00a0% after" for name in (first, then)
     )
-    first, then = shorten(first), shorten(then)
     if first == then:
-        return f"{what}the first answer stays “{first}”, {was}."
-    return f"{what}the first answer changes from “{first}” ({was}) to “{then}” ({now})."
+        return f"{what}the first answer stays {look.quoted(first)}, {was}."
+    return f"{what}the first answer changes from {look.quoted(first)} ({was}) to {look.quoted(then)} ({now})."
 
 
 def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[Any]]:
     """Rows of name, before, after and change, the largest change first."""
     names = sorted(before, key=lambda name: -abs(after[name] - before[name]))
     changes = [(name, 100 * before[name], 100 * after[name]) for name in names]
-    return [[name, f"{was:.2f}", f"{now:.2f}", f"{round(now - was, 2) or 0.0:+.2f}"] for name, was, now in changes]
+    return [[name, f"{was:.2f}", f"{now:.2f}", _signed(now - was)] for name, was, now in changes]
+
+
+def _signed(change: float) -> str:
+    return f"{round(change, 2) or 0.0:+.2f}".replace("-", "\N{MINUS SIGN}")

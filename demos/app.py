@@ -116,7 +116,7 @@ def launch_options() -> dict[str, Any]:
 
 def _draw_side(cards: list[Card], first: Card, store: ModelStore) -> _Side:
     """The list of models and what is in memory; on a narrow screen it is folded behind a button."""
-    gr.HTML(look.BRAND, js_on_load=look.BRAND_JS, elem_classes="brand-row")
+    gr.HTML(look.BRAND, js_on_load=look.BRAND_JS + look.MENU_JS, elem_classes="brand-row")
     with gr.Column(elem_id="models"):
         picker = _draw_picker(cards, first)
         status = gr.HTML(_status(store), elem_classes="picker-status", elem_id="status")
@@ -131,8 +131,8 @@ def _draw_picker(cards: list[Card], first: Card) -> gr.Radio:
     tasks = sorted({task for card in cards for task in card.tasks})
     kinds = sorted({kind for card in cards for kind in card.modalities})
     with gr.Accordion("Filter", open=False):
-        task = gr.Dropdown([ANY, *tasks], value=ANY, label="Task")
-        kind = gr.Dropdown([ANY, *kinds], value=ANY, label="Takes")
+        task = gr.Dropdown([ANY, *tasks], value=ANY, label="Task", filterable=False)
+        kind = gr.Dropdown([ANY, *kinds], value=ANY, label="Takes", filterable=False)
     picker = gr.Radio(_choices(cards), value=first.name, label="Models", elem_classes="picker", elem_id="picker")
 
     def models(task: str, modality: str, model: str) -> Any:

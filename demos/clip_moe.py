@@ -18,12 +18,21 @@ import gradio as gr
 from PIL import Image
 
 from demos import look
-from demos.family import Family, Shell, keep, message_area, picture_input, read_picture, read_texts
+from demos.family import (
+    Family,
+    Shell,
+    Words,
+    keep,
+    message_area,
+    picture_input,
+    pieces_of,
+    read_picture,
+    read_texts,
+)
 from demos.store import Loaded, ModelStore, Note
 from mmoe.errors import BadInput, did_you_mean
 from zoo.assets import asset
 from zoo.card import Card
-from zoo.table import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,9 +40,10 @@ if TYPE_CHECKING:
     from train.data.emoji import Concept, EmojiSet
 
 BEST, OFFERED, CHUNK, NAMED = 12, 18, 128, 3
-STYLES = ("twemoji", "noto", "openmoji")  # of the emoji, the one that is not trained on first; the data has them too
+STYLES = {"twemoji": "Twemoji", "noto": "Noto", "openmoji": "OpenMoji"}  # of the emoji, and their names in menus
+FIRST_STYLE = "twemoji"  # the one that is not trained on
 QUERY = "a red fruit"
-COMPARE_HINT = "Press Compare: the first run takes some seconds, while the model loads."
+SHOW_PICTURE = f"() => {{ document.getElementById('clip_moe-picture'){look.INTO_VIEW}; }}"
 SEARCH_HINT = "Press Search: the first search in a style looks at all 1,641 pictures once."
 
 
@@ -84,8 +94,8 @@ def nearest_emoji(loaded: Loaded, query: str, style: str, note: Note) -> list[tu
 def told_cut(model: Any, texts: Sequence[str]) -> str:
     """A sentence about the texts of which the model reads only the beginning; empty when it reads all."""
     limit = model.config.context_length - 2  # the start and the end token
-    cut = [shorten(text, 30) for text in texts if len(model.tokenizer.encode(text)) > limit]
-    named = ", ".join(f"“{text}”" for text in cut[:NAMED]) + (f" and {len(cut) - NAMED} more" if cut[NAMED:] else "")
+    cut = [look.quoted(text, 30) for text in texts if len(model.tokenizer.encode(text)) > limit]
+    named = ", ".join(cut[:NAMED]) + (f" and {len(cut) - NAMED} more" if cut[NAMED:] else "")
     return f" Only the first {limit} tokens were read of {named}." if cut else ""
 
 
@@ -139,16 +149,22 @@ def check_style(style: str) -> str:
     """The style, if there is one of that name."""
     known = emoji_set().styles
     if style not in known:
-        raise BadInput(f"no emoji style {style!r}", did_you_mean(str(style), known), f"style={known[0]!r}")
+        raise BadInput(
+            f"no emoji style {look.quoted(str(style))}", did_you_mean(str(style), known), f"style={known[0]!r}"
+        )
     return style
 
 
 def style_choices() -> list[tuple[str, str]]:
     """Drawing styles for a menu; the one that was never trained on comes first and says so."""
-    shown = {"twemoji": "Twemoji", "noto": "Noto", "openmoji": "OpenMoji"}
     held_out = emoji_set().held_out_style
     styles = sorted(emoji_set().styles, key=lambda style: style != held_out)
-    return [(shown.get(s, s) + (" (unseen)" if s == held_out else ""), s) for s in styles]
+    return [(STYLES[style] + (" (unseen)" if style == held_out else ""), style) for style in styles]
+
+
+def style_menu(**options: Any) -> gr.Dropdown:
+    """The menu of drawing styles."""
+    return gr.Dropdown(style_choices(), value=FIRST_STYLE, label="Drawn by", filterable=False, **options)
 
 
 class Page(Family):
@@ -172,13 +188,12 @@ class Page(Family):
     def draw(self, shell: Shell) -> list[gr.components.Component]:
         """Draws both directions, picture to words and words to pictures."""
         gr.HTML(look.section("Picture to words", "How well does each label fit the picture, among those you give?"))
-        message = message_area()
         with gr.Row():
             with gr.Column(scale=5, min_width=280):
                 picture = picture_input(value=self.defaults[0], height=250, elem_id="clip_moe-picture")
                 chooser = self._draw_chooser()
             with gr.Column(scale=5, min_width=280):
-                labels = gr.Textbox(
+                labels = Words(
                     self.defaults[1],
                     label="Labels",
                     info="One per line, or separated by commas.",
@@ -187,13 +202,14 @@ class Page(Family):
                     elem_id="clip_moe-labels",
                 )
                 run = gr.Button("Compare", variant="primary", elem_id="clip_moe-run")
+                message = message_area()
                 result = gr.Label(look.NO_RESULT, label="Probabilities", num_top_classes=6, elem_id="clip_moe-result")
-                note = gr.HTML(look.hint(COMPARE_HINT))
-        self._wire_chooser(shell, chooser, picture, labels, message)
+                note = gr.HTML(self._hint(None), elem_id="clip_moe-note")
+        self._wire_chooser(shell, chooser, picture, labels)
         gr.HTML(look.section("Words to pictures", "Which of the 1,641 emoji is nearest to your words?"))
         self._draw_search(shell, picture, labels)
         made_from: list[Any] = [shell.model, picture, labels]
-        shown = {"message": message, "blank": lambda _: [look.NO_RESULT, look.hint(COMPARE_HINT)]}
+        shown = {"message": message, "blank": lambda _, model: [look.NO_RESULT, self._hint(model)]}
         ran = shell.on(
             [run.click, labels.submit],
             self.compare,
@@ -206,6 +222,10 @@ class Page(Family):
         )
         shell.forget(made_from, [result, note], runs=[ran], **shown)
         return [picture, labels]
+
+    def _hint(self, model: str | None) -> str:
+        slow = "" if model in self.store.sizes() else " The first run takes some seconds, while the model loads."
+        return look.hint(f"Press Compare.{slow}")
 
     def compare(self, note: Note, model: str, image: str, labels: str) -> tuple[dict[str, float], str]:
         """Probabilities of labels for a picture (labels one per line or separated by commas)."""
@@ -220,7 +240,7 @@ class Page(Family):
         told = f"{model}, {many}, {took:.0f} ms. The probabilities sum to 1 over your labels.{cut}"
         return found, look.hint(told)
 
-    def _draw_chooser(self) -> tuple[gr.Textbox, gr.Dropdown, gr.HTML]:
+    def _draw_chooser(self) -> tuple[gr.Textbox, gr.Dropdown, gr.HTML, gr.HTML]:
         with gr.Accordion("Pick a picture: an example or any emoji", open=True):
             with gr.Row():
                 word = gr.Textbox(
@@ -230,15 +250,14 @@ class Page(Family):
                     min_width=150,
                     elem_id="clip_moe-word",
                 )
-                style = gr.Dropdown(style_choices(), value=STYLES[0], label="Drawn by", scale=3, min_width=150)
+                style = style_menu(scale=3, min_width=150, elem_id="clip_moe-style")
+            message = message_area()
             grid = look.tiles(example_tiles(), label="Pictures to pick", size=42, elem_id="clip_moe-chooser")
             gr.HTML(look.hint("Unseen: never trained on. A style can be unseen, and an emoji in every style."))
-        return word, style, grid
+        return word, style, grid, message
 
-    def _wire_chooser(
-        self, shell: Shell, chooser: Any, picture: gr.Image, labels: gr.Textbox, message: gr.HTML
-    ) -> None:
-        word, style, grid = chooser
+    def _wire_chooser(self, shell: Shell, chooser: Any, picture: gr.Image, labels: gr.Textbox) -> None:
+        word, style, grid, message = chooser
         shell.on(
             [word.change, style.change],
             self.find,
@@ -255,7 +274,7 @@ class Page(Family):
         self._wire_pick(shell, "clip_moe_pick", grid, picture, labels, message)
 
     def _wire_pick(self, shell: Shell, name: str, grid: gr.HTML, picture: Any, labels: Any, message: gr.HTML) -> None:
-        shell.on(
+        picked = shell.on(
             grid.select,
             self.pick,
             [grid, labels],
@@ -268,18 +287,20 @@ class Page(Family):
             show_progress="hidden",
         )
 
+        picked.then(None, js=SHOW_PICTURE, api_visibility="private")
+
     def _draw_search(self, shell: Shell, picture: gr.Image, labels: gr.Textbox) -> None:
-        message = message_area()
         with gr.Row(equal_height=False, elem_classes="bottom-row"):
             query = gr.Textbox(QUERY, label="Words", scale=4, min_width=200, elem_id="clip_moe-query")
-            style = gr.Dropdown(style_choices(), value=STYLES[0], label="Drawn by", scale=3, min_width=200)
+            style = style_menu(scale=3, min_width=200)
             search = gr.Button("Search", variant="primary", scale=1, min_width=110, elem_id="clip_moe-search")
-        note = gr.HTML(look.hint(SEARCH_HINT))
+        message = message_area()
+        note = gr.HTML(look.hint(SEARCH_HINT), elem_id="clip_moe-search-note")
         grid = look.tiles([], label="Nearest emoji", elem_id="clip_moe-found")
         table = gr.JSON(visible=False, label="nearest")
 
         found = [grid, note, table]
-        shown = {"message": message, "blank": lambda _: [look.new_tiles([]), look.hint(SEARCH_HINT), None]}
+        shown = {"message": message, "blank": lambda *_: [look.new_tiles([]), look.hint(SEARCH_HINT), None]}
         ran = shell.on(
             [search.click, query.submit],
             self.search,
@@ -290,7 +311,7 @@ class Page(Family):
             show_progress_on=[note],
             **shown,
         )
-        shell.forget([shell.model, style], found, runs=[ran], **shown)
+        shell.forget([shell.model, query, style], found, runs=[ran], **shown)
         self._wire_pick(shell, "clip_moe_pick_found", grid, picture, labels, message)
 
     def search(self, note: Note, model: str, query: str, style: str) -> tuple[Any, str, list[dict[str, Any]]]:
@@ -315,29 +336,32 @@ class Page(Family):
         """Emoji by name or keyword in one drawing style; the examples without a word."""
         check_style(style)
         if not (word or "").strip():
-            return look.new_tiles(example_tiles() if style == STYLES[0] else example_emoji(style))
+            return look.new_tiles(example_tiles() if style == FIRST_STYLE else example_emoji(style))
         items = [emoji_tile(index, style) for index in find_emoji(word)]
-        return look.new_tiles(items, "" if items else f"No emoji is called “{word.strip()[:60]}”.")
+        return look.new_tiles(items, "" if items else f"No emoji is called {look.quoted(word)}.")
 
-    def pick(self, note: Note, choice: str, labels: str) -> tuple[Any, str]:
+    def pick(self, note: Note, choice: str, labels: Any) -> tuple[Any, str]:
         """A picture by the id of its tile ("example/fox", "twemoji/1F98A"); its name joins the labels."""
-        kind, _, name = (choice or "").partition("/")
+        choice = str(choice or "")
+        kind, _, name = choice.partition("/")
         if kind == "example" and name in examples():
             return str(examples()[name]), _with_label(labels, name)
         found = [i for i, concept in enumerate(emoji_set().concepts) if concept.id == name]
         if not found or kind not in emoji_set().styles:
-            raise BadInput(f"there is no picture {choice!r}", "ids are STYLE/CODE or example/NAME", "twemoji/1F98A")
+            raise BadInput(
+                f"there is no picture {look.quoted(choice)}", "ids are STYLE/CODE or example/NAME", "twemoji/1F98A"
+            )
         return emoji_set().image(found[0], kind), _with_label(labels, emoji_set().concepts[found[0]].name)
 
 
-def _with_label(labels: str, name: str) -> str:
+def _with_label(labels: Any, name: str) -> str:
     """The labels with a picture's name among them, in the form they were written in."""
     name = name.replace(",", "")
-    known = [piece.strip() for line in (labels or "").splitlines() for piece in line.split(",")]
-    if name in known:
-        return labels
-    separator = "\n" if "\n" in (labels or "") else ", "
-    return f"{name}{separator}{labels}" if labels and labels.strip() else name
+    text = "\n".join(map(str, labels)) if isinstance(labels, list) else str(labels or "")
+    if name in pieces_of(labels):
+        return text
+    separator = "\n" if "\n" in text else ", "
+    return f"{name}{separator}{text}" if text.strip() else name
 
 
 def _told(concepts: Sequence[Concept], text: str, style: str) -> str:
@@ -347,7 +371,7 @@ def _told(concepts: Sequence[Concept], text: str, style: str) -> str:
     trained = "a style that was never trained on" if style == emoji.held_out_style else "a style that was trained on"
     total = sum(concept.held_out for concept in emoji.concepts)
     return (
-        f"Nearest to “{text}” among {len(emoji.concepts):,} emoji drawn as {style}, {trained}. The number is the "
-        f"cosine. “Unseen” marks {unseen} of these {len(concepts)}: they were held out of training in every "
-        f"style, as were {total} of all. Press one to use it as the picture above."
+        f"Nearest to {look.quoted(text)} among {len(emoji.concepts):,} emoji drawn as {STYLES[style]}, "
+        f"{trained}. The number is the cosine. “Unseen” marks {unseen} of these {len(concepts)}: they were held out "
+        f"of training in every style, as were {total} of all. Press one to use it as the picture above."
     )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from abc import ABCMeta
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio.component_meta import ComponentMeta
 
 from demos import look
 from demos.store import ModelStore, Note, quiet
@@ -40,9 +42,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mmoe.demo")
 HEAVY = "heavy"
-# Makes what the outputs of an event become after an error, given their number. It is a function because a component
-# that is made while the page is drawn would become a part of the page.
-Blank = Callable[[int], list[Any]]
+# Makes what the outputs of an event become after an error, given their number and the chosen model. It is a function
+# because a component that is made while the page is drawn would become a part of the page.
+Blank = Callable[[int, str | None], list[Any]]
+CARD_JS = f"watch('value', () => element.querySelector('.error-card'){look.INTO_VIEW});"
 MAX_TEXTS, MAX_CHARACTERS = 100, 1000
 SHOWN_PIXELS = 640  # on a side, of pictures that are kept for drawing
 
@@ -98,7 +101,7 @@ class Shell:
         events = triggers if isinstance(triggers, list) else [triggers]
         event = gr.on(
             events,
-            _endpoint(work, names, len(outputs), blank or clear, heavy),
+            _endpoint(work, names, partial(blank or clear, len(outputs)), heavy, self._chosen(inputs)),
             list(inputs),
             [message, *outputs],
             api_name=api_name,
@@ -110,6 +113,10 @@ class Shell:
         for follow in self.after_job if heavy else []:
             follow(event)
         return event
+
+    def _chosen(self, inputs: Sequence[Any]) -> int | None:
+        """Which of the inputs of an event is the chosen model."""
+        return next((place for place, one in enumerate(inputs) if one is self.model), None)
 
     def forget(
         self,
@@ -140,7 +147,7 @@ class Shell:
             source.change(None, cancels=[run for results in made for run in results.runs])
             source.change(
                 partial(_blank, made),
-                None,
+                self.model,
                 [output for results in made for output in results.outputs],
                 api_name="forget",
                 api_visibility="private",
@@ -159,21 +166,23 @@ class _Results:
     blank: Blank
 
 
-def _blank(made: Sequence[_Results]) -> list[Any]:
-    return [value for results in made for value in ("", *results.blank(len(results.outputs) - 1))]
+def _blank(made: Sequence[_Results], model: str | None) -> list[Any]:
+    return [value for results in made for value in ("", *results.blank(len(results.outputs) - 1, model))]
 
 
-def clear(count: int) -> list[Any]:
+def clear(count: int, model: str | None) -> list[Any]:
     """Empties the outputs of an event that failed."""
     return [None] * count
 
 
-def keep(count: int) -> list[Any]:
+def keep(count: int, model: str | None) -> list[Any]:
     """Leaves the outputs of an event that failed as they are."""
     return [gr.skip()] * count
 
 
-def _endpoint(work: Callable[..., Any], names: Sequence[str], outputs: int, blank: Blank, heavy: bool) -> Any:
+def _endpoint(
+    work: Callable[..., Any], names: Sequence[str], blank: Callable[[Any], list[Any]], heavy: bool, chosen: int | None
+) -> Any:
     """A handler with named parameters (the API shows them) that turns errors into cards."""
 
     def handler(*args: Any) -> list[Any]:
@@ -182,12 +191,15 @@ def _endpoint(work: Callable[..., Any], names: Sequence[str], outputs: int, blan
         try:
             result = work(note, *args[: len(names)])
         except MmoeError as error:
-            return [look.message(error), *blank(outputs)]
+            return failed(error, args)
         except Exception:  # whatever it is: the visitor gets a sentence, the server's log the traceback
             log.exception("the job %s failed", work.__qualname__)
             error = MmoeError("this did not work", "an unexpected error; the server's log has it", "try another input")
-            return [look.message(error), *blank(outputs)]
-        return ["", *(result if outputs > 1 else [result])]
+            return failed(error, args)
+        return ["", *(result if isinstance(result, tuple) else [result])]
+
+    def failed(error: MmoeError, args: Sequence[Any]) -> list[Any]:
+        return [look.message(error), *blank(None if chosen is None else args[chosen])]
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in names]
@@ -199,17 +211,35 @@ def _endpoint(work: Callable[..., Any], names: Sequence[str], outputs: int, blan
 
 
 def message_area() -> gr.HTML:
-    """Where error cards appear; takes no room when there is none."""
-    return gr.HTML("", elem_classes="message")
+    """Where error cards appear and come into view; takes no room when there is none."""
+    return gr.HTML("", elem_classes="message", js_on_load=CARD_JS)
+
+
+class _NoStub(ComponentMeta):
+    """Gradio's metaclass of components, without the stub file that it writes beside the source."""
+
+    def __new__(meta, name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+        return ABCMeta.__new__(meta, name, bases, members)
+
+
+def as_sent(kind: Any, read: Callable[[Any], Any] = lambda payload: payload) -> Any:
+    """A kind of component whose value reaches the handler as it was sent, so that our errors say what is wrong with it.
+
+    It is a class because gradio makes a new component for each session that updates one.
+    """
+    members = {"is_template": True, "preprocess": lambda self, payload: read(payload)}
+    return _NoStub(kind.__name__, (kind,), members)
+
+
+Choice, Words = as_sent(gr.Radio), as_sent(gr.Textbox)
+Upload = as_sent(gr.Image, lambda payload: payload and payload.path)
 
 
 def picture_input(label: str = "Picture", **options: Any) -> gr.Image:
-    """An upload whose file reaches the handler as it is, so that `read_image` says what is wrong with it."""
-    component = gr.Image(
+    """An upload."""
+    return Upload(
         label=label, type="filepath", format="png", sources=["upload", "clipboard"], image_mode=None, **options
     )
-    component.preprocess = lambda payload: None if payload is None else payload.path  # gradio's would decode it
-    return component
 
 
 def read_picture(path: str | None) -> Image.Image:
@@ -224,25 +254,35 @@ def read_picture(path: str | None) -> Image.Image:
         return read_image(path)
     except BadInput as error:
         name = path.replace("\\", "/").rsplit("/", 1)[-1]
-        raise BadInput(f"cannot read the picture '{name}'", error.wrong, error.fix) from error
+        raise BadInput(f"cannot read the picture {look.quoted(name)}", error.wrong, error.fix) from error
 
 
-def read_texts(text: str | None, what: str = "label") -> list[str]:
-    """Texts of a box, one per line or separated by commas, each once.
+def pieces_of(text: Any) -> list[str]:
+    """Words of a box that are separated by commas or on lines of their own; a list has them apart already."""
+    if isinstance(text, list):
+        return [str(piece).strip() for piece in text]
+    return [piece.strip() for line in str(text or "").splitlines() for piece in line.split(",")]
 
-    >>> read_texts("a fox, a cat\\na fox")
-    ['a fox', 'a cat']
+
+def read_texts(text: Any, what: str = "label") -> list[str]:
+    """Texts of a box or of a list, each once.
+
+    >>> read_texts("a fox, a cat\\na fox"), read_texts(["a fox, red", "a cat"])
+    (['a fox', 'a cat'], ['a fox, red', 'a cat'])
     """
-    pieces = [piece.strip() for line in (text or "").splitlines() for piece in line.split(",")]
-    found = list(dict.fromkeys(piece for piece in pieces if piece))
+    pieces = pieces_of(text)
+    found = list(dict.fromkeys(filter(None, pieces)))
     if not found:
-        raise BadInput(f"there is no {what}", "the box is empty", "a fox, a cat")
+        wrong = f"there is no {what} between the commas" if pieces[1:] else "the box is empty"
+        raise BadInput(f"there is no {what}", wrong, "a fox, a cat")
     if len(found) > MAX_TEXTS:
         raise BadInput(f"{len(found)} {what}s at once", f"at most {MAX_TEXTS} fit", f"leave {MAX_TEXTS} of them")
     longest = max(found, key=len)
     if len(longest) > MAX_CHARACTERS:
         raise BadInput(
-            f"a {what} of {len(longest)} characters", f"at most {MAX_CHARACTERS} fit", f"shorten '{longest[:40]}...'"
+            f"a {what} of {len(longest)} characters",
+            f"at most {MAX_CHARACTERS} fit",
+            f"shorten {look.quoted(longest, 40)}",
         )
     return found
 
@@ -266,15 +306,16 @@ class Family:
 
     def draw(self, shell: Shell) -> list[gr.components.Component]:
         """Draws the Try tab: an input per modality, a button, probabilities."""
-        message = message_area()
         with gr.Row():
             with gr.Column():
                 components = [self._input(name) for name in self.parameters]
-                run = gr.Button("Run", variant="primary")
-            result = gr.Label(look.NO_RESULT, label="Result")
+                run = gr.Button("Run", variant="primary", elem_id=f"{self.name}-run")
+            with gr.Column():
+                message = message_area()
+                result = gr.Label(look.NO_RESULT, label="Result")
         inputs = [shell.model, *components]
         names = ["model", *self.parameters]
-        shown = {"message": message, "blank": lambda _: [look.NO_RESULT]}
+        shown = {"message": message, "blank": lambda *_: [look.NO_RESULT]}
         ran = shell.on(run.click, self.run, inputs, [result], api_name=f"{self.name}_predict", names=names, **shown)
         shell.forget(inputs, [result], runs=[ran], **shown)
         return components
@@ -289,7 +330,7 @@ class Family:
         value = self.defaults[self.parameters.index(name)]
         if name == "image":
             return picture_input(value=value, height=280)
-        return gr.Textbox(value, label="Texts", lines=4, info="One per line, or separated by commas.")
+        return Words(value, label="Texts", lines=4, info="One per line, or separated by commas.")
 
     def read(self, *values: Any) -> tuple[Any, ...]:
         """Values of the components -> plain inputs."""

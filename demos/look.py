@@ -6,13 +6,14 @@ anything. Every piece escapes what it is given.
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from mmoe.errors import MmoeError
-from zoo.table import short
+from zoo.table import short, shorten
 
 if TYPE_CHECKING:
     from zoo.card import Card
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 NO_RESULT = "no result yet"  # shown by an output of labels before its first run
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+CODE = re.compile(r"\S+$|(mmoe|pip|hf|python\S*|wget|curl|chmod|unzip)\s|--|[\w.]*[=({\[]")  # how a line of code begins
+INTO_VIEW = "?.scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 
 
 def theme() -> gr.Theme:
@@ -61,7 +64,10 @@ footer .divider { display: none !important; }
 footer, footer a, footer button { color: var(--body-text-color-subdued) !important; }
 :is(button, a, input, textarea, [role=tab], [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
-.message:not(:has(.error-card)) { display: none !important; }
+.message:not(:has(.error-card)), .once-filled:not(:has(td)) { display: none !important; }
+.switching:not(:has(input)) > button { display: none; }
+.switching > .block:not(:has(input)):not(:has(.pending)) { display: none; }
+.panel-head .html-container.pending, .switching .html-container.pending { min-height: 76px; }
 body:has(.page-head.dense) .for-experts, body:not(:has(.page-head.dense)) .for-dense { display: none !important; }
 .error-card { border: 1px solid #b45309; border-left-width: 5px; border-radius: 8px; padding: 10px 14px;
   background: #fffbeb; color: #451a03; overflow-wrap: anywhere; }
@@ -105,6 +111,7 @@ body:has(.page-head.dense) .for-experts, body:not(:has(.page-head.dense)) .for-d
 }
 .captioned > label[data-testid=block-label] { position: static !important; border: 0; border-radius: 0; width: 100%;
   background: none; padding: 7px 10px; box-shadow: none; }
+.captioned .matplotlib { background: #fff; }
 .bottom-row { align-items: flex-end; }
 .hide-container > .html-container { padding: 0 !important; }
 .card-text table { display: block; overflow-x: auto; margin: 0 0 8px !important; padding: 0 !important; }
@@ -129,7 +136,8 @@ body:has(.page-head.dense) .for-experts, body:not(:has(.page-head.dense)) .for-d
 .output-class { overflow: hidden; overflow-wrap: anywhere; display: -webkit-box !important; -webkit-line-clamp: 3;
   -webkit-box-orient: vertical; text-align: center; padding-bottom: 0 !important; margin-bottom: var(--size-6); }
 .confidence-set .inner-wrap { min-width: 0; }
-.confidence-set .text { overflow-wrap: break-word; max-width: calc(100% - 64px); }
+.confidence-set .text { overflow-wrap: break-word; max-width: calc(100% - 64px); overflow: hidden;
+  display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical; }
 .picker-status { min-height: 60px; font-size: .85rem; color: var(--body-text-color-subdued); }
 """
 
@@ -145,16 +153,38 @@ const open = wanted => {
 button.addEventListener('click', () => open(button.getAttribute('aria-expanded') !== 'true'));
 document.addEventListener('change', event => { if (event.target.closest('#picker')) open(false); });
 """
+# Gradio's menus open at any key, and act on it after the focus has moved on: Tab closes one and opens it again.
+MENU_JS = """
+document.addEventListener('keydown', event => {
+  const known = ['ArrowDown', 'ArrowUp', 'Home', 'End', 'Enter', 'Escape'].includes(event.key);
+  if (event.target.matches('[role=combobox]') && !known) event.stopPropagation();
+}, true);
+"""
 
 
 def message(error: MmoeError) -> str:
     """A card that says what was asked, what is wrong and what works."""
-    fix = f"<div>Try: <code>{escape(error.fix)}</code></div>" if error.fix else ""
+    fix = f"<div>Try: {_code(error.fix)}</div>" if error.fix else ""
     wrong = f"<pre>{escape(error.wrong)}</pre>" if error.wrong else ""
     asked = error.asked
     if asked.partition(" ")[0].isalpha():  # not the name of a model
         asked = asked[:1].upper() + asked[1:]
     return f'<div class="error-card" role="alert"><strong>{escape(asked)}</strong>{wrong}{fix}</div>'
+
+
+def _code(fix: str) -> str:
+    """A line that works: what one types in the code font, words and what follows three spaces as they are."""
+    typed, gap, about = fix.partition("   ")
+    return f"<code>{escape(typed)}</code>{gap[:1]}{escape(about)}" if CODE.match(typed) else escape(fix)
+
+
+def quoted(text: str, width: int = 60) -> str:
+    """A visitor's words in a sentence: short, in quotes, and with a direction of writing of their own.
+
+    >>> quoted("a fox that jumps", 8) == "“\\u2068a fox t…\\u2069”"
+    True
+    """
+    return f"“\u2068{shorten(text, width)}\u2069”"
 
 
 def chip(text: str, kind: str = "") -> str:
@@ -221,16 +251,18 @@ def template(html: str, **fixed: Any) -> str:
 
 TABLE_TEMPLATE = """<div class="scroll" tabindex="0" role="region" aria-label="@label">${rows.length ? `<table>
 <thead><tr>@header</tr></thead>
-<tbody>${rows.map(row => `<tr>${row.map(cell => `<td>${text(cell)}</td>`).join('')}</tr>`).join('')}</tbody>
+<tbody>${rows.map(row => `<tr>${row.map(cell => `<td><div title="${text(cell)}">${text(cell)}</div></td>`).join('')}
+</tr>`).join('')}</tbody>
 </table>` : ''}</div>"""
 TABLE_CSS = """
 .scroll { overflow-x: auto; }
 table, thead, tbody, tr, th, td { border: 0 !important; }
 table { border-collapse: collapse; width: 100%; margin: 0; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 12px 5px 0; text-align: left; white-space: nowrap;
+th, td { padding: 5px 14px 5px 0; text-align: left; white-space: nowrap;
   box-shadow: inset 0 -1px var(--border-color-primary); }
 td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 8.5em; }
-@media (max-width: 480px) { th, td { padding-right: 6px; } }
+td:first-child div { display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical; overflow: hidden; }
+@media (max-width: 480px) { th, td { padding-right: 10px; } }
 th { font-weight: 500; color: var(--body-text-color-subdued); }
 """
 

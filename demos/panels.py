@@ -6,18 +6,20 @@ Each panel draws itself into the open tab and wires itself; nothing of a visitor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from demos import look, record
-from demos.family import Family, Shell, message_area
+from demos.family import Choice, Family, Shell, message_area
 from demos.store import Note
 from mmoe.errors import BadInput
 from zoo.card import Card
 from zoo.table import metric_tables, routing_table
 
 KEEP_SECONDS = 3600
+FIGURE_SPACE = "\u2007"  # as wide as a digit
 
 
 def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) -> None:
@@ -26,24 +28,24 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
     Opening the tab runs the model when the inputs changed; another layer is only drawn.
     """
     panel = _RoutingPanel(family, shell)
-    message = message_area()
     state = gr.State(None, time_to_live=KEEP_SECONDS)
     with gr.Row(elem_classes="panel-head"):
         about = gr.HTML(look.hint("The inputs of the Try tab, as the routers saw them."), scale=4, min_width=300)
         again = gr.Button("Run again", size="sm", scale=0, min_width=110)
-    depth = gr.Radio([1], value=1, label="Layer", elem_id=f"{family.name}-depth", elem_classes="depths")
-    depth.preprocess = lambda payload: payload  # a request that brings its own layer has seen no choices
-    with gr.Row():
-        picture = _figure("Patches by first expert", "Picture with tinted patches", f"{family.name}-overlay")
-        texts = _figure("Tokens by first expert", "Tokens tinted by expert", f"{family.name}-tokens")
-    with gr.Row():
-        bars = gr.Plot(label="Load in this layer", min_width=270, elem_classes="captioned")
-        heatmap = gr.Plot(label="Load in all layers", min_width=270, elem_classes="captioned")
-    gr.HTML(look.section("Numbers"))
-    table = look.table(record.NUMBERS_HEADER, label="Routing of every layer", elem_id=f"{family.name}-numbers")
+    message = message_area()
+    with gr.Column(elem_classes="once-filled"):
+        depth = Choice([1], value=1, label="Layer", elem_id=f"{family.name}-depth", elem_classes="depths")
+        with gr.Row():
+            picture = _figure("Patches by first expert", "Picture with tinted patches", f"{family.name}-overlay")
+            texts = _figure("Tokens by first expert", "Tokens tinted by expert", f"{family.name}-tokens")
+        with gr.Row():
+            bars = gr.Plot(label="Load in this layer", min_width=270, elem_classes="captioned")
+            heatmap = gr.Plot(label="Load in all layers", min_width=270, elem_classes="captioned")
+        gr.HTML(look.section("Numbers"))
+        table = look.table(record.NUMBERS_HEADER, label="Routing of every layer", elem_id=f"{family.name}-numbers")
     whole = [state, about, depth, picture, texts, bars, heatmap, table]
 
-    def blank(count: int, told: str = "") -> list[Any]:
+    def blank(count: int, model: str | None, told: str = "") -> list[Any]:
         return [None, look.hint(told), gr.skip(), None, None, None, None, look.rows([])]
 
     inputs = [state, depth, shell.model, *sources]
@@ -52,7 +54,7 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
     told = {"message": message, "blank": blank}
     opened = shell.on(tab.select, panel.show, inputs, whole, api_name=f"{name}_open", names=names, **told)
     ran = shell.on(again.click, panel.run, inputs[1:], whole, api_name=name, names=names[1:], **told)
-    told["blank"] = lambda count: blank(count, 'Press "Run again".')
+    told["blank"] = partial(blank, told='Press "Run again".')
     shell.forget([shell.model, *sources], whole, runs=[opened, ran], **told)
     shell.on(
         depth.input,
@@ -118,7 +120,7 @@ class _RoutingPanel:
             layers,
             *self._layer(found, depth),
             heatmap(found),
-            look.rows(record.numbers(found)),
+            look.rows([[name, load.replace(" ", FIGURE_SPACE), *rest] for name, load, *rest in record.numbers(found)]),
         )
 
     def draw(self, note: Note, state: Any, depth: int) -> tuple[Any, ...]:
@@ -142,8 +144,8 @@ def read_layer(depth: Any) -> int:
     """
     try:
         return int(depth)
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"no layer {depth!r}", "layers are counted from 1", "layer=1") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadInput(f"no layer {look.quoted(str(depth))}", "layers are counted from 1", "layer=1") from error
 
 
 def depth_names(found: record.RoutingRecord) -> list[tuple[str, int]]:

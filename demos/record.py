@@ -181,7 +181,7 @@ def numbers(record: RoutingRecord) -> list[list[Any]]:
     return [
         [
             record.names[row["layer"]],
-            "  ".join(f"{100 * share:.0f}" for share in row["load"]),
+            "  ".join(f"{100 * share:2.0f}" for share in row["load"]),
             f"{row['max_over_mean']:.2f}",
             f"{row['entropy']:.2f}",
             ", ".join(map(str, row["dead"])) or "none",

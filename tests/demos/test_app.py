@@ -10,6 +10,7 @@ import urllib.request
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,8 @@ from PIL import Image
 
 import mmoe
 import zoo
+from demos import ablate, clip_moe, look, panels, record
 from demos import app as gallery
-from demos import clip_moe, look, panels, record
 from demos.cli import free_port
 from demos.family import Family, read_texts
 from demos.store import ModelStore
@@ -138,9 +139,16 @@ def test_labels_that_the_model_cuts_are_named(client: Client, model: Any) -> Non
     fits = "fox " * (model.config.context_length - 2)
     note = client.predict(MODEL, handle_file(FOX), f"{long}, {fits}", api_name="/clip_moe_predict")[2]
     assert "2 labels" in note and note.count("“") == 1
-    assert "Only the first 30 tokens were read of “a fox a fox" in note
+    assert "Only the first 30 tokens were read of “\u2068a fox a fox" in note
     assert "1 label, " in client.predict(MODEL, handle_file(FOX), "fox", api_name="/clip_moe_predict")[2]
     assert "tokens were read" in client.predict(MODEL, long, "twemoji", api_name="/clip_moe_search")[2]
+
+
+def test_labels_may_be_a_list(client: Client, model: Any) -> None:
+    labels = ["a fox, red", "a cat"]
+    error, label, _ = client.predict(MODEL, handle_file(FOX), labels, api_name="/clip_moe_predict")
+    assert error == "" and probabilities(label) == pytest.approx(expected(model, labels=labels), abs=1e-6)
+    assert client.predict("twemoji/1F98A", labels[1:], api_name="/clip_moe_pick")[2] == "fox, a cat"
 
 
 def test_search_equals_the_python_api(client: Client, model: Any) -> None:
@@ -157,7 +165,9 @@ def test_search_equals_the_python_api(client: Client, model: Any) -> None:
     tiles = grid["props"]["items"]
     assert [tile["name"] for tile in tiles] == [one["name"] for one in found]
     assert [bool(tile["mark"]) for tile in tiles] == [one["held_out"] for one in found]
-    assert "never trained on" in note and "300 of all" in note
+    assert "never trained on" in note and "300 of all" in note and "drawn as Twemoji, " in note
+    note = client.predict(MODEL, "red " * 100, "noto", api_name="/clip_moe_search")[2]
+    assert "Nearest to “\u2068red red" in note and len(note) < 600, "a long query is quoted in short"
 
 
 def test_pictures_of_emoji_are_encoded_once(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +200,7 @@ def test_routing_equals_the_trace(client: Client, model: Any) -> None:
     sizes = {"image": model.config.vision_layers, "text": model.config.text_layers}
     assert [row[0] for row in found] == [f"{kind} {i + 1}" for kind, size in sizes.items() for i in range(size)]
     for row, summary in zip(found, routing.summary(), strict=True):
+        assert len(row[1]) == 14 and " " not in row[1], "each load has its own place"
         assert [int(share) for share in row[1].split()] == [round(100 * share) for share in summary["load"]]
         assert float(row[2]) == pytest.approx(summary["max_over_mean"], abs=0.01)
         assert float(row[3]) == pytest.approx(summary["entropy"], abs=0.01)
@@ -206,13 +217,18 @@ def test_layers_are_drawn_again_without_a_run(client: Client, monkeypatch: pytes
 def test_a_layer_that_is_not_there_is_the_last_one(client: Client) -> None:
     error, _, layers, *_ = client.predict(99, MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_routing")
     assert error == "" and layers["value"] == 4
-    with pytest.raises(AppError):  # gradio checks the choices it was told
-        client.predict(5, api_name="/clip_moe_routing_layer")
+    error, _, layers, *_ = client.predict(99, MODEL, handle_file(FOX), TEXT, api_name="/clip_moe_routing")
+    assert error == "" and layers["value"] == 4, "a second call takes what the first one takes"
+    last, beyond = (client.predict(layer, api_name="/clip_moe_routing_layer") for layer in (4, 99))
+    assert last[0] == beyond[0] == "" and Image.open(last[1]).tobytes() == Image.open(beyond[1]).tobytes()
+    for layer in ("x", [1], None):
+        assert "layers are counted from 1" in client.predict(layer, api_name="/clip_moe_routing_layer")[0]
 
 
 def test_layers_are_numbers() -> None:
-    with pytest.raises(BadInput, match="layers are counted from 1"):
-        panels.read_layer("x")
+    for layer in ("x", float("inf"), None):
+        with pytest.raises(BadInput, match="layers are counted from 1"):
+            panels.read_layer(layer)
 
 
 def test_what_is_shown_is_named_after_its_layer(model: Any) -> None:
@@ -244,7 +260,7 @@ def test_ablation_equals_the_python_api(client: Client, model: Any) -> None:
     assert error == "" and "9 experts switched off in 5 layers" in verdict
     assert probabilities(before) == pytest.approx(expected(model), abs=1e-6)
     assert probabilities(after) == pytest.approx(without, abs=1e-6)
-    found = {row[0]: [float(value) for value in row[1:]] for row in rows(table)}
+    found = {row[0]: [float(value.replace("\N{MINUS SIGN}", "-")) for value in row[1:]] for row in rows(table)}
     whole = expected(model)
     for label in LABELS:
         want = [100 * whole[label], 100 * without[label], 100 * (without[label] - whole[label])]
@@ -331,13 +347,17 @@ def make_text(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "endpoint", "reason"),
     [
-        ((MODEL, "fox", " , \n"), "clip_moe_predict", "There is no label"),
+        ((MODEL, "fox", " \n"), "clip_moe_predict", "the box is empty"),
+        ((MODEL, "fox", ",,, ,"), "clip_moe_predict", "there is no label between the commas"),
         ((MODEL, "fox", ",".join(map(str, range(101)))), "clip_moe_predict", "at most 100 fit"),
         ((MODEL, "fox", "x" * 1001), "clip_moe_predict", "at most 1000 fit"),
         ((MODEL, "", "twemoji"), "clip_moe_search", "nothing to search for"),
         (("example/../../secret", ""), "clip_moe_pick", "There is no picture"),
         (("twemoji/<b>", ""), "clip_moe_pick", "&lt;b&gt;"),
+        ((7, ""), "clip_moe_pick", "There is no picture “\u20687\u2069”"),
         (("{", MODEL, "fox", TEXT), "clip_moe_ablate", "it is not JSON"),
+        (("[" * 100_000, MODEL, "fox", TEXT), "clip_moe_ablate", "maps layers to lists of experts"),
+        (("9" * 6000, MODEL, "fox", TEXT), "clip_moe_ablate", "maps layers to lists of experts"),
         (("{}", MODEL, "fox", TEXT), "clip_moe_ablate", "All experts are on"),
         (('{"*": ["a"]}', MODEL, "fox", TEXT), "clip_moe_ablate", "maps layers to lists of experts"),
         (('{"*": [0, 1, 2, 3]}', MODEL, "fox", TEXT), "clip_moe_ablate", "at least one must stay"),
@@ -518,6 +538,24 @@ def test_choosing_by_name_or_family() -> None:
     assert gallery.choose("clip_moe_vit_l14").name == "clip_moe_vit_l14"
     with pytest.raises(UnknownModel, match="clip_moe_tiny"):
         gallery.build("clip_moe_tinny")
+
+
+def test_only_code_is_in_the_code_font() -> None:
+    def tried(fix: str) -> str:
+        return look.message(BadInput("x", "y", fix)).split("Try: ")[1].removesuffix("</div></div>")
+
+    for code in ("mmoe list", "layer=1", "zoo.load('x').card", "--set top_k=1", "twemoji/1F98A", "(0.5, 0.5)"):
+        assert tried(code) == f"<code>{escape(code)}</code>"
+    assert tried("mmoe demo   (on your own machine)") == "<code>mmoe demo</code> (on your own machine)"
+    for words in ("untick one of them", "a fox, a cat", "shorten “a=b c”", "press the button under the list (left)"):
+        assert tried(words) == words
+
+
+def test_words_of_a_visitor_are_quoted_apart() -> None:
+    hebrew = "\u05e9\u05dc\u05d5\u05dd"
+    told = ablate._verdict({hebrew: 0.9, "a fox": 0.1}, {hebrew: 0.2, "a fox": 0.8}, {"x": [0]})
+    assert f"from “\u2068{hebrew}\u2069” (90.0" in told and "to “\u2068a fox\u2069” (10.0" in told
+    assert look.quoted("a\u2069b\u202ec") == "“\u2068a b c\u2069”", "nothing in the words ends their place"
 
 
 def test_texts() -> None:

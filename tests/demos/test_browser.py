@@ -120,6 +120,18 @@ class Visit:
     def tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name, exact=True).click()
 
+    def choose(self, place: int) -> None:
+        """A model of the list, which is folded on a phone."""
+        unfold = self.page.get_by_role("button", name="Models")
+        if unfold.is_visible():
+            unfold.click()
+        self.page.locator("#picker input").nth(place).check()
+
+    def in_view(self, what: Any) -> None:
+        """Waits until the whole of an element is in the window."""
+        inside = "e => { const at = e.getBoundingClientRect(); return at.top >= -1 && at.bottom <= innerHeight + 1; }"
+        self.page.wait_for_function(inside, arg=what.first.element_handle(), timeout=10_000)
+
     def shares(self, where: str) -> dict[str, int]:
         """Percent by label, as shown."""
         self.page.wait_for_selector(f"{where} .confidence-set")
@@ -154,6 +166,7 @@ def test_a_visit(server: str, browser: Any, shots: Path) -> None:
     visit = Visit(browser, server, 1280, shots)
     page = visit.page
     visit.shot("0_start")
+    assert page.locator("#clip_moe-note").inner_text().startswith("Press Compare. The first run takes")
     heights = page.locator("#clip_moe-chooser .tile").evaluate_all("all => all.slice(-2).map(e => e.offsetHeight)")
     assert len(set(heights)) == 1, "tiles of a row are as tall as each other"
     labels = list(clip_moe.examples())
@@ -170,6 +183,9 @@ def test_a_visit(server: str, browser: Any, shots: Path) -> None:
     assert page.locator("#clip_moe-found .tile").count() == 12
     page.locator("#clip_moe-search").scroll_into_view_if_needed()
     visit.shot("2_searched")
+
+    page.locator("#clip_moe-query input, #clip_moe-query textarea").fill("a red frui")
+    page.wait_for_selector("#clip_moe-found .tile", state="detached")
 
     visit.tab("Routing")
     page.wait_for_selector("#clip_moe-overlay img")
@@ -191,15 +207,86 @@ def test_a_visit(server: str, browser: Any, shots: Path) -> None:
     with mmoe.override(model, mmoe.switch_off([2])):
         after = dict(model.predict(picture, labels).top(len(labels)))
     assert near(visit.shares("#clip_moe-after"), percent(after, 5))
-    changes = dict(row.split("\t")[::3] for row in page.locator("#clip_moe-difference tbody tr").all_inner_texts())
+    cells = "rows => rows.map(row => [...row.cells].map(cell => cell.innerText))"
+    table = page.locator("#clip_moe-difference tbody tr").evaluate_all(cells)
+    changes = {label: change for label, _, _, change in table}
     assert changes.keys() == set(labels)
     for label, change in changes.items():
-        assert float(change) == pytest.approx(100 * (after[label] - before[label]), abs=0.02)
+        assert float(change.replace("\N{MINUS SIGN}", "-")) == pytest.approx(
+            100 * (after[label] - before[label]), abs=0.02
+        )
     visit.shot("4_ablated")
 
     visit.tab("Card")
     page.get_by_text("zoo.load").wait_for()
     visit.shot("5_card")
+    visit.tab("Try")
+    page.locator("#clip_moe-labels textarea").fill("a fox")
+    page.wait_for_function("document.querySelector('#clip_moe-note').innerText.trim() === 'Press Compare.'")
+    visit.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_changes_is_in_view(server: str, browser: Any, shots: Path, tmp_path: Path, width: int) -> None:
+    visit = Visit(browser, server, width, shots)
+    page = visit.page
+    labels = page.locator("#clip_moe-labels textarea")
+    card = page.locator(".error-card >> visible=true")
+    labels.fill(",,, ,")
+    page.click("#clip_moe-run")
+    card.get_by_text("no label between the commas").wait_for()
+    visit.in_view(card)
+    visit.shot("10_no_label")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(clip_moe.examples()["fox"].read_bytes()[:3000])
+    labels.fill("a fox")
+    page.set_input_files("#clip_moe-picture input[type=file]", broken)
+    page.wait_for_selector("#clip_moe-picture img[src*=broken]")
+    page.click("#clip_moe-run")
+    card.get_by_text("the file is damaged").wait_for()
+    visit.in_view(card)
+
+    page.click("#clip_moe-search")
+    page.wait_for_selector("#clip_moe-found .tile")
+    page.locator("#clip_moe-found .tile").last.click()
+    visit.in_view(page.locator("#clip_moe-picture"))
+
+    visit.tab("Ablate")
+    page.wait_for_selector("#clip_moe-switches input")
+    visit.choose(1)
+    card.get_by_text("not bundled").wait_for()
+    visit.in_view(card)
+    assert card.count() == 1 and not page.locator("#clip_moe-ablate").is_visible()
+    assert not page.locator("#clip_moe-switches").is_visible()
+    visit.tab("Routing")
+    card.get_by_text("not bundled").wait_for()
+    visit.in_view(card)
+    assert not page.locator("#clip_moe-overlay").is_visible() and not page.get_by_text("Numbers").is_visible()
+    visit.tab("Try")
+    page.click("#clip_moe-run")
+    card.get_by_text("not bundled").wait_for()
+    visit.in_view(card)
+    visit.shot("11_no_weights")
+    visit.close()
+
+
+def test_menus_close_when_the_focus_leaves(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    page.get_by_text("Filter").click()
+    for name in ("Drawn by", "Task", "Takes"):
+        menu = page.get_by_label(name).first
+        shown = menu.input_value()
+        menu.focus()
+        page.keyboard.type("zz")
+        assert menu.get_attribute("aria-expanded") == "true"
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(300)  # gradio's own handler comes later
+        assert menu.get_attribute("aria-expanded") == "false" and menu.input_value() == shown
+    page.get_by_label("Drawn by").first.focus()
+    for key in ("ArrowDown", "ArrowDown", "Enter"):
+        page.keyboard.press(key)
+    page.wait_for_function("document.querySelector('#clip_moe-style input').value === 'Noto'", timeout=10_000)
     visit.close()
 
 
@@ -366,6 +453,12 @@ def test_the_ablate_tab_follows_the_model(server: str, browser: Any, shots: Path
     assert boxes.count() == 0
     page.locator("#picker input").nth(0).check()
     boxes.first.wait_for()
+    page.click("#unload")
+    page.locator("#status", has_text="clip_moe_tiny").wait_for(state="detached")
+    page.locator("#picker input").nth(2).check()
+    page.locator("#picker input").nth(0).check()
+    assert boxes.count() == 0, "no switches while the model loads"
+    boxes.first.wait_for()
     visit.close()
 
 
@@ -380,6 +473,12 @@ def test_labels_break_between_words_first(server: str, browser: Any, shots: Path
     page.locator("#clip_moe-after").scroll_into_view_if_needed()
     visit.shot("8_labels")
     lines = "e => e.getBoundingClientRect().height / parseFloat(getComputedStyle(e).lineHeight)"
+    for long in (
+        page.locator("#clip_moe-after .confidence-set .text", has_text="xxx"),
+        page.locator("#clip_moe-difference td div", has_text="xxx"),
+    ):
+        assert long.first.evaluate(lines) < 3.2, "a long label takes three lines"
+    assert page.locator("#clip_moe-difference td div", has_text="xxx").get_attribute("title") == "x" * 200
     name = page.locator("#clip_moe-after .confidence-set .text", has_text="airplane").first
     assert name.evaluate(lines) < 1.7, "a word of eight letters stays on one line"
     panel = page.locator("#clip_moe-after").bounding_box()
