@@ -60,8 +60,8 @@ element.addEventListener('change', event => {
 """
 
 
-# Opening the tab shows the switches of the model; one that is open has to follow the choice of another model.
 CLEAR = "() => ['', {__type__: 'update', value: '{}', props: {rows: []}}]"
+# Opening the tab shows the switches of the model; one that is open has to follow the choice of another model.
 IF_OPEN = """model => {
   const open = document.getElementById('%s-button')?.getAttribute('aria-selected') === 'true';
   return [open ? model : null];
