@@ -12,6 +12,7 @@ Shapes: N slots sorted by expert, E experts, D width, P processes of the "ep" di
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import shutil
@@ -53,6 +54,13 @@ def init(timeout: float = 600.0) -> None:
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(seconds=timeout))
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Ends the threads that talk to the others; the interpreter can abort where they still run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def make_mesh(ep: int = 1) -> DeviceMesh:
