@@ -250,6 +250,8 @@ def _report(raised: BaseException, error: MmoeError, args: list[str]) -> int:
         try:
             typer.echo(json.dumps({"error": error.as_dict()}, ensure_ascii=False, indent=2))
             return 2
+        except BrokenPipeError:
+            raise
         except OSError:  # it may be the output that failed
             _drop_output()
     colour = None if "NO_COLOR" not in os.environ else False

@@ -147,7 +147,7 @@ class MoE(nn.Module):
             return around
         if in_backward():
             return around if self._calls is None else self._calls.find(rows, around)
-        if in_checkpoint(self.training):
+        if in_checkpoint():
             self._calls = self._calls or Calls()
             self._calls.keep(rows, around)
         return around
@@ -162,6 +162,8 @@ def _checked(routing: Any) -> Routing:
     if not isinstance(routing, Routing):
         wrong = f"it returned {type(routing).__name__}, not a Routing"
         raise BadOverride("an override that changes nothing", wrong, "return routing")
+    if torch.compiler.is_compiling():  # the values are not known
+        return routing
     if routing.all_used and not bool((routing.experts < routing.num_experts).all()):
         return replace(routing, all_used=False)
     return routing

@@ -55,7 +55,7 @@ def override(model: nn.Module, hooks: Override | Mapping[str, Override]) -> Iter
             layer._override = before[name]
 
 
-def switch_off(experts: int | Iterable[int]) -> Override:
+def switch_off(experts: int | Iterable[int] | Tensor) -> Override:
     """An override after which the named experts are never used: the router chooses among the others.
 
     Routers without scores lose the slots instead, and the other weights of a row are scaled up to the same sum.
@@ -68,6 +68,8 @@ def switch_off(experts: int | Iterable[int]) -> Override:
         >>> routing[0].counts().tolist()
         [0, 5, 5, 0]
     """
+    if isinstance(experts, Tensor):
+        experts = experts.flatten().tolist()
     given = list(experts) if isinstance(experts, Iterable) and not isinstance(experts, str) else [experts]
     if not all(isinstance(expert, Integral) and not isinstance(expert, bool) for expert in given):
         raise BadInput(f"switch off experts {experts!r}", "experts are a list of whole numbers", "switch_off([0])")

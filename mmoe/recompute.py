@@ -6,17 +6,21 @@ had set is kept here with the rows of the call, by which the second run is known
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
 
 from mmoe.errors import Refused
 from mmoe.routing import Context
 
-MOST = 1024
+MOST = 256
+_REENTRANT = CheckpointFunction.forward.__code__
 _WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Around = tuple[Context | None, Callable[..., Any] | None]
 
@@ -26,11 +30,23 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def in_checkpoint(training: bool) -> bool:
-    """True where a forward may run that backward runs again."""
-    if torch.is_grad_enabled():
-        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    return training  # reentrant checkpoints switch gradients off
+def in_checkpoint() -> bool:
+    """True where a forward runs that backward runs again."""
+    return _has_hooks() if torch.is_grad_enabled() else _in_reentrant_checkpoint()
+
+
+def _has_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Reentrant checkpoints only switch gradients off, as many others do; they show on the stack."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @dataclass
@@ -42,32 +58,36 @@ class _Call:
 
 @dataclass
 class Calls:
-    """Calls of one layer that backward may run again, the latest last."""
+    """Calls of one layer that backward may run again, the latest last.
+
+    Attributes:
+        calls: those that wait, and those that ran again since the last forward.
+        dropped: some that had something around them are no longer there.
+    """
 
     calls: list[_Call] = field(default_factory=list)
-    forgot: bool = False
+    dropped: bool = False
 
     def keep(self, rows: Tensor, around: Around) -> None:
         """Notes what stands around a call with rows (T, D)."""
-        known_by = _known_by(rows)
-        self.calls = [call for call in self.calls if not (call.ran_again and call.known_by == known_by)]
-        self.calls.append(_Call(known_by, around))
-        if len(self.calls) > MOST:
-            oldest = next((i for i, call in enumerate(self.calls) if call.ran_again), 0)
-            self.forgot |= not self.calls.pop(oldest).ran_again
+        calls = [*(call for call in self.calls if not call.ran_again), _Call(_known_by(rows), around)]
+        gone = [*(call for call in self.calls if call.ran_again), *calls[:-MOST]]
+        self.dropped |= any(call.around != (None, None) for call in gone)
+        self.calls = calls[-MOST:]
 
     def find(self, rows: Tensor, now: Around) -> Around:
         """What stood around the first run of a call; what stands there now if it has none.
 
         Raises:
-            Refused: there were several with the same rows, or too many.
+            Refused: it is not known which one it was.
         """
         known_by = _known_by(rows)
         found = [call for call in self.calls if call.known_by == known_by]
-        if not found and not self.forgot:
+        if not found and not self.dropped:
             return now
         if not found or not all(_same(call.around, found[0].around) for call in found):
-            wrong = "the same rows came under different ones" if found else f"more than {MOST} calls wait for backward"
+            none = f"its rows are not those of one of the last {MOST} calls that wait for backward"
+            wrong = "the same rows came under different ones" if found else none
             asked = "tell which context and override a checkpointed call had"
             raise Refused(asked, wrong, "run backward after each forward, or the layer without checkpointing")
         for call in found:

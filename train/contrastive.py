@@ -252,7 +252,7 @@ class ContrastiveRun:
             wrong = f"{path.stat().st_size:,} bytes; it is damaged"
             fix = f"rm '{path}'   (its stage begins again)"
             raise CorruptFile(f"cannot go on from '{path}'", wrong, fix) from error
-        if (state["config"], state.get("key")) != (self.config.model_dump(), self.key):
+        if (state["config"], state.get("key", self.key)) != (self.config.model_dump(), self.key):
             raise BadInput(
                 f"go on with the run in '{self.folder}'",
                 f"its stage {self.name!r} was started with other options or another seed",

@@ -58,7 +58,7 @@ def list_models(
         given = [option for option, value in filters.items() if value is not None]
         if given:
             raise BadOverride(
-                f"--{given[0]} with --kind {kind}", "it is a property of models", f"mmoe list --{given[0]}"
+                f"--{given[0]} with --kind {kind}", "it is a property of models", f"mmoe list --{given[0]} ..."
             )
         _list_registered([entry for entry in list_parts(kind) if _matches(entry["name"], pattern)], kind, as_json)
         return

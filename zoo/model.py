@@ -306,11 +306,13 @@ def _other_parts(model: nn.Module, built: nn.Module) -> list[str]:
         return {name: (type(part), _settings(part)) for name, part in layers}
 
     own, expected = parts(model), parts(built)
-    return [name for name in own if own[name] != expected.get(name)]
+    known = {name: settings for name, (_, settings) in expected.items()}
+    same = {n: (kind, {k: found.get(k) for k in known.get(n, {})}) for n, (kind, found) in own.items()}
+    return [name for name in own if same[name] != expected.get(name)]
 
 
 def _settings(part: nn.Module) -> dict[str, Any]:
-    """Plain values and functions of a module that say what it computes."""
+    """Plain values and functions of a module that say what it computes; notes of others count nothing."""
     plain = (bool, int, float, str, tuple, type(None))
     speed = ("training", "backend")
     return {

@@ -54,7 +54,8 @@ class ExpertChoiceRouter(LinearRouter):
         if context is not None and context.valid is not None:
             valid = context.valid
         sizes = groups.new_zeros(rows + 1).index_add_(0, groups, valid.long())  # valid rows per group
-        share = Fraction(str(self.experts_per_token)) / self.num_experts
+        factor = Fraction(self.experts_per_token).limit_denominator(10**6) or Fraction(1, 10**6)
+        share = factor / self.num_experts
         capacity = -(-sizes * share.numerator // share.denominator)  # ceil, exact
         rank = _rank_in_group(probs.detach().masked_fill(~valid[:, None], -1.0), groups)  # (T, E)
         chosen = (rank < capacity[groups][:, None]) & valid[:, None]  # (T, E)

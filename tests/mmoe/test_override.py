@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,23 @@ def test_hooks_that_are_none(hook: Override) -> None:
     with pytest.raises(BadOverride), override(layer, hook):
         layer(torch.randn(T, D))
     layer(torch.randn(T, D))
+
+
+@pytest.mark.parametrize(
+    "experts", [1, (1,), range(1, 2), torch.tensor([1]), torch.tensor(1), torch.tensor([1]).numpy()]
+)
+def test_experts_in_any_form(experts: Any) -> None:
+    layer = moe()
+    with override(layer, switch_off(experts)), mmoe.trace(layer) as routing:
+        layer(torch.randn(T, D))
+    assert routing[0].counts()[1] == 0
+
+
+def test_an_override_of_tensors_compiles() -> None:
+    layer, x = moe(), torch.randn(T, D)
+    with override(layer, lambda x, router, routing: routing):
+        y = torch.compile(layer, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(y, layer(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("experts", ["01", [0.5], None])

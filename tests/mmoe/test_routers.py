@@ -223,6 +223,11 @@ class TestExpertChoice:
             expected = math.ceil(Fraction(str(factor)) * rows / experts)
             assert router(torch.randn(rows, D)).counts().tolist() == [expected] * experts
 
+    @pytest.mark.parametrize("factor", [1 / 3, 2 / 3, 4 / 3, 0.1 * 3])
+    def test_capacity_of_many_rows(self, factor: float) -> None:
+        counts = ExpertChoiceRouter(D, 8, capacity_factor=factor)(torch.randn(4096, D)).counts()
+        assert counts.tolist() == [math.ceil(round(4096 * factor / 8, 3))] * 8
+
     def test_padding_takes_no_capacity(self) -> None:
         router = ExpertChoiceRouter(D, 4, capacity_factor=1.0)
         routing = router(torch.randn(T, D), Context(valid=torch.arange(T) < 8))

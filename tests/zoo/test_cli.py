@@ -142,7 +142,9 @@ def test_list_parts_that_are_not_there(run: Any) -> None:
     done = run("list", "--kind", "routers", "nothing")
     assert (done.code, done.out, done.err) == (0, "", "no routers match; all of them: mmoe list --kind routers\n")
     done = run("list", "--kind", "routers", "--task", "retrieval")
-    assert done.err == ("error: --task with --kind routers\n  it is a property of models\n  try: mmoe list --task\n")
+    assert done.err == (
+        "error: --task with --kind routers\n  it is a property of models\n  try: mmoe list --task ...\n"
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

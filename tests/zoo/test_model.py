@@ -436,7 +436,8 @@ def test_other_settings_of_the_layers_are_refused(small: Any, tmp_path: Path) ->
         with pytest.raises(Refused, match="whose layers are not those of its config"):
             model.save(tmp_path / "out")
     model = small()
-    next(iter(mmoe.moe_layers(model).values())).backend = "loop"
+    moe = next(iter(mmoe.moe_layers(model).values()))
+    moe.backend, moe.note_of_mine, moe.forward = "loop", "here", moe.forward
     model.train().save(tmp_path / "out")
 
 
