@@ -32,9 +32,15 @@ def check_int(option: str, value: Any, low: int, high: int | None = None) -> Non
 
 
 def check_float(
-    option: str, value: Any, *, low: float | None = None, above: float | None = None, below: float | None = None
+    option: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    usual: float | None = None,
 ) -> None:
-    """A finite number: at least `low` or more than `above`, and less than `below`.
+    """A finite number: at least `low` or more than `above`, and less than `below`; `usual` is what the error suggests.
 
     Raises:
         BadOverride: it is not.
@@ -49,7 +55,7 @@ def check_float(
         return
     limits = {"of at least": low, "above": above, "below": below}
     span = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
-    works = low if low is not None else (1.0 if above is not None else 0.0)
+    works = usual if usual is not None else low if low is not None else (1.0 if above is not None else 0.0)
     raise BadOverride(f"{option}={value!r}", f"{option} is a finite number {span}".strip(), f"{option}={works:g}")
 
 

@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from mmoe.atomic import atomic_path, torch_save
-from mmoe.errors import BadInput, BadOverride, CorruptFile
-from mmoe.options import check_int
+from mmoe.errors import BadInput, CorruptFile
+from mmoe.options import check_float, check_int
 from mmoe.trace import trace, update_routers
 from train.augment import as_input, augment
 from train.data.emoji import EmojiSet, load_emoji
@@ -346,8 +346,7 @@ def fine_tune(
         BadOverride: no steps or no learning rate. BadInput: no parameter has such a name.
     """
     check_int("steps", steps, 1)
-    if not isinstance(lr, float | int) or not 0 < lr < math.inf:
-        raise BadOverride(f"lr={lr!r}", "it is a number above 0", "lr=3e-3")
+    check_float("lr", lr, above=0, usual=3e-3)
     patterns = (trainable,) if isinstance(trainable, str) else tuple(map(str, trainable))
     config = StageConfig(steps=steps, batch_size=64, lr=lr, trainable=patterns)
     frozen = {name: not parameter.requires_grad for name, parameter in model.named_parameters()}

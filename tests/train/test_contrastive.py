@@ -116,7 +116,7 @@ def test_fine_tuning_leaves_nothing_frozen():
     ("options", "wrong"),
     [
         ({"steps": 0}, "steps=0\n  steps is a whole number of at least 1\n  try: steps=1"),
-        ({"lr": -1.0}, "lr=-1.0\n  it is a number above 0\n  try: lr=3e-3"),
+        ({"lr": -1.0}, "lr=-1.0\n  lr is a finite number above 0\n  try: lr=0.003"),
     ],
 )
 def test_fine_tuning_without_a_meaning(options, wrong):
