@@ -44,28 +44,28 @@ def dispatch(routing: Routing) -> Dispatch:
         >>> token_idx.tolist(), counts.tolist()
         ([1, 0, 1], [1, 2])
     """
+    slots, counts = sort_slots(routing)
+    return Dispatch(slots // routing.experts.shape[1], counts, routing.weights.flatten()[slots])
+
+
+def sort_slots(routing: Routing) -> tuple[Tensor, Tensor]:
+    """Numbers of the used slots among all (T*K), sorted by expert (stable), (N,); slots of each expert, (E,)."""
     ids = routing.experts.flatten()  # (T*K,)
     if ids.device.type == "cpu" and len(ids) <= _FEW and not torch.compiler.is_compiling():
-        return _dispatch_few(routing, ids.tolist())
+        return _sort_few(ids.tolist(), routing.num_experts)
     if routing.num_experts < 256:
         ids = ids.to(torch.uint8)  # sorts several times as fast
-    order = ids.argsort(stable=True)
-    counts = routing.counts()  # (E,)
-    if not routing.all_used:
-        order = order[: int(counts.sum())]  # (N,)
-    slots = routing.experts.shape[1]
-    return Dispatch(order // slots, counts, routing.weights.flatten()[order])
+    order, counts = ids.argsort(stable=True), routing.counts()
+    return order if routing.all_used else order[: int(counts.sum())], counts
 
 
-def _dispatch_few(routing: Routing, ids: list[int]) -> Dispatch:
+def _sort_few(ids: list[int], experts: int) -> tuple[Tensor, Tensor]:
     """For so few slots the steps of tensors cost more than the work."""
-    experts, slots = routing.num_experts, routing.experts.shape[1]
     order = sorted((slot for slot, expert in enumerate(ids) if expert < experts), key=ids.__getitem__)
     counts = [0] * experts
     for slot in order:
         counts[ids[slot]] += 1
-    weights = routing.weights.flatten()[torch.tensor(order, dtype=torch.long)]
-    return Dispatch(torch.tensor([slot // slots for slot in order], dtype=torch.long), torch.tensor(counts), weights)
+    return torch.tensor(order, dtype=torch.long), torch.tensor(counts)
 
 
 def combine(out: Tensor, dispatched: Dispatch, rows: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Experts, one file per idea; importing this package registers all of them."""
 
-from mmoe.experts.base import Experts, activation
+from mmoe.experts.activations import activation
+from mmoe.experts.base import Experts
 from mmoe.experts.ffn import FFN, FFNExperts, GatedFFN, GatedFFNExperts
 from mmoe.experts.null import WithNullExperts
 

@@ -2,65 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmoe.dispatch import Backend
-from mmoe.errors import Refused, UnknownName, did_you_mean
+from mmoe.errors import Refused
 from mmoe.routing import Routing
-
-Activation = Callable[[Tensor], Tensor]
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation."""
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": F.gelu,
-    "gelu_tanh": gelu_tanh,
-    "quick_gelu": quick_gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-}
-
-
-def activation(name: str | Activation) -> Activation:
-    """An activation by name, or the given function itself.
-
-    Example:
-        >>> activation("quick_gelu")(torch.zeros(1)).item()
-        0.0
-    """
-    if callable(name):
-        return name
-    if name not in ACTIVATIONS:
-        raise UnknownName(f"no activation named {name!r}", did_you_mean(str(name), ACTIVATIONS), "activation='gelu'")
-    return ACTIVATIONS[name]
-
-
-def match_activation(act: Activation) -> Activation:
-    """Our own function where it computes the same bit for bit, so that the result does not depend on the host."""
-    if getattr(act, "inplace", False):
-        act = copy.copy(act)
-        act.inplace = False  # type: ignore[attr-defined]  # a module that has it
-    size = torch.logspace(-4, 4, 200, device="cpu")
-    grid = torch.cat([-size.flip(0), size])
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        value = act(grid)
-        same = [known for known in ACTIVATIONS.values() if torch.equal(value, known(grid))]
-    return same[0] if same else act
 
 
 class Experts(nn.Module):

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmoe.dispatch import dispatch, grouped_linear
-from mmoe.experts.base import ACTIVATIONS, Activation, Experts, activation
+from mmoe.dispatch import grouped_linear
+from mmoe.experts.activations import KERNELS, Activation, activation
+from mmoe.experts.base import Experts
 from mmoe.experts.fused import FeedForward, fusable, one_row, pays, routed_ffn
 from mmoe.options import check_bool, check_float
 from mmoe.registry import experts
@@ -48,12 +49,16 @@ class _PackedFFN(Experts):
         """On a CPU, without dropout, where it pays or is asked for; foreign activations may have parameters."""
         if self.backend not in ("auto", "fused") or (self.dropout and self.training):
             return False
-        if self.act not in ACTIVATIONS.values():
+        if self.act not in KERNELS:
             return False
         weight = self._up()[0]
         if not fusable(x, weight):
             return False
-        return self.backend == "fused" or _is_one_row(x) or pays(routing.experts.numel(), weight)
+        if self.backend == "fused" or _is_one_row(x):
+            return True
+        learners = (x, routing.weights, *self.parameters())
+        trains = torch.is_grad_enabled() and any(value.requires_grad for value in learners)
+        return pays(routing.experts.numel(), weight, trains)
 
     def shared(self, count: int) -> nn.Module:
         """A perceptron as wide as `count` of these experts."""
@@ -65,8 +70,7 @@ class _PackedFFN(Experts):
         ffn = FeedForward(*self._up(), self.down_proj, self.down_bias, self.act, self.gated)
         if _is_one_row(x):
             return one_row(x, routing.experts, routing.weights, ffn)
-        sent = dispatch(routing)
-        return routed_ffn(x, sent.weights, sent.token_idx, sent.counts, ffn)
+        return routed_ffn(x, routing, ffn)
 
 
 def _is_one_row(x: Tensor) -> bool:

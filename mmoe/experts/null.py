@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mmoe.dispatch import Backend
-from mmoe.experts.base import Activation, Experts
+from mmoe.experts.activations import Activation
+from mmoe.experts.base import Experts
 from mmoe.options import check_choice, check_int
 from mmoe.registry import build_experts, experts
 

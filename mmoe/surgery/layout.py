@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmoe.experts.base import ACTIVATIONS, Activation, match_activation
+from mmoe.experts.activations import ACTIVATIONS, Activation, match_activation
 
 # Names of the linear layers, the gate (the product that is activated) first.
 PLAIN = (

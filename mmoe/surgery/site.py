@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from mmoe.errors import LoadMismatch, Refused, UnknownName, did_you_mean
-from mmoe.experts.base import Activation, Experts
+from mmoe.experts.activations import Activation
+from mmoe.experts.base import Experts
 from mmoe.experts.ffn import FFNExperts, GatedFFNExperts
 from mmoe.moe import MoE
 from mmoe.routing import LinearRouter

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mmoe
-from mmoe import Context, FFNExperts, FixedRouter, GatedFFNExperts, MoE, TopKRouter
-from mmoe.experts.base import ACTIVATIONS
-from mmoe.experts.fused import FeedForward, _blocks, pays, routed_ffn
+from mmoe import Context, FFNExperts, FixedRouter, GatedFFNExperts, MoE, Routing, TopKRouter, memory
+from mmoe.experts import plan as plans
+from mmoe.experts.activations import ACTIVATIONS, KERNELS
+from mmoe.experts.fused import FeedForward, pays, routed_ffn
+from mmoe.experts.plan import Plan
 
 T, D, F, E = 24, 16, 12, 5
 EXPERTS = {
@@ -99,13 +101,14 @@ def test_gradients_are_those_of_differences(gated: bool) -> None:
     def values(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.double, requires_grad=True)
 
-    width, inner, slots, counts = 3, 4, torch.tensor([0, 2, 4, 1, 2]), torch.tensor([2, 0, 3])
+    width, inner, experts = 3, 4, torch.tensor([[0, 3], [2, 3], [0, 2], [2, 2], [3, 3]])
     packed = (values(3, inner, width), values(3, inner), values(3, 2, inner // (1 + gated)), values(3, 2))
 
     def step(x: Tensor, weights: Tensor, *packed: Tensor) -> Tensor:
-        return routed_ffn(x, weights, slots, counts, FeedForward(*packed, torch.tanh, gated))
+        routing = Routing(experts=experts, weights=weights, num_experts=3)
+        return routed_ffn(x, routing, FeedForward(*packed, nn.functional.gelu, gated))
 
-    assert torch.autograd.gradcheck(step, (values(5, width), values(5), *packed))
+    assert torch.autograd.gradcheck(step, (values(5, width), values(5, 2), *packed))
 
 
 SLOPE = nn.PReLU()
@@ -153,21 +156,51 @@ def test_a_row_that_overflows_in_one_expert_does_not_reach_another(gated: bool) 
 
 
 def test_inference_keeps_no_inner_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: list[weakref.ref[Tensor]] = []
+    monkeypatch.setattr(plans, "CHUNK_BYTES", 0)
+    taken: list[int] = []
+    empty = memory.empty
 
-    def act(x: Tensor) -> Tensor:
-        gone = sum(value() is None for value in alive)
-        assert gone >= len(alive) - 1
-        alive.append(weakref.ref(x))
-        return x.relu()
+    def watched(shape: tuple[int, ...], like: Tensor) -> Tensor:
+        if shape[-1] == F:
+            taken.append(shape[0])
+        return empty(shape, like)
 
-    monkeypatch.setitem(ACTIVATIONS, "watched", act)
-    moe = MoE(TopKRouter(D, E), FFNExperts(D, F, E, act="watched"))
+    monkeypatch.setattr(memory, "empty", watched)
+    moe, x = MoE(TopKRouter(D, E), FFNExperts(D, F, E)), torch.randn(T, D)
     moe.backend = "fused"
+    moe(x)
+    assert max(taken) == 2 * T
     for mode in (torch.no_grad, torch.inference_mode):
+        taken.clear()
         with mode():
-            moe(torch.randn(T, D))
-    assert len(alive) > 4
+            moe(x)
+        assert max(taken) < 2 * T
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+@pytest.mark.parametrize("dtype", [torch.double, torch.bfloat16])
+def test_kernels_of_activations(name: str, dtype: torch.dtype) -> None:
+    act, kernel = ACTIVATIONS[name], KERNELS[ACTIVATIONS[name]]
+    x = torch.linspace(-6, 6, 200, dtype=dtype).view(20, 10).t().requires_grad_()
+    grad, value, slope = torch.randn_like(x), torch.empty_like(x), torch.empty_like(x)
+    expected = act(x)
+    (expected_slope,) = torch.autograd.grad(expected, x, grad)
+    kernel.value(x.detach(), value)
+    kernel.grad(grad, x.detach(), slope)
+    assert torch.equal(value, expected)
+    tolerance = {"atol": 1e-12, "rtol": 1e-9} if dtype == torch.double else {"atol": 0.02, "rtol": 0.02}
+    torch.testing.assert_close(slope, expected_slope, **tolerance)
+    kernel.grad(grad, x.detach(), grad)
+    assert torch.equal(grad, slope), "the gradient may be written over the one that came in"
+
+
+@pytest.mark.parametrize("chunk_bytes", [0, 2000, 2**22])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_chunks_of_any_size(
+    experts: Any, chunk_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "CHUNK_BYTES", chunk_bytes)
+    check(MoE(TopKRouter(D, E), experts).to(dtype), torch.randn(150, D, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -267,29 +300,52 @@ class TestFallsBack:
         assert not self.fuses(moe, torch.randn(T, D))
 
 
-def test_it_pays_for_many_slots_of_one_expert() -> None:
-    single, half = torch.empty(4, 64, 8), torch.empty(4, 64, 8, dtype=torch.bfloat16)
-    assert pays(512, single) and not pays(511, single)
-    assert pays(16, half) and not pays(15, half)
+def test_it_pays_for_training_half_precision_and_many_slots_of_one_expert() -> None:
+    small, large = torch.empty(4, 64, 8), torch.empty(4, 1024, 512, device="meta")
+    assert pays(512, small, trains=False) and not pays(511, small, trains=False)
+    assert pays(48, large, trains=False) and not pays(47, large, trains=False)
+    assert pays(1, small, trains=True) and pays(1, small.half(), trains=False)
 
 
-def test_blocks_of_half_precision_hold_every_slot_once() -> None:
-    counts = [3, 4, 0, 4, 40, 5, 4, 0]
-    tokens, weights = torch.arange(60), torch.rand(60, dtype=torch.bfloat16)
-    blocks = _blocks(counts, tokens, weights, inner=8)
-    assert 1 < len(blocks) < sum(count > 0 for count in counts), "neither all experts nor one in a block"
-    assert torch.cat([block.of_slots(block.rows(tokens[:, None]))[:, 0] for block in blocks]).equal(tokens)
-    assert torch.cat([block.of_slots(block.scale)[:, 0] for block in blocks]).equal(weights)
-    for block in blocks:
-        experts, places, _ = block.scale.shape
-        assert (block.scale == 0).sum() == experts * places - sum(counts[block.experts])
-        filled = block.scale.flatten() == 0
-        assert not block.rows(tokens[:, None] + 1).flatten()[filled].any(), "a place that is filled up is zero"
-    single = _blocks(counts, tokens, weights.float(), inner=8)
-    assert [len(block.tokens) for block in single] == [count for count in counts if count]
+@pytest.mark.parametrize("unused", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [0, 700, 2**22])
+def test_every_slot_has_a_place_of_its_expert(unused: bool, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "CHUNK_BYTES", chunk_bytes)
+    counts = [3, 4, 0, 4, 400, 5, 4, 0, 0, 2]
+    ids = torch.arange(10).repeat_interleave(torch.tensor(counts))
+    ids = torch.cat([ids, torch.full((10,), 10)]) if unused else ids
+    order = torch.randperm(len(ids))
+    routing = Routing(experts=ids[order].view(-1, 2), weights=torch.rand(len(ids) // 2, 2), num_experts=10)
+    routing = replace(routing, all_used=not unused)
+    x, factors = torch.randn(len(ids) // 2, 6), torch.arange(10.0)[:, None, None] * torch.eye(6)
+    expected = torch.zeros_like(x)
+    for row, (chosen, weights) in enumerate(zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)):
+        for expert, weight in zip(chosen, weights, strict=True):
+            expected[row] += x[row] * expert * weight * (expert < 10)
+    for batched in (False, True):
+        plan = Plan.make(routing, row_bytes=8, batched=batched)
+        places = torch.zeros(len(plan.tokens), 6)
+        for chunk in plan.chunks:
+            rows = plan.gather(chunk, x, torch.empty(plan.most * 6))
+            assert chunk.filled is None or not rows[chunk.filled].any(), "a filled place is zero"
+            chunk.multiply(rows, factors, places[chunk.places])
+        torch.testing.assert_close(plan.add_up(places, routing.weights), expected)
+        torch.testing.assert_close(
+            plan.of_slots(plan.scale(routing.weights, torch.float32), routing.weights),
+            routing.weights * (routing.experts < 10),
+        )
+        used = [e for e, count in enumerate(counts) if count]
+        assert [e for experts in plan.experts for e in range(experts.start, experts.stop)] == used
+        assert len(plan.experts) == (len(used) if not batched else 5)
+        assert len(plan.chunks) == {0: len(plan.experts), 2**22: 1}.get(chunk_bytes, len(plan.chunks))
 
 
 def test_auto_takes_it_where_it_pays() -> None:
     moe, x = MoE(TopKRouter(D, 2, top_k=1), FFNExperts(D, F, 2)), torch.randn(256, D)
-    assert moe.experts.fuses(x, moe.route(x))
-    assert not moe.experts.fuses(x[:255], moe.route(x[:255]))
+    few = x[:255]
+    assert moe.experts.fuses(few, moe.route(few)), "gradients will be asked for"
+    with torch.no_grad():
+        assert moe.experts.fuses(x, moe.route(x)) and not moe.experts.fuses(few, moe.route(few))
+    moe.requires_grad_(False)
+    assert not moe.experts.fuses(few, moe.route(few))
+    assert moe.experts.fuses(few.requires_grad_(), moe.route(few))

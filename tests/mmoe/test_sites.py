@@ -145,7 +145,7 @@ def test_dropouts_kept_as_numbers() -> None:
 def test_known_activations_become_ours_others_stay() -> None:
     from transformers.activations import ACT2FN
 
-    from mmoe.experts.base import ACTIVATIONS
+    from mmoe.experts.activations import ACTIVATIONS
 
     for theirs, ours in [("quick_gelu", "quick_gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("silu", "silu")]:
         assert only(Named(("fc1", "fc2"), ACT2FN[theirs])).weights().act is ACTIVATIONS[ours]
@@ -155,7 +155,7 @@ def test_known_activations_become_ours_others_stay() -> None:
 
 
 def test_activations_in_place_are_read_without_it() -> None:
-    from mmoe.experts.base import ACTIVATIONS
+    from mmoe.experts.activations import ACTIVATIONS
 
     assert only(Named(("fc1", "fc2"), nn.SiLU(inplace=True))).weights().act is ACTIVATIONS["silu"]
     relu6 = nn.ReLU6(inplace=True)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmoe import memory
 from mmoe.errors import MmoeError
 from train.bench.peers import LIMIT, NAIVE, OURS, THEIRS, Cell, Layer, layers
 
@@ -183,6 +184,7 @@ def peak(one: Callable[[], object]) -> float | None:
     if not reset.exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, and is counted when it is taken again
+    memory.release()
     reset.write_text("5")
     before = _memory(status, "VmRSS")
     one()
