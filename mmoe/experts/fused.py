@@ -48,8 +48,8 @@ def pays(slots: int, weight: Tensor, trains: bool) -> bool:
     """
     if trains or weight.itemsize == 2:
         return True
-    least = 12 if weight[0].numel() >= 2**19 else 128  # rows per expert: small experts are over too soon
-    return slots >= least * len(weight)
+    rows, large = slots / len(weight), weight[0].numel() >= 2**19  # small experts are over too soon
+    return rows >= 128 or (large and 12 <= rows <= 40)
 
 
 class FeedForward(NamedTuple):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmoe.cli import main
 from mmoe.errors import MmoeError
-from train.bench import layer, peers
+from train.bench import layer, peers, scaling
 from train.bench.peers import Cell
 
 CELL = Cell(16, 32, 24, 4, 2)
@@ -73,6 +73,29 @@ def test_json(capsys, tmp_path):
         assert one["to_best_peer"] == pytest.approx(min(theirs.values()) / one["ms"]["mmoe"], abs=1e-3)
     assert told["summary"]["to the limit, forward, T >= 1024"] is None, "there is no such cell"
     assert Image.open(tmp_path / "ratios.png").width > 300
+
+
+def test_scaling(capsys, tmp_path, monkeypatch):
+    few, many, longer = Cell(64, 32, 24, 8, 2), Cell(64, 32, 24, 64, 2), Cell(128, 32, 24, 8, 2)
+    monkeypatch.setattr(scaling, "EXPERTS", [few, many])
+    monkeypatch.setattr(scaling, "ROWS", [longer])
+    words = ["bench", "scaling", "--seconds", "0", "--threads", "1", "--plot", str(tmp_path / "scaling.png")]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    ours = {(one["cell"]["rows"], one["cell"]["num_experts"], one["kind"]): one["ms"]["mmoe"] for one in told["cells"]}
+    assert len(ours) == 6
+    for kind, value in told["growth"].items():
+        assert value == pytest.approx(ours[64, 64, kind] / ours[64, 8, kind], abs=1e-3)
+    assert {frozenset(one["ms"]) for one in told["cells"]} == {frozenset(scaling.NAMES)}
+    assert Image.open(tmp_path / "scaling.png").width > 300
+
+
+def test_slow_candidates_are_timed_once(monkeypatch):
+    clock = iter(range(0, 10**9, 5))
+    monkeypatch.setattr(layer.time, "perf_counter", lambda: next(clock))
+    prepared = []
+    assert layer.take_turns({"a": lambda: None}, lambda: prepared.append(1), 1) == {"a": 5000}
+    assert len(prepared) == 2
 
 
 def test_memory_of_large_cells():

@@ -1,4 +1,4 @@
-"""The verb `mmoe bench`: layer, model, and pictures of what they measured."""
+"""The verb `mmoe bench`: layer, scaling, model, and pictures of what they measured."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def both(context: typer.Context) -> None:
     \b
     mmoe bench                  a quick look at both
     mmoe bench layer --json     the whole grid, half an hour
+    mmoe bench scaling          over experts and over rows
     mmoe bench model clip_moe_tiny --sweep top_k=1,2,4
     """
     if context.invoked_subcommand is None:
@@ -76,10 +77,59 @@ def layer(
 
         draw_ratios(timings, plot)
     if as_json:
-        machine = {"threads": threads, "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-        print(json.dumps({"machine": machine, "cells": [t.as_dict() for t in timings], "summary": told}, indent=1))
+        cells_told = [timing.as_dict() for timing in timings]
+        print(json.dumps({"machine": _machine(threads), "cells": cells_told, "summary": told}, indent=1))
         return
     _show_layer(timings, told, threads)
+
+
+@app.command()
+def scaling(
+    dtype: DType = "fp32",
+    quick: Annotated[bool, typer.Option("--quick", help="Two points of each curve.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="About what one candidate of a cell may take.")] = 1.0,
+    threads: Threads = 2,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the layer over the number of experts and over the number of rows, with its memory.
+
+    A row always uses 2 experts of the same size, so the active work per row never changes.
+
+    
+    mmoe bench scaling --plot scaling.png
+    mmoe bench scaling --dtype bf16 --json
+    """
+    import torch
+
+    from train.bench.layer import PASSES, run
+    from train.bench.scaling import EXPERTS, NAMES, ROWS, SHORT, growth
+    from train.progress import Progress
+    from zoo.loading import pick_dtype
+
+    pick_dtype(dtype)
+    torch.set_num_threads(threads)
+    cells, timings = SHORT if quick else [*EXPERTS, *ROWS], []
+    with Progress("bench scaling", len(cells) * len(PASSES)) as bar:
+        for timing in run(cells, [dtype], PASSES, seconds, NAMES, memory_rows=0):
+            timings.append(timing)
+            bar.update(len(timings))
+    if plot is not None:
+        from train.bench.pictures import draw_scaling
+
+        draw_scaling(timings, plot)
+    told = growth(timings)
+    if as_json:
+        cells_told = [timing.as_dict() for timing in timings]
+        print(json.dumps({"machine": _machine(threads), "cells": cells_told, "growth": told}, indent=1))
+        return
+    _show_layer(timings, {f"cost from E = 8 to E = 64, {kind}": value for kind, value in told.items()}, threads)
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    import torch
+
+    return {"threads": threads, "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
 def _cell(text: str) -> Any:
@@ -110,7 +160,7 @@ def _show_layer(timings: list[Any], medians: dict[str, float | None], threads: i
             header = ["T, D, F, E, K", "dense ms", "mmoe ms", "to dense", "to peer", "best peer"]
             typer.echo(f"MoE layer, {kind}, {dtype}, {threads} thread{'s' * (threads > 1)}")
             typer.echo(columns(header, rows, right={1, 2, 3, 4}) + "\n")
-    typer.echo("To dense, to peer: how many times as fast; dense has the same active work and bounds it. Medians:")
+    typer.echo("To dense, to peer: how many times as fast; dense has the same active work.")
     for name, value in medians.items():
         if value is not None:
             typer.echo(f"  {name}: {value:.2f}")

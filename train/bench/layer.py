@@ -10,7 +10,7 @@ import ctypes
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ QUICK = [Cell(rows, *sizes) for sizes in SIZES[:2] for rows in (1, 32, 1024)]
 PASSES = {"forward": False, "forward + backward": True}
 MEMORY_ROWS = 4096  # cells of that many rows tell their peak memory
 _LEAST, _MOST, _SECONDS = 3, 60, 1.0  # repeats, and seconds that one candidate of a cell may take
+_SLOW = 4.0  # a candidate that takes so many seconds is timed once
 
 
 @dataclass(kw_only=True)
@@ -75,7 +76,12 @@ class Timing:
 
 
 def run(
-    cells: Iterable[Cell], dtypes: Iterable[str], kinds: Iterable[str], seconds: float = _SECONDS
+    cells: Iterable[Cell],
+    dtypes: Iterable[str],
+    kinds: Iterable[str],
+    seconds: float = _SECONDS,
+    names: Container[str] | None = None,
+    memory_rows: int = MEMORY_ROWS,
 ) -> Iterable[Timing]:
     """Times cell by cell.
 
@@ -84,6 +90,8 @@ def run(
         dtypes: "fp32", "bf16".
         kinds: of `PASSES`.
         seconds: about what one candidate of a cell may take.
+        names: candidates; all when None.
+        memory_rows: cells of at least so many rows tell their peak memory.
 
     Raises:
         MmoeError: a candidate computes something else than the others.
@@ -93,14 +101,15 @@ def run(
     for dtype in dtypes:
         for cell in cells:
             torch.manual_seed(0)
-            candidates, parameters = layers(cell, pick_dtype(dtype))
+            everyone, parameters = layers(cell, pick_dtype(dtype))
+            candidates = {name: one for name, one in everyone.items() if names is None or name in names}
             x = torch.randn(cell.rows, cell.dim, dtype=pick_dtype(dtype), requires_grad=True)
             _check_agreement(candidates, x, parameters)
             for kind in kinds:
                 passes = {name: _pass(layer, x, PASSES[kind]) for name, layer in candidates.items()}
                 ms = take_turns(passes, partial(_clear, x, parameters), seconds)
                 timing = Timing(cell=cell, dtype=dtype, kind=kind, ms=ms)
-                if cell.rows >= MEMORY_ROWS:
+                if cell.rows >= memory_rows:
                     timing.peak_mb = _peaks(passes, partial(_clear, x, parameters))
                 yield timing
 
@@ -131,7 +140,7 @@ def _check_agreement(candidates: dict[str, Layer], x: Tensor, parameters: list[n
             assert x.grad is not None
             results[name] = [y.detach().float(), x.grad.float()]
     _clear(x, parameters)
-    reference = results[f"{OURS} loop"]
+    reference = results.get(f"{OURS} loop", results[OURS])
     for name, values in results.items():
         for value, expected in zip(values, reference, strict=True):
             difference = float((value - expected).norm() / expected.norm())
@@ -165,7 +174,7 @@ def take_turns(
 
 def _turns(times: list[float], seconds: float) -> int:
     """How many turns a function gets after its first one, which warms up."""
-    return max(_LEAST, min(_MOST, round(seconds / times[-1])))
+    return 1 if times[0] > _SLOW else max(_LEAST, min(_MOST, round(seconds / times[-1])))
 
 
 def _peaks(passes: dict[str, Callable[[], object]], prepare: Callable[[], object]) -> dict[str, float]:

@@ -87,14 +87,15 @@ def _qwen3(cell: Cell, moe: mmoe.MoE, implementation: str, dtype: torch.dtype) -
 
 
 def _plain_loop(x: Tensor, gate: Tensor, weights: dict[str, nn.Parameter], top_k: int) -> Tensor:
-    """As much research code does it: for each expert the rows that chose it, found with a mask."""
+    """As much research code does it: for each expert, a module of its own, the rows that chose it, found by a mask."""
+    experts = zip(weights["gate_up_proj"].unbind(), weights["down_proj"].unbind(), strict=True)
     probs = F.linear(x, gate).float().softmax(-1)  # (T, E)
     best, chosen = probs.topk(top_k, dim=-1)  # (T, K)
     best = (best / best.sum(-1, keepdim=True)).to(x.dtype)
     y = torch.zeros_like(x)
-    for expert in range(len(gate)):
+    for expert, (gate_up_proj, down_proj) in enumerate(experts):
         rows, slots = (chosen == expert).nonzero(as_tuple=True)
-        gated, up = F.linear(x[rows], weights["gate_up_proj"][expert]).chunk(2, dim=-1)
-        out = F.linear(F.silu(gated) * up, weights["down_proj"][expert])
+        gated, up = F.linear(x[rows], gate_up_proj).chunk(2, dim=-1)
+        out = F.linear(F.silu(gated) * up, down_proj)
         y.index_add_(0, rows, out * best[rows, slots, None])
     return y

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mmoe.figures import save_figure
-from train.bench.layer import Timing
+from train.bench.layer import PASSES, Timing
 from train.bench.peers import LIMIT, NAIVE, OURS, THEIRS
 
+TOP = 1.6  # of the axes of ratios; a dense layer that waits for memory can be several times as slow
+KINDS = list(PASSES)
 LINES = {
+    LIMIT: ("#333333", "D", "dense layer of the same active work"),
     OURS: ("#0072B2", "o", "mmoe"),
     f"{THEIRS} grouped_mm": ("#D55E00", "s", "transformers, grouped_mm"),
     f"{THEIRS} eager": ("#E69F00", "^", "transformers, eager"),
@@ -30,11 +35,13 @@ def draw_ratios(timings: list[Timing], path: Path) -> Path:
             panel = axes[row][column]
             found = [t for t in timings if (t.dtype, t.kind) == (dtype, kind) and str(t.cell).endswith(f", {size}")]
             for name, (color, marker, label) in LINES.items():
-                points = [(t.cell.rows, t.speed(name, LIMIT)) for t in found if name in t.ms]
+                points = [(t.cell.rows, t.speed(name, LIMIT)) for t in found if name in t.ms and name != LIMIT]
+                if not points:
+                    continue
                 panel.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=label)
             panel.axhline(1, color="#333333", linewidth=0.8, linestyle=(0, (4, 3)))
             panel.set_xscale("log", base=2)
-            panel.set_ylim(0, 1.25)
+            panel.set_ylim(0, TOP)
             panel.spines[["top", "right"]].set_visible(False)
             if row == 0:
                 panel.set_title(f"D, F, E, K = {size}", fontsize=9)
@@ -43,8 +50,53 @@ def draw_ratios(timings: list[Timing], path: Path) -> Path:
     for panel in axes[-1]:
         panel.set_xlabel("rows T", fontsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(LINES), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     return save_figure(figure, path)
+
+
+def draw_scaling(timings: list[Timing], path: Path) -> Path:
+    """Time per row over experts and over rows for both passes, and peak memory."""
+    from matplotlib.figure import Figure
+
+    rows = Counter(timing.cell.rows for timing in timings).most_common(1)[0][0]
+    experts = Counter(timing.cell.num_experts for timing in timings).most_common(1)[0][0]
+    by_experts = [timing for timing in timings if timing.cell.rows == rows]
+    by_rows = [timing for timing in timings if timing.cell.num_experts == experts]
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    axes = figure.subplots(2, 3, sharex="row")
+    for line, (found, name) in enumerate(((by_experts, "num_experts"), (by_rows, "rows"))):
+        where = f"T = {rows}" if line == 0 else f"E = {experts}"
+        for column, kind in enumerate(PASSES):
+            _draw_costs(axes[line][column], [t for t in found if t.kind == kind], name, lambda t: t.ms, per_row=True)
+            axes[line][column].set_title(f"{kind}, {where}", fontsize=10)
+            axes[line][column].set_ylabel("µs per row")
+        memory = axes[line][2]
+        _draw_costs(memory, [t for t in found if t.kind == KINDS[-1] and t.peak_mb], name, lambda t: t.peak_mb)
+        memory.set_title(f"peak memory, {KINDS[-1]}, {where}", fontsize=10)
+        memory.set_ylabel("MB")
+        memory.set_yscale("log")
+        for panel in axes[line]:
+            panel.set_xlabel("experts E" if line == 0 else "rows T")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    return save_figure(figure, path)
+
+
+def _draw_costs(
+    panel: Any, timings: list[Timing], name: str, costs: Callable[[Timing], dict[str, float]], per_row: bool = False
+) -> None:
+    for candidate, (color, marker, label) in LINES.items():
+        points = [
+            (getattr(t.cell, name), costs(t)[candidate] * (1e3 / t.cell.rows if per_row else 1))
+            for t in sorted(timings, key=lambda t: getattr(t.cell, name))
+            if candidate in costs(t)
+        ]
+        if points:
+            panel.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=label)
+    panel.set_xscale("log", base=2)
+    if per_row:
+        panel.set_ylim(bottom=0)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def draw_sweep(rows: list[dict[str, Any]], key: str, path: Path) -> Path:
