@@ -51,7 +51,7 @@ def dispatch(routing: Routing) -> Dispatch:
 def sort_slots(routing: Routing) -> tuple[Tensor, Tensor]:
     """Numbers of the used slots among all (T*K), sorted by expert (stable), (N,); slots of each expert, (E,)."""
     ids = routing.experts.flatten()  # (T*K,)
-    if ids.device.type == "cpu" and len(ids) <= _FEW and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and ids.device.type == "cpu" and len(ids) <= _FEW:
         return _sort_few(ids.tolist(), routing.num_experts)
     if routing.num_experts < 256:
         ids = ids.to(torch.uint8)  # sorts several times as fast

@@ -42,6 +42,7 @@ def _mean(values: Tensor) -> Tensor:
 
 def _hits(routing: Routing, choices: Literal["all", "first"]) -> tuple[Tensor, Tensor]:
     """How often each expert was chosen, or had the largest weight (E,), and the number of rows that count."""
+    routing = routing.undropped or routing
     counted = routing if choices == "all" else replace(routing, experts=first_choice(routing)[:, None])
     rows = len(routing.experts) if routing.valid is None else routing.valid.sum()
     return counted.counts().float(), torch.as_tensor(rows, device=counted.experts.device)

@@ -16,9 +16,11 @@ import atexit
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -55,6 +57,19 @@ def init(timeout: float = 600.0) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(seconds=timeout))
     atexit.register(_leave)
+    _explain_lost_processes()
+
+
+def _explain_lost_processes() -> None:
+    """What gloo and NCCL say when another process is gone names a socket; tracebacks that end a program say more."""
+    show = sys.excepthook
+
+    def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL")):
+            error.add_note("Another process ended first, or runs other layers: read the other processes' messages.")
+        show(kind, error, trace)
+
+    sys.excepthook = explain
 
 
 def _leave() -> None:

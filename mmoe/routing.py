@@ -104,6 +104,8 @@ class Routing:
         probs: (T, E) scores in [0, 1] that the weights are made of, in fp32, or None.
         context: the side input that the router saw, with flat fields, or None.
         all_used: True promises that no slot holds the sentinel, which spares dispatch a device sync.
+        undropped: the decision before slots beyond a capacity were dropped, which is what losses and balancing count;
+            None where nothing can be dropped.
         losses: unweighted scalar losses of this router.
         state: what the router hands to the next layer, or None.
     """
@@ -115,6 +117,7 @@ class Routing:
     probs: Tensor | None = None
     context: Context | None = None
     all_used: bool = False
+    undropped: Routing | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     state: Any = None
 
@@ -175,7 +178,7 @@ class Routing:
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, Context):
+    if isinstance(value, Context | Routing):
         return replace(value, **{f.name: _detached(getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, dict):
         return {key: _detached(item) for key, item in value.items()}

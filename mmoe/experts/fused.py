@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmoe import memory
-from mmoe.dispatch import is_sharded
-from mmoe.experts.activations import KERNELS, Activation, Kernel
+from mmoe.dispatch import combine, dispatch, grouped_linear, is_sharded
+from mmoe.experts.activations import KERNELS, Activation
 from mmoe.experts.plan import Plan
 from mmoe.routing import Routing
 
@@ -84,8 +83,7 @@ def routed_ffn(x: Tensor, routing: Routing, ffn: FeedForward) -> Tensor:
         (T, O) in the type of x.
     """
     plan = Plan.make(routing, ffn.up.shape[1] * ffn.up.itemsize, batched=ffn.up.itemsize == 2)
-    keep = torch.is_grad_enabled()
-    out: Tensor = _RoutedFFN.apply(x, routing.weights, *ffn[:4], plan, KERNELS[ffn.act], ffn.gated, keep)
+    out: Tensor = _RoutedFFN.apply(x, routing.weights, *ffn[:4], routing, plan, ffn, torch.is_grad_enabled())
     return out
 
 
@@ -123,7 +121,21 @@ def _activated(inner: Tensor, act: Activation, gated: bool, dim: int) -> Tensor:
     if not gated:
         return act(inner)
     gate, up = inner.chunk(2, dim)
-    return act(gate).mul_(up)
+    return act(gate) * up
+
+
+def _gradients_with_a_graph(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Gradients of the step for create_graph=True, of operations that have derivatives of any order."""
+    inputs: Any = [None if value is None else value.view_as(value) for value in ctx.saved_tensors[:6]]
+    x, weights, up, up_bias, down, down_bias = inputs  # views: x itself leads to the weights too, by the router
+    sent = dispatch(Routing(experts=ctx.experts, weights=weights, num_experts=len(up)))
+    inner = grouped_linear(x[sent.token_idx], up, sent.counts, up_bias, "loop")
+    hidden = _activated(inner, ctx.act, ctx.gated, -1)
+    y = combine(grouped_linear(hidden, down, sent.counts, down_bias, "loop"), sent, len(x))
+    needed = ctx.needs_input_grad[: len(inputs)]
+    wanted = [value for value, needs in zip(inputs, needed, strict=True) if needs]
+    grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(grads) if needs else None for needs in needed]
 
 
 class _RoutedFFN(torch.autograd.Function):
@@ -136,12 +148,12 @@ class _RoutedFFN(torch.autograd.Function):
         up_bias: Tensor | None,
         down: Tensor,
         down_bias: Tensor | None,
+        routing: Routing,
         plan: Plan,
-        kernel: Kernel,
-        gated: bool,
+        ffn: FeedForward,
         keep: bool,
     ) -> Tensor:
-        keep = keep and any(ctx.needs_input_grad)
+        keep, kernel = keep and any(ctx.needs_input_grad), KERNELS[ffn.act]
         width, places, most = down.shape[2], len(plan.tokens), plan.most
         rows, hidden = memory.empty((most * x.shape[1],), x), memory.empty((most, width), x)
         inner = memory.empty((places if keep else most, up.shape[1]), x)
@@ -153,19 +165,21 @@ class _RoutedFFN(torch.autograd.Function):
                 chunk.add_bias(h, up_bias)
             a = hidden[: chunk.size]  # (C, F)
             kernel.value(h[:, :width], a)
-            if gated:
+            if ffn.gated:
                 a *= h[:, width:]
             chunk.multiply(a, down.mT, out[chunk.places])
             if down_bias is not None:
                 chunk.add_bias(out[chunk.places], down_bias)
-        ctx.save_for_backward(x, weights, up, down, down_bias, inner if keep else None)
-        ctx.plan, ctx.kernel, ctx.gated = plan, kernel, gated
+        ctx.save_for_backward(x, weights, up, up_bias, down, down_bias, inner if keep else None)
+        ctx.experts, ctx.plan, ctx.act, ctx.gated = routing.experts, plan, ffn.act, ffn.gated
         return plan.add_up(out, weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, up, down, down_bias, inner = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_gradients_with_a_graph(ctx, grad), None, None, None, None
+        x, weights, up, _, down, down_bias, inner = ctx.saved_tensors
+        kernel = KERNELS[ctx.act]
         for_x, for_weights, for_up, for_up_bias, for_down, for_down_bias, *_ = ctx.needs_input_grad
         plan: Plan = ctx.plan
         width, places, most = down.shape[2], len(plan.tokens), plan.most
@@ -182,7 +196,7 @@ class _RoutedFFN(torch.autograd.Function):
             h, s, g = inner[chunk.places], scale[chunk.places], plan.gather(chunk, grad, rows)  # (C, H), (C, 1), (C, O)
             a, v, to_a, to_h = (of_chunk[: chunk.size] for of_chunk in (hidden, value, to_hidden, to_inner))
             chunk.multiply(g, down, to_a)
-            ctx.kernel.value(h[:, :width], v)
+            kernel.value(h[:, :width], v)
             a = torch.mul(v, h[:, width:], out=a) if ctx.gated else v
             if to_weights is not None:
                 to_weight = torch.mul(to_a, a, out=to_h[:, :width]).sum(1, keepdim=True)  # (C, 1)
@@ -193,7 +207,7 @@ class _RoutedFFN(torch.autograd.Function):
             if ctx.gated:
                 torch.mul(to_a, v, out=to_h[:, width:])
                 to_a *= h[:, width:]
-            ctx.kernel.grad(to_a, h[:, :width], to_h[:, :width])
+            kernel.grad(to_a, h[:, :width], to_h[:, :width])
             if to_down is not None:
                 chunk.weight_grad(g, a.mul_(s), to_down)
             if to_down_bias is not None:

@@ -9,13 +9,12 @@ Shapes: T rows, D width, E experts; K = E slots, slot e holds e or the sentinel.
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 
 from mmoe.options import check_float
 from mmoe.registry import routers
+from mmoe.routers.capacity import groups_of, places, rank_in_group
 from mmoe.routing import Context, LinearRouter, Routing, finish_routing
 
 
@@ -45,20 +44,14 @@ class ExpertChoiceRouter(LinearRouter):
 
     def select(self, logits: Tensor, context: Context | None = None) -> Routing:
         """The best rows of every expert inside each group; padding takes no capacity."""
-        rows = len(logits)
         probs = logits.softmax(-1)  # (T, E)
-        groups = torch.zeros(rows, dtype=torch.long, device=logits.device)
-        if context is not None and context.group_ids is not None:
-            groups = torch.unique(context.group_ids, return_inverse=True)[1]
-        valid = torch.ones_like(groups, dtype=torch.bool)
-        if context is not None and context.valid is not None:
-            valid = context.valid
-        sizes = groups.new_zeros(rows + 1).index_add_(0, groups, valid.long())  # valid rows per group
-        factor = Fraction(self.experts_per_token).limit_denominator(10**6) or Fraction(1, 10**6)
-        share = factor / self.num_experts
-        capacity = -(-sizes * share.numerator // share.denominator)  # ceil, exact
-        rank = _rank_in_group(probs.detach().masked_fill(~valid[:, None], -1.0), groups)  # (T, E)
-        chosen = (rank < capacity[groups][:, None]) & valid[:, None]  # (T, E)
+        valid = None if context is None else context.valid
+        groups = groups_of(context, logits)
+        most = places(groups, valid, self.capacity_factor, self.num_experts)[:, None]
+        scores = probs.detach() if valid is None else probs.detach().masked_fill(~valid[:, None], -1.0)
+        chosen = rank_in_group(scores, groups) < most  # (T, E)
+        if valid is not None:
+            chosen &= valid[:, None]
         routing = Routing(
             experts=torch.where(chosen, torch.arange(self.num_experts, device=logits.device), self.num_experts),
             weights=torch.where(chosen, probs, 0.0),
@@ -67,15 +60,3 @@ class ExpertChoiceRouter(LinearRouter):
             probs=probs,
         )
         return finish_routing(routing, context)
-
-
-def _rank_in_group(scores: Tensor, groups: Tensor) -> Tensor:
-    """Rank of each row among its group by descending score, for every column: (T, E) -> (T, E)."""
-    by_score = scores.argsort(dim=0, descending=True, stable=True)  # (T, E)
-    by_group = groups[by_score].argsort(dim=0, stable=True)  # (T, E)
-    order = by_score.gather(0, by_group)  # rows sorted by group, then by score
-    position = torch.empty_like(order).scatter_(
-        0, order, torch.arange(len(order), device=order.device)[:, None].expand_as(order)
-    )
-    first = torch.searchsorted(groups.sort().values, groups)  # (T,) where a row's group begins
-    return position - first[:, None]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mmoe.options import check_choice, check_float, check_int
 from mmoe.registry import routers
+from mmoe.routers.capacity import drop_beyond_capacity
 from mmoe.routing import Context, LinearRouter, Routing, finish_routing, over_processes
 
 Score = Literal["softmax", "sigmoid"]
@@ -46,6 +47,8 @@ class TopKRouter(LinearRouter):
         noise: standard deviation of Gaussian noise on the selection in training; 0 turns it off.
         bias_rate: step of the loss-free bias balancing done by `mmoe.update_routers`; 0 turns it off and keeps no bias.
         gate_bias: gives the gate an additive bias.
+        capacity_factor: drops the slots of an expert beyond its share times this factor
+            (`mmoe.routers.capacity.drop_beyond_capacity`); None drops nothing.
 
     Example:
         >>> router = TopKRouter(8, 4, top_k=2)
@@ -68,6 +71,7 @@ class TopKRouter(LinearRouter):
         noise: float = 0.0,
         bias_rate: float = 0.0,
         gate_bias: bool = False,
+        capacity_factor: float | None = None,
     ) -> None:
         super().__init__(dim, num_experts, gate_bias)
         check_int("top_k", top_k, 1, num_experts)
@@ -77,6 +81,11 @@ class TopKRouter(LinearRouter):
         check_float("noise", noise, low=0)
         check_float("bias_rate", bias_rate, low=0)
         self.top_k = self.experts_per_token = top_k
+        if capacity_factor is not None:
+            check_float("capacity_factor", capacity_factor, above=0)
+            self.experts_per_token = min(top_k, top_k * capacity_factor)
+            self.causal_safe, self.batch_dependent = False, True  # type: ignore[misc]  # of this instance
+        self.capacity_factor = capacity_factor
         self.score, self.weights, self.scale, self.noise = score, weights, scale, noise
         self.bias_rate = bias_rate
         if bias_rate:
@@ -100,7 +109,8 @@ class TopKRouter(LinearRouter):
             probs=probs,
             all_used=True,
         )
-        return finish_routing(routing, context)
+        routing = finish_routing(routing, context)
+        return routing if self.capacity_factor is None else drop_beyond_capacity(routing, self.capacity_factor)
 
     def _selection(self, logits: Tensor, probs: Tensor) -> Tensor:
         """What top-k ranks: the logits, or with bias balancing the probs plus the bias; a logit of -inf stays last."""
@@ -123,5 +133,5 @@ class TopKRouter(LinearRouter):
     def update(self, routing: Routing) -> None:
         """Raises the selection bias of underloaded experts by `bias_rate` and lowers the others'."""
         if self.bias_rate:
-            counts = over_processes(routing.counts()).float()
+            counts = over_processes((routing.undropped or routing).counts()).float()
             self.select_bias += self.bias_rate * (counts.mean() - counts).sign()

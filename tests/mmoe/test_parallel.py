@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -270,6 +273,36 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     survivor, dead = run(2, lose, tmp_path)
     assert dead is None
     assert isinstance(survivor, MmoeError | RuntimeError)
+
+
+LOST = """
+import os
+import torch
+from torch import nn
+from mmoe import parallel
+
+mesh = parallel.make_mesh(ep=1)
+model = parallel.parallelize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), mesh)
+for step in range(3):
+    if step == 1 and os.environ["RANK"] == "1":
+        os._exit(1)
+    model(torch.randn(4, 8)).sum().backward()
+"""
+
+
+def test_a_process_that_dies_in_a_collective_of_pytorch_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "lost.py").write_text(LOST)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    survivor, dead = (
+        subprocess.Popen([sys.executable, tmp_path / "lost.py"], env={**common, "RANK": rank}, stderr=subprocess.PIPE)
+        for rank in "01"
+    )
+    told = survivor.communicate(timeout=SECONDS)[1].decode()
+    assert dead.wait(SECONDS) == 1 and survivor.returncode != 0
+    assert "Another process ended first, or runs other layers: read the other processes' messages." in told
 
 
 def test_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ VARIANTS = [
     "topk:top_k=1,weights=raw",
     "topk:score=sigmoid,scale=2.5,gate_bias=true",
     "topk:weights=softmax_topk,noise=0.5,bias_rate=0.1",
+    "topk:capacity_factor=0.5",
     "dense:temperature=0.5",
     "expert_choice:capacity_factor=1.0",
 ]

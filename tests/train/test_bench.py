@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -19,6 +21,11 @@ NAMES = {"dense", "mmoe", "mmoe fused", "mmoe grouped", "mmoe loop", "plain loop
 NAMES |= {f"transformers {name}" for name in ("grouped_mm", "batched_mm", "eager")}
 
 
+@pytest.fixture(autouse=True)
+def without_torchtune(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_mixtures_agree(dtype):
     candidates, parameters = peers.layers(CELL, dtype)
@@ -26,6 +33,32 @@ def test_all_mixtures_agree(dtype):
     x = torch.randn(16, 32, dtype=dtype, requires_grad=True)
     layer._check_agreement(candidates, x, parameters)
     assert x.grad is None and all(parameter.grad is None for parameter in parameters)
+
+
+def test_torchtune_takes_part_where_it_is_installed(monkeypatch):
+    class GroupedExperts(torch.nn.Module):
+        """The interface of torchtune.modules.moe.experts."""
+
+        def __init__(self, *, dim, hidden_dim, num_experts):
+            super().__init__()
+            self.gate_proj = torch.nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+            self.up_proj = torch.nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+            self.down_proj = torch.nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+
+        def forward(self, x, num_tokens_per_expert):
+            e = torch.arange(len(num_tokens_per_expert)).repeat_interleave(num_tokens_per_expert)
+            hidden = torch.einsum("nd,ndf->nf", x, self.gate_proj[e])
+            hidden = torch.nn.functional.silu(hidden) * torch.einsum("nd,ndf->nf", x, self.up_proj[e])
+            return torch.einsum("nf,nfd->nd", hidden, self.down_proj[e])
+
+    package = types.ModuleType("torchtune.modules.moe.experts")
+    package.GroupedExperts = GroupedExperts
+    monkeypatch.setitem(sys.modules, "torchtune.modules.moe.experts", package)
+    monkeypatch.setattr(peers, "find_spec", lambda name: name == "torchtune")
+    candidates, parameters = peers.layers(CELL, torch.float32)
+    assert set(candidates) == NAMES | {"torchtune"}
+    layer._check_agreement(candidates, torch.randn(16, 32, requires_grad=True), parameters)
+    assert all(parameter.grad is None for parameter in parameters)
 
 
 def test_one_that_computes_something_else_is_told():

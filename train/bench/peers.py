@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, get_args
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmoe
-from mmoe.dispatch import Backend
+from mmoe.dispatch import Backend, combine
 
 Layer = Callable[[Tensor], Tensor]
 LIMIT, OURS, THEIRS, NAIVE = "dense", "mmoe", "transformers", "plain loop"
+TORCHTUNE = "torchtune"  # takes part where it is installed
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 MOST_BYTES = 4e9  # of the weights that batched_mm copies for every slot
 
@@ -63,7 +65,11 @@ def layers(cell: Cell, dtype: torch.dtype) -> tuple[dict[str, Layer], list[nn.Pa
         if implementation != "batched_mm" or copied < MOST_BYTES:
             found[f"{THEIRS} {implementation}"] = _qwen3(cell, moe, implementation, dtype)
     found[NAIVE] = lambda x: _plain_loop(x, moe.router.weight, weights, cell.top_k)
-    return found, [*dense.parameters(), *moe.parameters()]
+    parameters = [*dense.parameters(), *moe.parameters()]
+    if find_spec(TORCHTUNE) is not None:
+        found[TORCHTUNE], theirs = _torchtune(cell, moe, dtype)
+        parameters += theirs
+    return found, parameters
 
 
 def _qwen3(cell: Cell, moe: mmoe.MoE, implementation: str, dtype: torch.dtype) -> Layer:
@@ -84,6 +90,23 @@ def _qwen3(cell: Cell, moe: mmoe.MoE, implementation: str, dtype: torch.dtype) -
     block.experts.down_proj = moe.experts.down_proj
     block.gate.weight = moe.router.weight
     return lambda x: block(x[None])[0]
+
+
+def _torchtune(cell: Cell, moe: mmoe.MoE, dtype: torch.dtype) -> tuple[Layer, list[nn.Parameter]]:
+    """torchtune's experts, in its layout, behind our router: its own one has other weights."""
+    from torchtune.modules.moe.experts import GroupedExperts
+
+    experts = GroupedExperts(dim=cell.dim, hidden_dim=cell.hidden_dim, num_experts=cell.num_experts).to(dtype)
+    ours = moe.experts.packed_parameters()
+    gate, up = ours["gate_up_proj"].detach().chunk(2, dim=1)
+    for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", ours["down_proj"].detach())):
+        getattr(experts, name).data = weight.mT.contiguous()
+
+    def layer(x: Tensor) -> Tensor:
+        sent = mmoe.dispatch(moe.route(x))
+        return combine(experts(x[sent.token_idx], sent.counts), sent, len(x))
+
+    return layer, list(experts.parameters())
 
 
 def _plain_loop(x: Tensor, gate: Tensor, weights: dict[str, nn.Parameter], top_k: int) -> Tensor:
