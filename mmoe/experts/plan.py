@@ -1,8 +1,8 @@
 """Where the slots of a routing are computed: places in memory, in blocks that one product serves.
 
-A block is one expert. In half precision, whose products are too quick for their own calls, it is a few experts with
-about as many rows each, filled up to the same number and multiplied as one batch. What is elementwise is done for a
-chunk of several blocks at once.
+A block is one expert, or a few with about as many rows each, filled up to the same number and multiplied as one batch:
+in half precision, and where experts have few rows, products are too quick for their own calls. What is elementwise is
+done for a chunk of several blocks at once.
 
 Shapes: T rows, K slots per row, N used slots, P places, E experts, n experts of a block.
 """
@@ -20,6 +20,7 @@ from mmoe.dispatch import sort_slots
 from mmoe.routing import Routing
 
 CHUNK_BYTES = 4 * 2**20  # of a chunk's inner values; about what stays in a core's cache
+_FEW = 3  # rows of each expert up to which a product in full precision is over sooner than its call
 _FREE = 32  # rows by which an expert may be filled up in half precision: reading its weights costs more
 
 
@@ -66,7 +67,10 @@ class Chunk(NamedTuple):
     def weight_grad(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Products over each expert's rows, (C, A) and (C, B) -> (E, A, B), where it has rows."""
         for block in self.blocks:
-            _product(block.part(left).mT, block.part(right), out[block.experts])
+            columns = block.part(left).mT
+            if columns.itemsize == 2 and columns.shape[2] <= 288:  # its products want rows; of few the copy is cheap
+                columns = columns.contiguous()
+            _product(columns, block.part(right), out[block.experts])
 
     def dot(self, values: Tensor, bias: Tensor) -> Tensor:
         """Product of each row (C, W) with its expert's bias (E, W), (C, 1)."""
@@ -124,19 +128,19 @@ class Plan(NamedTuple):
     used: Tensor | None
 
     @classmethod
-    def make(cls, routing: Routing, row_bytes: int, batched: bool) -> Plan:
+    def make(cls, routing: Routing, row_bytes: int, half: bool) -> Plan:
         """Plan for a routing.
 
         Args:
             routing: experts (T, K).
             row_bytes: of the inner values of a place.
-            batched: makes blocks of several experts.
+            half: they are of half precision.
         """
         slots, per_expert = sort_slots(routing)
         counts, per_row = per_expert.tolist(), routing.experts.shape[1]
-        sizes = [count and max(count, 2) for count in counts] if batched else counts  # one row is slower than two
+        sizes = [count and max(count, 2) for count in counts] if half else counts  # one row is slower than two
         most = max(CHUNK_BYTES // row_bytes, 1)
-        groups = _groups(sizes, most) if batched else [slice(e, e + 1) for e, count in enumerate(counts) if count]
+        groups = _groups(sizes, most, half)
         starts = list(accumulate(((g.stop - g.start) * max(sizes[g]) for g in groups), initial=0))
         tokens, place, filled = slots // per_row, torch.arange(len(slots)), None
         if starts[-1] > len(slots):
@@ -184,7 +188,7 @@ class Plan(NamedTuple):
         return found
 
 
-def _groups(sizes: list[int], most: int) -> list[slice]:
+def _groups(sizes: list[int], most: int, half: bool) -> list[slice]:
     """Neighbouring experts with rows, a few at a time: about as many each time, and about `most` rows.
 
     Args:
@@ -192,14 +196,14 @@ def _groups(sizes: list[int], most: int) -> list[slice]:
         most: rows.
     """
     used = sum(map(bool, sizes))
-    at_once = max(most * used // max(sum(sizes), 1), 2)
+    at_once = max(most * used // max(sum(sizes), 1), 2 if half else 1)
     at_once = -(-used // -(-used // at_once)) if used else 0
     found, first = [], 0
     while first < len(sizes):
         last, total, capacity = first + 1, sizes[first], sizes[first]
         while last < min(first + at_once, len(sizes)) and sizes[first] and sizes[last]:
             size, filled = last + 1 - first, max(capacity, sizes[last]) * (last + 1 - first)
-            if filled > 1.1 * (total + sizes[last]) + _FREE * size:
+            if filled > (1.1 * (total + sizes[last]) + _FREE * size if half else _FEW * size):
                 break
             total, capacity, last = total + sizes[last], max(capacity, sizes[last]), last + 1
         if total:

@@ -336,8 +336,8 @@ def test_every_slot_has_a_place_of_its_expert(unused: bool, chunk_bytes: int, mo
     for row, (chosen, weights) in enumerate(zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)):
         for expert, weight in zip(chosen, weights, strict=True):
             expected[row] += x[row] * expert * weight * (expert < 10)
-    for batched in (False, True):
-        plan = Plan.make(routing, row_bytes=8, batched=batched)
+    for half in (False, True):
+        plan = Plan.make(routing, row_bytes=8, half=half)
         places = torch.zeros(len(plan.tokens), 6)
         for chunk in plan.chunks:
             rows = plan.gather(chunk, x, torch.empty(plan.most * 6))
@@ -350,8 +350,15 @@ def test_every_slot_has_a_place_of_its_expert(unused: bool, chunk_bytes: int, mo
         )
         used = [e for e, count in enumerate(counts) if count]
         assert [e for experts in plan.experts for e in range(experts.start, experts.stop)] == used
-        assert len(plan.experts) == (len(used) if not batched else 5)
+        assert len(plan.experts) == (len(used) if not half else 5)
         assert len(plan.chunks) == {0: len(plan.experts), 2**22: 1}.get(chunk_bytes, len(plan.chunks))
+
+
+def test_neighbours_with_few_rows_share_a_product() -> None:
+    ids = torch.arange(6).repeat_interleave(torch.tensor([1, 2, 3, 0, 3, 4]))
+    routing = Routing(experts=ids[:, None], weights=torch.ones(len(ids), 1), num_experts=6, all_used=True)
+    found = Plan.make(routing, row_bytes=8, half=False).experts
+    assert found == [slice(0, 3), slice(4, 5), slice(5, 6)]
 
 
 def test_auto_takes_it_where_it_pays() -> None:
