@@ -108,6 +108,21 @@ def test_json(capsys, tmp_path):
     assert Image.open(tmp_path / "ratios.png").width > 300
 
 
+def test_what_was_measured_before_ctrl_c_is_told(capsys, monkeypatch):
+    passes = layer._pass
+
+    def one(candidate, x, backward):
+        if backward:
+            raise KeyboardInterrupt
+        return passes(candidate, x, backward)
+
+    monkeypatch.setattr(layer, "_pass", one)
+    assert main(["bench", "layer", *SMALL, "--json"]) == 0
+    told = capsys.readouterr()
+    assert [cell["kind"] for cell in json.loads(told.out)["cells"]] == ["forward"]
+    assert "stopped: 1 of 4 measurements follow" in told.err
+
+
 def test_scaling(capsys, tmp_path, monkeypatch):
     few, many, longer = Cell(64, 32, 24, 8, 2), Cell(64, 32, 24, 64, 2), Cell(128, 32, 24, 8, 2)
     monkeypatch.setattr(scaling, "EXPERTS", [few, many])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,18 +60,14 @@ def layer(
     import torch
 
     from train.bench.layer import GRID, PASSES, QUICK, run, summary
-    from train.progress import Progress
     from zoo.loading import pick_dtype
 
     for dtype in dtypes or []:
         pick_dtype(dtype)
     torch.set_num_threads(threads)
     cells_, types = chosen or (QUICK if quick else GRID), dtypes or ["fp32", "bf16"]
-    timings = []
-    with Progress("bench layer", len(cells_) * len(types) * len(PASSES)) as bar:
-        for timing in run(cells_, types, PASSES, min(seconds, 0.2) if quick else seconds):
-            timings.append(timing)
-            bar.update(len(timings))
+    found = run(cells_, types, PASSES, min(seconds, 0.2) if quick else seconds)
+    timings = _measured("bench layer", found, len(cells_) * len(types) * len(PASSES))
     told = summary(timings)
     if plot is not None:
         from train.bench.pictures import draw_ratios
@@ -104,16 +101,13 @@ def scaling(
 
     from train.bench.layer import PASSES, run
     from train.bench.scaling import EXPERTS, NAMES, ROWS, SHORT, growth
-    from train.progress import Progress
     from zoo.loading import pick_dtype
 
     pick_dtype(dtype)
     torch.set_num_threads(threads)
-    cells, timings = SHORT if quick else [*EXPERTS, *ROWS], []
-    with Progress("bench scaling", len(cells) * len(PASSES)) as bar:
-        for timing in run(cells, [dtype], PASSES, seconds, NAMES, memory_rows=0):
-            timings.append(timing)
-            bar.update(len(timings))
+    cells = SHORT if quick else [*EXPERTS, *ROWS]
+    found = run(cells, [dtype], PASSES, seconds, NAMES, memory_rows=0)
+    timings = _measured("bench scaling", found, len(cells) * len(PASSES))
     if plot is not None:
         from train.bench.pictures import draw_scaling
 
@@ -124,6 +118,23 @@ def scaling(
         print(json.dumps({"machine": _machine(threads), "cells": cells_told, "growth": told}, indent=1))
         return
     _show_layer(timings, {f"cost from E = 8 to E = 64, {kind}": value for kind, value in told.items()}, threads)
+
+
+def _measured(what: str, found: Iterable[Any], total: int) -> list[Any]:
+    """All timings; after Ctrl-C those that are there."""
+    from train.progress import Progress
+
+    timings: list[Any] = []
+    try:
+        with Progress(what, total) as bar:
+            for timing in found:
+                timings.append(timing)
+                bar.update(len(timings))
+    except KeyboardInterrupt:
+        if not timings:
+            raise
+        typer.echo(f"stopped: {len(timings)} of {total} measurements follow", err=True)
+    return timings
 
 
 def _machine(threads: int) -> dict[str, Any]:

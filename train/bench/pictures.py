@@ -41,6 +41,7 @@ def draw_ratios(timings: list[Timing], path: Path) -> Path:
                 panel.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=label)
             panel.axhline(1, color="#333333", linewidth=0.8, linestyle=(0, (4, 3)))
             panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:g}")
             panel.set_ylim(0, TOP)
             panel.spines[["top", "right"]].set_visible(False)
             if row == 0:
@@ -72,9 +73,10 @@ def draw_scaling(timings: list[Timing], path: Path) -> Path:
             axes[line][column].set_ylabel("µs per row")
         memory = axes[line][2]
         _draw_costs(memory, [t for t in found if t.kind == KINDS[-1] and t.peak_mb], name, lambda t: t.peak_mb)
-        memory.set_title(f"peak memory, {KINDS[-1]}, {where}", fontsize=10)
+        memory.set_title(f"peak memory of both passes, {where}", fontsize=10)
         memory.set_ylabel("MB")
-        memory.set_yscale("log")
+        memory.set_yscale("log", base=2)
+        memory.yaxis.set_major_formatter("{x:g}")
         for panel in axes[line]:
             panel.set_xlabel("experts E" if line == 0 else "rows T")
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -94,6 +96,7 @@ def _draw_costs(
         if points:
             panel.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=label)
     panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:g}")
     if per_row:
         panel.set_ylim(bottom=0)
     panel.spines[["top", "right"]].set_visible(False)
