@@ -104,7 +104,7 @@ class MoE(nn.Module):
     def _route(self, x: Tensor, context: Context | None, state: Any, override: Override | None) -> Routing:
         routing: Routing = self.router(x, context, state)
         if override is not None:
-            routing = _checked(override(x, self.router, routing))
+            routing = _checked(override(x, self.router, routing), routing)
         for recorder in self._recorders:
             recorder.add(self, routing)
         return routing
@@ -153,8 +153,8 @@ class MoE(nn.Module):
         return around
 
 
-def _checked(routing: Any) -> Routing:
-    """The routing of an override, which may have left slots unused.
+def _checked(routing: Any, before: Routing) -> Routing:
+    """The routing of an override, which may have left slots unused, or chosen others than were `undropped`.
 
     Raises:
         BadOverride: it is none.
@@ -162,6 +162,8 @@ def _checked(routing: Any) -> Routing:
     if not isinstance(routing, Routing):
         wrong = f"it returned {type(routing).__name__}, not a Routing"
         raise BadOverride("an override that changes nothing", wrong, "return routing")
+    if routing.experts is not before.experts and routing.undropped is before.undropped:
+        routing = replace(routing, undropped=None)
     if torch.compiler.is_compiling():  # the values are not known
         return routing
     if routing.all_used and not bool((routing.experts < routing.num_experts).all()):

@@ -100,4 +100,5 @@ def _drop(routing: Routing, off: list[int]) -> Routing:
     total, left = routing.weights.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
     scale = torch.where(left > 0, total / left.clamp(min=1e-9), 1.0)
     experts = routing.experts.masked_fill(gone, routing.num_experts)
-    return replace(routing, experts=experts, weights=kept * scale, all_used=False)
+    undropped = None if routing.undropped is None else _drop(routing.undropped, off)
+    return replace(routing, experts=experts, weights=kept * scale, all_used=False, undropped=undropped)

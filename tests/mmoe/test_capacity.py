@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -68,6 +70,21 @@ def test_losses_and_balancing_count_what_was_wanted() -> None:
     free.update(wanted)
     assert limited.select_bias.any() and torch.equal(limited.select_bias, free.select_bias)
     assert got.detach().undropped is not None and not got.detach().undropped.weights.requires_grad
+
+
+def test_losses_do_not_count_what_an_override_took_away() -> None:
+    moe, x = mmoe.build_moe(D, 24, E, K, capacity_factor=0.5), torch.randn(T, D)
+
+    def all_to_the_first(x: torch.Tensor, router: mmoe.Router, routing: mmoe.Routing) -> mmoe.Routing:
+        return replace(routing, experts=torch.zeros_like(routing.experts))
+
+    with mmoe.override(moe, mmoe.switch_off([1, 2, 3, 4])):
+        routing = moe.route(x)
+    assert routing.undropped is not None and routing.undropped.counts().tolist() == [T, 0, 0, 0, 0]
+    with mmoe.override(moe, all_to_the_first):
+        assert moe.route(x).undropped is None
+    with mmoe.override(moe, lambda x, router, routing: routing):
+        assert moe.route(x).undropped is not None
 
 
 def test_samples_have_places_of_their_own() -> None:
