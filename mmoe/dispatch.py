@@ -65,7 +65,7 @@ def _sort_few(ids: list[int], experts: int) -> tuple[Tensor, Tensor]:
     counts = [0] * experts
     for slot in order:
         counts[ids[slot]] += 1
-    return torch.tensor(order, dtype=torch.long), torch.tensor(counts)
+    return torch.tensor(order, dtype=torch.long, device="cpu"), torch.tensor(counts, device="cpu")
 
 
 def combine(out: Tensor, dispatched: Dispatch, rows: int) -> Tensor:

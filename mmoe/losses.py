@@ -131,6 +131,6 @@ def importance_loss(routings: Routings) -> Tensor:
     """Squared coefficient of variation of the summed combine weights per expert, averaged over layers."""
     losses = []
     for routing in _as_list(routings):
-        importance = routing.dense_weights().sum(0)  # (E,)
+        importance = (routing.undropped or routing).dense_weights().sum(0)  # (E,)
         losses.append(importance.var(correction=0) / importance.mean().square().clamp(min=1e-10))
     return torch.stack(losses).mean()

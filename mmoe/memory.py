@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
+import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +23,19 @@ MOST_KEPT = 2**30  # bytes
 LEAST = 2**20  # bytes; smaller tensors are left to torch
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if hasattr(mmap, "MAP_PRIVATE") else None  # not on Windows
 
-_kept: deque[mmap.mmap] = deque()  # the oldest first; its methods need no lock
+_kept: list[mmap.mmap] = []  # the oldest first
+_returned: deque[mmap.mmap] = deque()  # to be kept; the garbage collector appends at any moment, under the lock too
+_lock = threading.Lock()  # of the list
+
+
+def _renew_lock() -> None:
+    """Another thread may have held the lock when this process was forked."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -31,7 +44,7 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     if _PRIVATE is None or like.device.type != "cpu" or size < LEAST:
         return like.new_empty(shape)
     rounded = _rounded(size)
-    return _tensor(_take(rounded) or mmap.mmap(-1, rounded, flags=_PRIVATE), shape, like, keep=True)
+    return _tensor(lambda: _take(rounded) or mmap.mmap(-1, rounded, flags=_PRIVATE), shape, like, _keep)
 
 
 def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -39,17 +52,21 @@ def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     size = math.prod(shape) * like.itemsize
     if _PRIVATE is None or like.device.type != "cpu" or size < LEAST:
         return like.new_zeros(shape)
-    return _tensor(mmap.mmap(-1, size, flags=_PRIVATE), shape, like, keep=False)
+    return _tensor(lambda: mmap.mmap(-1, size, flags=_PRIVATE), shape, like)
 
 
 def kept() -> int:
     """Bytes that are kept for tensors to come."""
-    return sum(map(len, tuple(_kept)))
+    with _lock:
+        _settle()
+        return sum(map(len, _kept))
 
 
 def release() -> None:
     """Gives all memory that is kept back to the system."""
-    _kept.clear()
+    with _lock:
+        _settle()
+        _kept.clear()
 
 
 def _rounded(size: int) -> int:
@@ -59,24 +76,45 @@ def _rounded(size: int) -> int:
 
 
 def _take(size: int) -> mmap.mmap | None:
-    for memory in reversed(tuple(_kept)):
-        if len(memory) == size:
-            with suppress(ValueError):  # another thread took it
-                _kept.remove(memory)
-                return memory
+    with _lock:
+        _settle()
+        for place in reversed(range(len(_kept))):
+            if len(_kept[place]) == size:
+                return _kept.pop(place)
     return None
 
 
-def _tensor(memory: mmap.mmap, shape: Sequence[int], like: Tensor, keep: bool) -> Tensor:
-    lease = (ctypes.c_char * len(memory)).from_buffer(memory)
-    if keep:
-        weakref.finalize(lease, _keep, memory).atexit = False
-    return torch.frombuffer(lease, dtype=like.dtype, count=math.prod(shape)).view(shape)
-
-
 def _keep(memory: mmap.mmap) -> None:
-    if len(memory) <= MOST_KEPT:
-        _kept.append(memory)
-    with suppress(IndexError):  # another thread emptied it
-        while kept() > MOST_KEPT:
-            _kept.popleft()
+    _returned.append(memory)
+    if _lock.acquire(blocking=False):
+        try:
+            _settle()
+        finally:
+            _lock.release()
+
+
+def _settle() -> None:
+    """Takes over what was returned; whoever calls holds the lock."""
+    while _returned:
+        memory = _returned.popleft()
+        if len(memory) <= MOST_KEPT:
+            _kept.append(memory)
+    while sum(map(len, _kept)) > MOST_KEPT:
+        del _kept[0]
+
+
+def _tensor(
+    take: Callable[[], mmap.mmap],
+    shape: Sequence[int],
+    like: Tensor,
+    give_back: Callable[[mmap.mmap], None] | None = None,
+) -> Tensor:
+    try:
+        memory = take()
+    except OSError:  # the system has no more
+        release()
+        return like.new_zeros(shape)
+    lease = (ctypes.c_char * len(memory)).from_buffer(memory)
+    if give_back is not None:
+        weakref.finalize(lease, give_back, memory).atexit = False
+    return torch.frombuffer(lease, dtype=like.dtype, count=math.prod(shape)).view(shape)

@@ -166,6 +166,9 @@ def _checked(routing: Any, before: Routing) -> Routing:
         routing = replace(routing, undropped=None)
     if torch.compiler.is_compiling():  # the values are not known
         return routing
+    if bool((routing.experts < 0).any()):
+        fix = f"replace(routing, experts=...) with numbers from 0 to {routing.num_experts}"
+        raise BadOverride("an override with negative experts", f"{routing.num_experts} marks an unused slot", fix)
     if routing.all_used and not bool((routing.experts < routing.num_experts).all()):
         return replace(routing, all_used=False)
     return routing

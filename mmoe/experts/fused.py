@@ -124,8 +124,9 @@ def _activated(inner: Tensor, act: Activation, gated: bool, dim: int) -> Tensor:
     return act(gate) * up
 
 
-def _gradients_with_a_graph(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Gradients of the step for create_graph=True, of operations that have derivatives of any order."""
+@torch.enable_grad()
+def _gradients_by_autograd(ctx: Any, grad: Tensor, create_graph: bool) -> list[Tensor | None]:
+    """Gradients of the step, of operations that have derivatives of any order and work under transforms."""
     inputs: Any = [None if value is None else value.view_as(value) for value in ctx.saved_tensors[:6]]
     x, weights, up, up_bias, down, down_bias = inputs  # views: x itself leads to the weights too, by the router
     sent = dispatch(Routing(experts=ctx.experts, weights=weights, num_experts=len(up)))
@@ -134,7 +135,7 @@ def _gradients_with_a_graph(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     y = combine(grouped_linear(hidden, down, sent.counts, down_bias, "loop"), sent, len(x))
     needed = ctx.needs_input_grad[: len(inputs)]
     wanted = [value for value, needs in zip(inputs, needed, strict=True) if needs]
-    grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph))
     return [next(grads) if needs else None for needs in needed]
 
 
@@ -176,8 +177,9 @@ class _RoutedFFN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return *_gradients_with_a_graph(ctx, grad), None, None, None, None
+        create_graph = torch.is_grad_enabled()
+        if create_graph or torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched
+            return *_gradients_by_autograd(ctx, grad, create_graph), None, None, None, None
         x, weights, up, _, down, down_bias, inner = ctx.saved_tensors
         kernel = KERNELS[ctx.act]
         for_x, for_weights, for_up, for_up_bias, for_down, for_down_bias, *_ = ctx.needs_input_grad

@@ -142,11 +142,11 @@ class Plan(NamedTuple):
         most = max(CHUNK_BYTES // row_bytes, 1)
         groups = _groups(sizes, most, half)
         starts = list(accumulate(((g.stop - g.start) * max(sizes[g]) for g in groups), initial=0))
-        tokens, place, filled = slots // per_row, torch.arange(len(slots)), None
+        tokens, place, filled = slots // per_row, torch.arange(len(slots), device=slots.device), None
         if starts[-1] > len(slots):
-            shifts = torch.tensor(_shifts(groups, starts, counts, sizes))
-            place += shifts.repeat_interleave(torch.tensor(counts), output_size=len(slots))
-            filled = torch.ones(starts[-1], dtype=torch.bool).index_fill_(0, place, False)
+            shifts = torch.tensor(_shifts(groups, starts, counts, sizes), device=slots.device)
+            place += shifts.repeat_interleave(per_expert, output_size=len(slots))
+            filled = slots.new_ones(starts[-1], dtype=torch.bool).index_fill_(0, place, False)
             tokens = tokens.new_zeros(starts[-1]).index_copy_(0, place, tokens)
         chunks = _chunks(groups, starts, most, filled)
         largest = max((chunk.size for chunk in chunks), default=0)

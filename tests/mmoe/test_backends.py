@@ -177,6 +177,25 @@ def test_without_a_graph(experts: Any, backend: Backend) -> None:
             torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-5)
 
 
+def test_a_batch_of_gradients(experts: Any, backend: Backend) -> None:
+    moe, x = MoE(TopKRouter(D, E), experts), torch.randn(T, D, requires_grad=True)
+    moe.backend = backend
+    y = moe(x)
+    probes = torch.randn(3, *y.shape)
+    (batched,) = torch.autograd.grad(y, x, probes, is_grads_batched=True, retain_graph=True)
+    for probe, got in zip(probes, batched, strict=True):
+        torch.testing.assert_close(got, torch.autograd.grad(y, x, probe, retain_graph=True)[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [T, 4 * T])
+def test_another_default_device(experts: Any, rows: int, backend: Backend) -> None:
+    moe, x = MoE(TopKRouter(D, E), experts), torch.randn(rows, D)
+    moe.backend = backend
+    with torch.device("meta"):
+        moe(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.device.type == "cpu" for p in moe.parameters())
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies_compute_the_same_with_the_same_backend(
     experts: Any, backend: Backend, copied: Callable[[MoE], MoE]

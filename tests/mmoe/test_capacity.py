@@ -10,7 +10,7 @@ import torch
 import mmoe
 from mmoe import Context, TopKRouter
 from mmoe.errors import BadOverride
-from mmoe.losses import balance_loss
+from mmoe.losses import balance_loss, importance_loss
 
 T, D, E, K = 40, 16, 5, 2
 
@@ -66,6 +66,7 @@ def test_losses_and_balancing_count_what_was_wanted() -> None:
     got, wanted = limited(x), free(x)
     for choices in ("all", "first"):
         assert torch.equal(balance_loss(got, choices=choices), balance_loss(wanted, choices=choices))
+    assert torch.equal(importance_loss(got), importance_loss(wanted))
     limited.update(got)
     free.update(wanted)
     assert limited.select_bias.any() and torch.equal(limited.select_bias, free.select_bias)

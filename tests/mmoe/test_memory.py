@@ -89,6 +89,37 @@ def test_threads_share_it_one_at_a_time() -> None:
     assert not wrong and memory.kept() <= 2 * 4 * 2**16, "each holds one while it takes the next"
 
 
+def test_the_garbage_collector_may_give_back_at_any_moment() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.value, self.me = memory.empty((2**14,), FLOAT), self
+
+    held = [memory.empty((2**14,), FLOAT) for _ in range(60)]
+    del held
+    before = gc.get_threshold()
+    try:
+        for turn in range(500):
+            Cycle()
+            gc.set_threshold(1 + turn % 40)
+            memory.empty((2**14,), FLOAT)
+            memory.kept()
+    finally:
+        gc.set_threshold(*before)
+
+
+def test_where_the_system_has_no_more_torch_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*args: object, **options: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    memory.empty((64, 80), FLOAT)
+    assert memory.kept() > 0
+    monkeypatch.setattr(memory.mmap, "mmap", nothing)
+    assert memory.empty((640, 80), FLOAT).shape == (640, 80) and memory.kept() == 0
+    assert not memory.zeros((64, 80), FLOAT).any()
+    with pytest.raises(RuntimeError, match="allocate"):
+        memory.empty((2**50,), FLOAT)
+
+
 def test_copies_and_pickles_are_of_the_tensor_alone() -> None:
     value = memory.empty((1000, 1001), FLOAT).fill_(2.0)
     assert value.untyped_storage().nbytes() == 4 * 1000 * 1001

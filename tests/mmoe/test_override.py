@@ -64,7 +64,10 @@ def test_slots_that_an_override_leaves_unused(backend: str) -> None:
     torch.testing.assert_close(y, routing[0].weights.sum(1, keepdim=True) * kept, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("hook", [5, lambda x, router, routing: None])
+NEGATIVE: Override = lambda x, router, routing: replace(routing, experts=routing.experts - E)  # noqa: E731
+
+
+@pytest.mark.parametrize("hook", [5, lambda x, router, routing: None, NEGATIVE])
 def test_hooks_that_are_none(hook: Override) -> None:
     layer = moe()
     with pytest.raises(BadOverride), override(layer, hook):

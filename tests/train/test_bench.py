@@ -183,6 +183,7 @@ def test_a_sweep_over_a_model(capsys, tmp_path, monkeypatch):
         (["layer", "--threads", "0"], "Invalid value for '--threads': Input should be greater than or equal to 1"),
         (["layer", "--cell", "1,2"], "no cell '1,2'\n  a cell is five whole numbers"),
         (["layer", "--cell", "1,2,3,4,-5"], "no cell '1,2,3,4,-5'\n  a cell is five whole numbers"),
+        (["layer", "--cell", "1,20,24,4,2"], "no cell '1,20,24,4,2'\n  grouped products want widths that 8 divides"),
         (["model", "clip_moe_tini"], "no model named 'clip_moe_tini'\n  did you mean: clip_moe_tiny"),
         (["model", "clip_moe_tiny", "--sweep", "top_k"], "no sweep 'top_k'\n  a sweep is an option and its values"),
         (["model", "clip_moe_tiny", "--sweep", "topk=1"], "'topk' is not an option of clip_moe_tiny"),

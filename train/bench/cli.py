@@ -151,6 +151,8 @@ def _cell(text: str) -> Any:
     except ValueError as error:
         wrong = "a cell is five whole numbers: rows, width, inner width, experts, experts per row"
         raise BadInput(f"no cell {text!r}", wrong, "--cell 1024,512,256,64,8") from error
+    if sizes[1] % 8 or sizes[2] % 8:
+        raise BadInput(f"no cell {text!r}", "grouped products want widths that 8 divides", "--cell 1024,512,256,64,8")
     from train.bench.peers import Cell
 
     return Cell(*sizes)
