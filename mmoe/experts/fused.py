@@ -83,7 +83,8 @@ def routed_ffn(x: Tensor, routing: Routing, ffn: FeedForward) -> Tensor:
         (T, O) in the type of x.
     """
     plan = Plan.make(routing, ffn.up.shape[1] * ffn.up.itemsize, half=ffn.up.itemsize == 2)
-    out: Tensor = _RoutedFFN.apply(x, routing.weights, *ffn[:4], routing, plan, ffn, torch.is_grad_enabled())
+    keep = torch.is_grad_enabled()
+    out: Tensor = _RoutedFFN.apply(x, routing.weights, *ffn[:4], routing.experts, plan, *ffn[4:], keep)
     return out
 
 
@@ -149,12 +150,13 @@ class _RoutedFFN(torch.autograd.Function):
         up_bias: Tensor | None,
         down: Tensor,
         down_bias: Tensor | None,
-        routing: Routing,
+        experts: Tensor,
         plan: Plan,
-        ffn: FeedForward,
+        act: Activation,
+        gated: bool,
         keep: bool,
     ) -> Tensor:
-        keep, kernel = keep and any(ctx.needs_input_grad), KERNELS[ffn.act]
+        keep, kernel = keep and any(ctx.needs_input_grad), KERNELS[act]
         width, places, most = down.shape[2], len(plan.tokens), plan.most
         rows, hidden = memory.empty((most * x.shape[1],), x), memory.empty((most, width), x)
         inner = memory.empty((places if keep else most, up.shape[1]), x)
@@ -166,20 +168,20 @@ class _RoutedFFN(torch.autograd.Function):
                 chunk.add_bias(h, up_bias)
             a = hidden[: chunk.size]  # (C, F)
             kernel.value(h[:, :width], a)
-            if ffn.gated:
+            if gated:
                 a *= h[:, width:]
             chunk.multiply(a, down.mT, out[chunk.places])
             if down_bias is not None:
                 chunk.add_bias(out[chunk.places], down_bias)
         ctx.save_for_backward(x, weights, up, up_bias, down, down_bias, inner if keep else None)
-        ctx.experts, ctx.plan, ctx.act, ctx.gated = routing.experts, plan, ffn.act, ffn.gated
+        ctx.experts, ctx.plan, ctx.act, ctx.gated = experts, plan, act, gated
         return plan.add_up(out, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         create_graph = torch.is_grad_enabled()
         if create_graph or torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched
-            return *_gradients_by_autograd(ctx, grad, create_graph), None, None, None, None
+            return *_gradients_by_autograd(ctx, grad, create_graph), *[None] * 5
         x, weights, up, _, down, down_bias, inner = ctx.saved_tensors
         kernel = KERNELS[ctx.act]
         for_x, for_weights, for_up, for_up_bias, for_down, for_down_bias, *_ = ctx.needs_input_grad
@@ -222,7 +224,7 @@ class _RoutedFFN(torch.autograd.Function):
                 chunk.multiply(to_h, up, to_rows[chunk.places])
         to_x = None if to_rows is None else plan.add_up(to_rows)
         to_weights = None if to_weights is None else plan.of_slots(to_weights, weights)
-        return to_x, to_weights, to_up, to_up_bias, to_down, to_down_bias, None, None, None, None
+        return to_x, to_weights, to_up, to_up_bias, to_down, to_down_bias, *[None] * 5
 
 
 def _gradient(weight: Tensor, plan: Plan) -> Tensor:

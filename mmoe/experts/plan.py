@@ -215,7 +215,7 @@ def _groups(sizes: list[int], most: int, half: bool) -> list[slice]:
 def _shifts(groups: list[slice], starts: list[int], counts: list[int], sizes: list[int]) -> list[int]:
     """How far the places of each expert lie behind its sorted slots."""
     first, shifts = [0, *accumulate(counts)], [0] * len(counts)
-    for g, start in zip(groups, starts, strict=False):
+    for g, start in zip(groups, starts[:-1], strict=True):
         for e in range(g.start, g.stop):
             shifts[e] = start + (e - g.start) * max(sizes[g]) - first[e]
     return shifts

@@ -64,10 +64,11 @@ def test_slots_that_an_override_leaves_unused(backend: str) -> None:
     torch.testing.assert_close(y, routing[0].weights.sum(1, keepdim=True) * kept, atol=1e-5, rtol=1e-4)
 
 
-NEGATIVE: Override = lambda x, router, routing: replace(routing, experts=routing.experts - E)  # noqa: E731
+def negative(x: Tensor, router: Router, routing: Routing) -> Routing:
+    return replace(routing, experts=routing.experts - E)
 
 
-@pytest.mark.parametrize("hook", [5, lambda x, router, routing: None, NEGATIVE])
+@pytest.mark.parametrize("hook", [5, lambda x, router, routing: None, negative])
 def test_hooks_that_are_none(hook: Override) -> None:
     layer = moe()
     with pytest.raises(BadOverride), override(layer, hook):
