@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from mmoe.losses import balance_loss, importance_loss
 T, D, E, K = 40, 16, 5, 2
 
 
-def routers(capacity_factor: float, **options: object) -> tuple[TopKRouter, TopKRouter]:
+def routers(capacity_factor: float, **options: Any) -> tuple[TopKRouter, TopKRouter]:
     """One that drops and its twin that does not."""
-    limited = TopKRouter(D, E, top_k=K, capacity_factor=capacity_factor, **options)  # type: ignore[arg-type]
-    free = TopKRouter(D, E, top_k=K, **options)  # type: ignore[arg-type]
+    limited = TopKRouter(D, E, top_k=K, capacity_factor=capacity_factor, **options)
+    free = TopKRouter(D, E, top_k=K, **options)
     free.load_state_dict(limited.state_dict())
     return limited, free
 
