@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ NAMES |= {f"transformers {name}" for name in ("grouped_mm", "batched_mm", "eager
 
 @pytest.fixture(autouse=True)
 def without_torchtune(monkeypatch):
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers, "torchtune_experts", lambda: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,10 +49,7 @@ def test_torchtune_takes_part_where_it_is_installed(monkeypatch):
             hidden = torch.nn.functional.silu(hidden) * torch.einsum("nd,ndf->nf", x, self.up_proj[e])
             return torch.einsum("nf,nfd->nd", hidden, self.down_proj[e])
 
-    package = types.ModuleType("torchtune.modules.moe.experts")
-    package.GroupedExperts = GroupedExperts
-    monkeypatch.setitem(sys.modules, "torchtune.modules.moe.experts", package)
-    monkeypatch.setattr(peers, "find_spec", lambda name: name == "torchtune")
+    monkeypatch.setattr(peers, "torchtune_experts", lambda: GroupedExperts)
     candidates, parameters = peers.layers(CELL, torch.float32)
     assert set(candidates) == NAMES | {"torchtune"}
     layer._check_agreement(candidates, torch.randn(16, 32, requires_grad=True), parameters)

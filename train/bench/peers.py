@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, get_args
 
 import torch
@@ -66,8 +65,9 @@ def layers(cell: Cell, dtype: torch.dtype) -> tuple[dict[str, Layer], list[nn.Pa
             found[f"{THEIRS} {implementation}"] = _qwen3(cell, moe, implementation, dtype)
     found[NAIVE] = lambda x: _plain_loop(x, moe.router.weight, weights, cell.top_k)
     parameters = [*dense.parameters(), *moe.parameters()]
-    if find_spec(TORCHTUNE) is not None:
-        found[TORCHTUNE], theirs = _torchtune(cell, moe, dtype)
+    grouped_experts = torchtune_experts()
+    if grouped_experts is not None:
+        found[TORCHTUNE], theirs = _torchtune(grouped_experts, cell, moe, dtype)
         parameters += theirs
     return found, parameters
 
@@ -92,11 +92,18 @@ def _qwen3(cell: Cell, moe: mmoe.MoE, implementation: str, dtype: torch.dtype) -
     return lambda x: block(x[None])[0]
 
 
-def _torchtune(cell: Cell, moe: mmoe.MoE, dtype: torch.dtype) -> tuple[Layer, list[nn.Parameter]]:
-    """torchtune's experts, in its layout, behind our router: its own one has other weights."""
-    from torchtune.modules.moe.experts import GroupedExperts
+def torchtune_experts() -> Any:
+    """torchtune's experts, or None where it is not installed, or not with a torchao that it can import."""
+    try:
+        from torchtune.modules.moe.experts import GroupedExperts
+    except ImportError:
+        return None
+    return GroupedExperts
 
-    experts = GroupedExperts(dim=cell.dim, hidden_dim=cell.hidden_dim, num_experts=cell.num_experts).to(dtype)
+
+def _torchtune(grouped_experts: Any, cell: Cell, moe: mmoe.MoE, dtype: torch.dtype) -> tuple[Layer, list[nn.Parameter]]:
+    """torchtune's experts, in its layout, behind our router: its own one has other weights."""
+    experts = grouped_experts(dim=cell.dim, hidden_dim=cell.hidden_dim, num_experts=cell.num_experts).to(dtype)
     ours = moe.experts.packed_parameters()
     gate, up = ours["gate_up_proj"].detach().chunk(2, dim=1)
     for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", ours["down_proj"].detach())):
