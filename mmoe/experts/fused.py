@@ -43,12 +43,12 @@ def pays(slots: int, weight: Tensor, trains: bool) -> bool:
     Args:
         slots: N.
         weight: (E, H, I).
-        trains: a gradient will be asked for. Backward is where the gain is largest.
+        trains: a gradient will be asked for. Fresh memory for large ones takes longer than their products.
     """
-    if trains or weight.itemsize == 2:
+    if weight.itemsize == 2 or (trains and weight.nbytes >= 2**25):
         return True
     rows, large = slots / len(weight), weight[0].numel() >= 2**19  # small experts are over too soon
-    return rows >= 128 or (large and 12 <= rows <= 40)
+    return rows >= 128 or (large and not trains and 12 <= rows <= 40)
 
 
 class FeedForward(NamedTuple):

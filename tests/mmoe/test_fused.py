@@ -314,11 +314,13 @@ class TestFallsBack:
         assert not self.fuses(moe, torch.randn(T, D))
 
 
-def test_it_pays_for_training_half_precision_and_many_slots_of_one_expert() -> None:
+def test_it_pays_for_large_gradients_half_precision_and_many_slots_of_one_expert() -> None:
     small, large = torch.empty(4, 64, 8), torch.empty(4, 1024, 512, device="meta")
     assert pays(512, small, trains=False) and not pays(511, small, trains=False)
     assert [pays(slots, large, trains=False) for slots in (47, 48, 160, 161)] == [False, True, True, False]
-    assert pays(1, small, trains=True) and pays(1, small.half(), trains=False)
+    assert [pays(slots, large, trains=True) for slots in (48, 511, 512)] == [False, False, True]
+    assert pays(1, torch.empty(16, 1024, 512, device="meta"), trains=True), "32 MB of gradients"
+    assert pays(1, small.half(), trains=False)
 
 
 @pytest.mark.parametrize("unused", [False, True])
@@ -362,11 +364,11 @@ def test_neighbours_with_few_rows_share_a_product() -> None:
 
 
 def test_auto_takes_it_where_it_pays() -> None:
-    moe, x = MoE(TopKRouter(D, 2, top_k=1), FFNExperts(D, F, 2)), torch.randn(256, D)
+    moe, x = MoE(TopKRouter(D, 2, top_k=1), FFNExperts(D, 2**22 // D, 2)), torch.randn(256, D)
     few = x[:255]
-    assert moe.experts.fuses(few, moe.route(few)), "gradients will be asked for"
+    assert moe.experts.fuses(few, moe.route(few)), "large gradients will be asked for"
     with torch.no_grad():
-        assert moe.experts.fuses(x, moe.route(x)) and not moe.experts.fuses(few, moe.route(few))
+        assert moe.experts.fuses(x, moe.route(x)) and not moe.experts.fuses(few[:4], moe.route(few[:4]))
     moe.requires_grad_(False)
     assert not moe.experts.fuses(few, moe.route(few))
     assert moe.experts.fuses(few.requires_grad_(), moe.route(few))
