@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmoe.cli import main
 from mmoe.errors import MmoeError
@@ -20,8 +21,8 @@ NAMES |= {f"transformers {name}" for name in ("grouped_mm", "batched_mm", "eager
 
 
 @pytest.fixture(autouse=True)
-def without_torchtune(monkeypatch):
-    monkeypatch.setattr(peers, "torchtune_experts", lambda: None)
+def without_torchtitan(monkeypatch):
+    monkeypatch.setattr(peers, "torchtitan_experts", lambda: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,26 +34,39 @@ def test_all_mixtures_agree(dtype):
     assert x.grad is None and all(parameter.grad is None for parameter in parameters)
 
 
-def test_torchtune_takes_part_where_it_is_installed(monkeypatch):
+def test_torchtitan_takes_part_where_it_is_installed(monkeypatch):
     class GroupedExperts(torch.nn.Module):
-        """The interface of torchtune.modules.moe.experts."""
+        """The interface of torchtitan.models.moe.moe.GroupedExperts."""
 
-        def __init__(self, *, dim, hidden_dim, num_experts):
+        def __init__(self, dim, hidden_dim, num_experts, use_grouped_mm):
             super().__init__()
-            self.gate_proj = torch.nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
-            self.up_proj = torch.nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
-            self.down_proj = torch.nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+            self.w1 = torch.nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+            self.w2 = torch.nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+            self.w3 = torch.nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
         def forward(self, x, num_tokens_per_expert):
             e = torch.arange(len(num_tokens_per_expert)).repeat_interleave(num_tokens_per_expert)
-            hidden = torch.einsum("nd,ndf->nf", x, self.gate_proj[e])
-            hidden = torch.nn.functional.silu(hidden) * torch.einsum("nd,ndf->nf", x, self.up_proj[e])
-            return torch.einsum("nf,nfd->nd", hidden, self.down_proj[e])
+            hidden = torch.einsum("nd,nfd->nf", x, self.w1[e])
+            hidden = torch.nn.functional.silu(hidden) * torch.einsum("nd,nfd->nf", x, self.w3[e])
+            return torch.einsum("nf,ndf->nd", hidden, self.w2[e])
 
-    monkeypatch.setattr(peers, "torchtune_experts", lambda: GroupedExperts)
+    monkeypatch.setattr(peers, "torchtitan_experts", lambda: GroupedExperts)
     candidates, parameters = peers.layers(CELL, torch.float32)
-    assert set(candidates) == NAMES | {"torchtune"}
+    assert set(candidates) == NAMES | {"torchtitan experts"}
     layer._check_agreement(candidates, torch.randn(16, 32, requires_grad=True), parameters)
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_products_alone_are_those_of_the_used_slots():
+    candidates, parameters = peers.layers(CELL, torch.float32)
+    multiply = peers.products(candidates["mmoe"], torch.randn(16, 32))
+    with FlopCounterMode(display=False) as forward:
+        multiply(False)
+    with FlopCounterMode(display=False) as both:
+        multiply(True)
+    slots = CELL.rows * CELL.top_k
+    assert forward.get_total_flops() == 2 * slots * 3 * CELL.dim * CELL.hidden_dim
+    assert both.get_total_flops() == 3 * forward.get_total_flops()
     assert all(parameter.grad is None for parameter in parameters)
 
 
@@ -94,9 +108,9 @@ def test_json(capsys, tmp_path):
         ("bf16", "forward + backward"),
     ]
     for one in told["cells"]:
-        assert set(one["ms"]) == NAMES and min(one["ms"].values()) > 0
+        assert set(one["ms"]) == NAMES | {"products alone"} and min(one["ms"].values()) > 0
         assert one["to_limit"] == pytest.approx(one["ms"]["dense"] / one["ms"]["mmoe"], abs=1e-3)
-        theirs = {name: ms for name, ms in one["ms"].items() if not name.startswith(("mmoe", "dense"))}
+        theirs = {name: ms for name, ms in one["ms"].items() if not name.startswith(("mmoe", "dense", "products"))}
         assert one["best_peer"] == min(theirs, key=theirs.get)
         assert one["to_best_peer"] == pytest.approx(min(theirs.values()) / one["ms"]["mmoe"], abs=1e-3)
     assert told["summary"]["to the limit, forward, T >= 1024"] is None, "there is no such cell"

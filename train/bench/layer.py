@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmoe import memory
 from mmoe.errors import MmoeError
-from train.bench.peers import LIMIT, OURS, THEIRS, Cell, Layer, layers
+from train.bench.peers import LIMIT, OURS, PRODUCTS, THEIRS, Cell, Layer, layers, products
 
 SIZES = ((512, 1024, 8, 2), (512, 256, 64, 8), (768, 3072, 4, 2), (1024, 512, 128, 8))
 ROWS = (1, 8, 32, 256, 1024, 4096)
@@ -54,7 +54,7 @@ class Timing:
     @property
     def peers(self) -> dict[str, float]:
         """Times of the others that are mixtures."""
-        return {name: ms for name, ms in self.ms.items() if name != LIMIT and not name.startswith(OURS)}
+        return {name: ms for name, ms in self.ms.items() if name not in (LIMIT, PRODUCTS) and not name.startswith(OURS)}
 
     @property
     def best_peer(self) -> str:
@@ -105,9 +105,11 @@ def run(
             candidates = {name: one for name, one in everyone.items() if names is None or name in names}
             x = torch.randn(cell.rows, cell.dim, dtype=pick_dtype(dtype), requires_grad=True)
             _check_agreement(candidates, x, parameters)
+            multiply = products(everyone[OURS], x) if names is None or PRODUCTS in names else None
             for kind in kinds:
                 passes = {name: _pass(layer, x, PASSES[kind]) for name, layer in candidates.items()}
-                ms = take_turns(passes, partial(_clear, x, parameters), seconds)
+                alone = {} if multiply is None else {PRODUCTS: partial(multiply, PASSES[kind])}
+                ms = take_turns(passes | alone, partial(_clear, x, parameters), seconds)
                 timing = Timing(cell=cell, dtype=dtype, kind=kind, ms=ms)
                 if cell.rows >= memory_rows:
                     timing.peak_mb = _peaks(passes, partial(_clear, x, parameters))
@@ -216,14 +218,18 @@ def summary(timings: list[Timing]) -> dict[str, float | None]:
 
     grouped = f"{THEIRS} grouped_mm"
     forward, both = PASSES
+    to_limit = {
+        f"{prefix}to the limit, {kind}, T >= 1024": median([t.speed(name, LIMIT) for t in chosen(kind, 1024, 10**9)])
+        for kind in PASSES
+        for prefix, name in (("", OURS), (f"{PRODUCTS} ", PRODUCTS))
+    }
+    few = chosen(forward, 1, 32)
     return {
-        "to the limit, forward, T >= 1024": median([t.speed(OURS, LIMIT) for t in chosen(forward, 1024, 10**9)]),
-        "to the limit, forward + backward, T >= 1024": median(
-            [t.speed(OURS, LIMIT) for t in chosen(both, 1024, 10**9)]
-        ),
+        **to_limit,
         "to transformers' best, least of all cells": min((t.speed(OURS, _best(t)) for t in timings), default=None),
         "to transformers' grouped_mm, all cells": median([t.speed(OURS, grouped) for t in timings]),
-        "to transformers' best, forward, T <= 32": median([t.speed(OURS, _best(t)) for t in chosen(forward, 1, 32)]),
+        "to transformers' best, forward, T <= 32": median([t.speed(OURS, _best(t)) for t in few]),
+        f"{PRODUCTS} to transformers' best, forward, T <= 32": median([t.speed(PRODUCTS, _best(t)) for t in few]),
         "peak memory to transformers' grouped_mm, forward + backward, T = 4096": median(
             [t.peak_mb[OURS] / t.peak_mb[grouped] for t in chosen(both, MEMORY_ROWS, MEMORY_ROWS) if t.peak_mb]
         ),

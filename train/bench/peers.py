@@ -20,7 +20,8 @@ from mmoe.dispatch import Backend, combine
 
 Layer = Callable[[Tensor], Tensor]
 LIMIT, OURS, THEIRS, NAIVE = "dense", "mmoe", "transformers", "plain loop"
-TORCHTUNE = "torchtune"  # takes part where it is installed
+TORCHTITAN = "torchtitan experts"  # takes part where it is installed
+PRODUCTS = "products alone"
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 MOST_BYTES = 4e9  # of the weights that batched_mm copies for every slot
 
@@ -65,11 +66,47 @@ def layers(cell: Cell, dtype: torch.dtype) -> tuple[dict[str, Layer], list[nn.Pa
             found[f"{THEIRS} {implementation}"] = _qwen3(cell, moe, implementation, dtype)
     found[NAIVE] = lambda x: _plain_loop(x, moe.router.weight, weights, cell.top_k)
     parameters = [*dense.parameters(), *moe.parameters()]
-    grouped_experts = torchtune_experts()
+    grouped_experts = torchtitan_experts()
     if grouped_experts is not None:
-        found[TORCHTUNE], theirs = _torchtune(grouped_experts, cell, moe, dtype)
+        found[TORCHTITAN], theirs = _torchtitan(grouped_experts, cell, moe, dtype)
         parameters += theirs
     return found, parameters
+
+
+def products(moe: mmoe.MoE, x: Tensor) -> Callable[[bool], None]:
+    """The products of a pass, one per expert with rows, between tensors that are sorted and there already.
+
+    It is what no mixture of such products can be faster than, however well it routes, gathers and adds up.
+
+    Args:
+        moe: layer with gated experts.
+        x: (T, D).
+
+    Returns:
+        A function of whether the products of backward are wanted too.
+    """
+    with torch.no_grad():
+        sent = mmoe.dispatch(moe.route(x))
+    up, down = (weight.detach() for weight in moe.experts.packed_parameters().values())  # (E, 2F, D), (E, D, F)
+    counts, rows = sent.counts.tolist(), x.detach()[sent.token_idx]
+    to_up, to_down = torch.zeros_like(up), torch.zeros_like(down)
+    inner, hidden = rows.new_zeros(len(rows), up.shape[1]), rows.new_zeros(len(rows), down.shape[2])
+    out = torch.zeros_like(rows)
+    tensors = rows.split(counts), up, inner.split(counts), hidden.split(counts), down, out.split(counts), to_up, to_down
+    of_experts = [one for one in zip(*tensors, strict=True) if len(one[0])]
+
+    @torch.no_grad()
+    def multiply(backward: bool) -> None:
+        for r, w, h, a, v, o, to_w, to_v in of_experts:
+            torch.mm(r, w.t(), out=h)
+            torch.mm(a, v.t(), out=o)
+            if backward:
+                torch.mm(o, v, out=a)
+                torch.mm(o.t(), a, out=to_v)
+                torch.mm(h.t(), r, out=to_w)
+                torch.mm(h, w, out=o)
+
+    return multiply
 
 
 def _qwen3(cell: Cell, moe: mmoe.MoE, implementation: str, dtype: torch.dtype) -> Layer:
@@ -92,22 +129,24 @@ def _qwen3(cell: Cell, moe: mmoe.MoE, implementation: str, dtype: torch.dtype) -
     return lambda x: block(x[None])[0]
 
 
-def torchtune_experts() -> Any:
-    """torchtune's experts, or None where it is not installed, or not with a torchao that it can import."""
+def torchtitan_experts() -> Any:
+    """The experts of torchtitan 0.2, or None where it is not installed; 0.3 computes in bf16 only."""
     try:
-        from torchtune.modules.moe.experts import GroupedExperts
+        from torchtitan.models.moe.moe import GroupedExperts
     except ImportError:
         return None
     return GroupedExperts
 
 
-def _torchtune(grouped_experts: Any, cell: Cell, moe: mmoe.MoE, dtype: torch.dtype) -> tuple[Layer, list[nn.Parameter]]:
-    """torchtune's experts, in its layout, behind our router: its own one has other weights."""
-    experts = grouped_experts(dim=cell.dim, hidden_dim=cell.hidden_dim, num_experts=cell.num_experts).to(dtype)
+def _torchtitan(
+    grouped_experts: Any, cell: Cell, moe: mmoe.MoE, dtype: torch.dtype
+) -> tuple[Layer, list[nn.Parameter]]:
+    """torchtitan's experts behind our router: its own one does not run on a CPU."""
+    experts = grouped_experts(cell.dim, cell.hidden_dim, cell.num_experts, use_grouped_mm=False).to(dtype)
     ours = moe.experts.packed_parameters()
     gate, up = ours["gate_up_proj"].detach().chunk(2, dim=1)
-    for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", ours["down_proj"].detach())):
-        getattr(experts, name).data = weight.mT.contiguous()
+    for name, weight in (("w1", gate), ("w3", up), ("w2", ours["down_proj"].detach())):
+        getattr(experts, name).data = weight.contiguous()
 
     def layer(x: Tensor) -> Tensor:
         sent = mmoe.dispatch(moe.route(x))

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmoe.figures import save_figure
 from train.bench.layer import PASSES, Timing
-from train.bench.peers import LIMIT, NAIVE, OURS, THEIRS
+from train.bench.peers import LIMIT, NAIVE, OURS, PRODUCTS, THEIRS
 
 TOP = 1.6  # of the axes of ratios; a dense layer that waits for memory can be several times as slow
 KINDS = list(PASSES)
@@ -19,6 +19,7 @@ LINES = {
     f"{THEIRS} grouped_mm": ("#D55E00", "s", "transformers, grouped_mm"),
     f"{THEIRS} eager": ("#E69F00", "^", "transformers, eager"),
     NAIVE: ("#7F7F7F", "x", "plain loop"),
+    PRODUCTS: ("#BBBBBB", ".", "the mixture's products alone"),
 }
 
 
