@@ -71,7 +71,7 @@ def _sort_few(ids: list[int], experts: int) -> tuple[Tensor, Tensor]:
 def combine(out: Tensor, dispatched: Dispatch, rows: int) -> Tensor:
     """Weighted sum of the experts' outputs per row: (N, O) -> (rows, O)."""
     weighted = out * dispatched.weights.to(out.dtype)[:, None]
-    return out.new_zeros(rows, out.shape[1]).index_add(0, dispatched.token_idx, weighted)
+    return out.new_zeros(rows, out.shape[1]).index_add_(0, dispatched.token_idx, weighted)
 
 
 def grouped_linear(

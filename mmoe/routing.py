@@ -268,8 +268,10 @@ class LinearRouter(Router):
 
     def scores(self, x: Tensor) -> Tensor:
         """Raw scores: x (T, D) -> logits (T, E) in fp32."""
-        with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).float()
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.scores(x)
+        return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).float()
 
 
 def over_processes(counts: Tensor) -> Tensor:
@@ -283,7 +285,9 @@ def over_processes(counts: Tensor) -> Tensor:
 
 def finish_routing(routing: Routing, context: Context | None) -> Routing:
     """Notes the context on a routing and takes its padding rows out (sentinel, weight 0)."""
-    if context is None or context.valid is None:
+    if context is None:
+        return routing
+    if context.valid is None:
         return replace(routing, context=context)
     padding = ~context.valid[:, None]
     return replace(

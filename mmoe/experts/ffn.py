@@ -56,8 +56,7 @@ class _PackedFFN(Experts):
             return False
         if self.backend == "fused" or _is_one_row(x):
             return True
-        learners = (x, routing.weights, *self.parameters())
-        trains = torch.is_grad_enabled() and any(value.requires_grad for value in learners)
+        trains = torch.is_grad_enabled() and any(v.requires_grad for v in (x, routing.weights, *self.parameters()))
         return pays(routing.experts.numel(), weight, trains)
 
     def shared(self, count: int) -> nn.Module:

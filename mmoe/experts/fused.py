@@ -45,8 +45,10 @@ def pays(slots: int, weight: Tensor, trains: bool) -> bool:
         weight: (E, H, I).
         trains: a gradient will be asked for. Fresh memory for large ones takes longer than their products.
     """
-    if weight.itemsize == 2 or (trains and weight.nbytes >= 2**25):
+    if trains and weight.nbytes >= 2**25:
         return True
+    if weight.itemsize == 2:
+        return slots >= 8 or not trains
     rows, large = slots / len(weight), weight[0].numel() >= 2**19  # small experts are over too soon
     return rows >= 128 or (large and not trains and 12 <= rows <= 40)
 

@@ -320,7 +320,8 @@ def test_it_pays_for_large_gradients_half_precision_and_many_slots_of_one_expert
     assert [pays(slots, large, trains=False) for slots in (47, 48, 160, 161)] == [False, True, True, False]
     assert [pays(slots, large, trains=True) for slots in (48, 511, 512)] == [False, False, True]
     assert pays(1, torch.empty(16, 1024, 512, device="meta"), trains=True), "32 MB of gradients"
-    assert pays(1, small.half(), trains=False)
+    assert pays(1, small.half(), trains=False) and not pays(7, small.half(), trains=True)
+    assert pays(8, small.half(), trains=True)
 
 
 @pytest.mark.parametrize("unused", [False, True])
