@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 MOST_KEPT = 2**30  # bytes
-LEAST = 2**20  # bytes; smaller tensors are left to torch
+LEAST = 2**23  # bytes; what is smaller stays with the C library, whose memory is in the cache more often
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if hasattr(mmap, "MAP_PRIVATE") else None  # not on Windows
 
 _kept: list[mmap.mmap] = []  # the oldest first

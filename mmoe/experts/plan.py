@@ -25,19 +25,21 @@ _FREE = 32  # rows by which an expert may be filled up in half precision: readin
 
 
 class Block(NamedTuple):
-    """Rows of a few experts, as many of each.
+    """Rows of one expert, or of a few neighbours with as many each.
 
     Attributes:
         experts: slice of the experts.
-        rows: slice of the chunk's rows.
+        size: rows of all of them.
     """
 
     experts: slice
-    rows: slice
+    size: int
 
-    def part(self, values: Tensor) -> Tensor:
-        """Its part (n, c, W) of a chunk's values (C, W)."""
-        return values[self.rows].view(self.experts.stop - self.experts.start, -1, values.shape[1])
+    @property
+    def count(self) -> int:
+        """n."""
+        count: int = self.experts.stop - self.experts.start
+        return count
 
 
 class Chunk(NamedTuple):
@@ -59,49 +61,67 @@ class Chunk(NamedTuple):
         """C."""
         return self.places.stop - self.places.start
 
+    def _parts(self, values: Tensor) -> list[Tensor]:
+        """Of a chunk's values (C, W) those of each block: (C', W) of one expert, (n, c, W) of several."""
+        parts = values.split([block.size for block in self.blocks])
+        width = values.shape[1]
+        return [
+            part if block.count == 1 else part.view(block.count, -1, width)
+            for block, part in zip(self.blocks, parts, strict=True)
+        ]
+
+    def _of_experts(self, packed: Tensor) -> list[Tensor]:
+        """Of packed values (E, ...) those of each block: (...) of one expert, (n, ...) of several."""
+        first = self.blocks[0].experts.start
+        singles = packed[first : self.blocks[-1].experts.stop].unbind()
+        return [
+            singles[block.experts.start - first] if block.count == 1 else packed[block.experts] for block in self.blocks
+        ]
+
     def multiply(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
         """Products with each expert's matrix, rows (C, A) and weights (E, A, B) -> (C, B)."""
-        for block in self.blocks:
-            _product(block.part(rows), weights[block.experts], block.part(out))
+        for a, b, product in zip(self._parts(rows), self._of_experts(weights), self._parts(out), strict=True):
+            _product(a, b, product)
 
     def weight_grad(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Products over each expert's rows, (C, A) and (C, B) -> (E, A, B), where it has rows."""
-        for block in self.blocks:
-            columns = block.part(left).mT
-            if columns.itemsize == 2 and columns.shape[2] <= 288:  # its products want rows; of few the copy is cheap
+        for a, b, product in zip(self._parts(left), self._parts(right), self._of_experts(out), strict=True):
+            columns = a.mT
+            if columns.itemsize == 2 and columns.shape[-1] <= 288:  # its products want rows; of few the copy is cheap
                 columns = columns.contiguous()
-            _product(columns, block.part(right), out[block.experts])
+            _product(columns, b, product)
 
     def dot(self, values: Tensor, bias: Tensor) -> Tensor:
         """Product of each row (C, W) with its expert's bias (E, W), (C, 1)."""
-        return torch.cat([(block.part(values) @ bias[block.experts, :, None]).flatten(0, 1) for block in self.blocks])
+        pairs = zip(self._parts(values), self._of_experts(bias), strict=True)
+        return torch.cat([(rows @ of_expert[..., None]).flatten()[:, None] for rows, of_expert in pairs])
 
     def bias_grad(self, values: Tensor, scale: Tensor | None, out: Tensor) -> None:
         """Sums of each expert's rows (C, W), weighed by (C, 1) -> (E, W), where it has rows."""
-        for block in self.blocks:
-            rows = block.part(values)
-            out[block.experts] = rows.sum(1) if scale is None else (block.part(scale).mT @ rows)[:, 0]
+        scale = values.new_ones(len(values), 1) if scale is None else scale
+        for rows, weight, total in zip(self._parts(values), self._parts(scale), self._of_experts(out), strict=True):
+            total.copy_((weight.mT @ rows)[..., 0, :])
 
     def add_bias(self, values: Tensor, bias: Tensor) -> None:
         """Adds each expert's bias (E, W) to its rows (C, W)."""
-        for block in self.blocks:
-            block.part(values).add_(bias[block.experts, None])
+        for rows, of_expert in zip(self._parts(values), self._of_experts(bias), strict=True):
+            rows += of_expert[..., None, :]
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Batched product (n, p, q) x (n, q, r); one matrix takes the quicker way."""
+    """Product (p, q) x (q, r), or a batch of them, in the quicker order."""
     if _turned(a, b):
-        out.copy_(torch.bmm(b.mT, a.mT).mT)
-    elif len(a) > 1:
+        out.copy_(torch.matmul(b.mT, a.mT).mT)
+    elif a.ndim == 3:
         torch.bmm(a, b, out=out)
     else:
-        torch.mm(a[0], b[0], out=out[0])
+        torch.mm(a, b, out=out)
 
 
 def _turned(a: Tensor, b: Tensor) -> bool:
     """True where few rows times a transposed matrix are quicker as that matrix times a few columns."""
     least, most = (1, 64) if a.itemsize == 2 else (8, 48)
-    return b.stride(-1) != 1 and least <= a.shape[1] <= most
+    return b.stride(-1) != 1 and least <= a.shape[-2] <= most
 
 
 class Plan(NamedTuple):
@@ -235,8 +255,8 @@ def _chunks(groups: list[slice], starts: list[int], most: int, filled: Tensor | 
         last = first + 1
         while last < len(groups) and starts[last + 1] - starts[first] <= most:
             last += 1
-        places, begin = slice(starts[first], starts[last]), starts[first]
-        blocks = [Block(groups[i], slice(starts[i] - begin, starts[i + 1] - begin)) for i in range(first, last)]
+        places = slice(starts[first], starts[last])
+        blocks = [Block(groups[i], starts[i + 1] - starts[i]) for i in range(first, last)]
         empty = None if filled is None else filled[places].nonzero().flatten()
         chunks.append(Chunk(places, blocks, empty if empty is not None and len(empty) else None))
         first = last
