@@ -36,10 +36,10 @@ class Block(NamedTuple):
     size: int
 
     @property
-    def count(self) -> int:
+    def num_experts(self) -> int:
         """n."""
-        count: int = self.experts.stop - self.experts.start
-        return count
+        n: int = self.experts.stop - self.experts.start
+        return n
 
 
 class Chunk(NamedTuple):
@@ -66,7 +66,7 @@ class Chunk(NamedTuple):
         parts = values.split([block.size for block in self.blocks])
         width = values.shape[1]
         return [
-            part if block.count == 1 else part.view(block.count, -1, width)
+            part if block.num_experts == 1 else part.view(block.num_experts, -1, width)
             for block, part in zip(self.blocks, parts, strict=True)
         ]
 
@@ -75,7 +75,8 @@ class Chunk(NamedTuple):
         first = self.blocks[0].experts.start
         singles = packed[first : self.blocks[-1].experts.stop].unbind()
         return [
-            singles[block.experts.start - first] if block.count == 1 else packed[block.experts] for block in self.blocks
+            singles[block.experts.start - first] if block.num_experts == 1 else packed[block.experts]
+            for block in self.blocks
         ]
 
     def multiply(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
