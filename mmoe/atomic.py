@@ -61,6 +61,24 @@ def atomic_paths(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
                 temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Makes sure, before long work, that a file can be written.
+
+    Raises:
+        BadInput: it cannot.
+    """
+    file = _target(Path(path))
+    probe = file.parent / f".{file.name}.{os.getpid()}-{threading.get_ident()}.tmp"
+    try:
+        _make(probe, file)
+    except OSError as error:
+        wrong, fix = error.strerror or str(error), "write to another folder or free space"
+        raise BadInput(f"cannot write '{path}'", wrong, fix) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
 def _target(path: Path) -> Path:
     """The file that a path means: where a link leads to.
 

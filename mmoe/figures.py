@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmoe.atomic import atomic_path
+from mmoe.atomic import atomic_path, check_writable
 from mmoe.errors import BadInput, did_you_mean
 from mmoe.routing import Routing
 from mmoe.trace import Trace
@@ -221,17 +221,30 @@ def save_figure(figure: Figure | Picture, path: str | Path) -> Path:
     from PIL import Image
 
     path = Path(path)
-    vector = [] if isinstance(figure, Image.Image) else ["svg", "pdf"]
-    formats, suffix = ["png", "jpg", "jpeg", "webp", *vector], path.suffix.lower().removeprefix(".")
-    if suffix not in formats:
-        asked = f"cannot write '{path}' as a {'figure' if vector else 'picture'}"
-        raise BadInput(asked, did_you_mean(suffix, formats), f"save_figure(figure, {path.with_suffix('.png').name!r})")
+    fix = f"save_figure(figure, '{path.stem or 'figure'}.png')"
+    suffix = _suffix(path, fix, picture=isinstance(figure, Image.Image))
     with atomic_path(path) as temporary:
         if isinstance(figure, Image.Image):
             (figure.convert("RGB") if suffix in ("jpg", "jpeg") else figure).save(temporary)
         else:
             figure.savefig(temporary, format=suffix, dpi=150)
     return path
+
+
+def check_figure_path(path: str | Path) -> None:
+    """As `save_figure` would, raises where a figure cannot be written, before long work for it."""
+    _suffix(Path(path), f"the name '{Path(path).stem or 'figure'}.png'", picture=False)
+    check_writable(path)
+
+
+def _suffix(path: Path, fix: str, picture: bool) -> str:
+    """The format of a file; pictures have no vector graphics."""
+    formats = ["png", "jpg", "jpeg", "webp", *([] if picture else ["svg", "pdf"])]
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix not in formats:
+        asked = f"cannot write '{path}' as a {'picture' if picture else 'figure'}"
+        raise BadInput(asked, did_you_mean(suffix, formats), fix)
+    return suffix
 
 
 def _array(value: Any) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -58,6 +59,12 @@ def test_the_table_is_the_cards():
     for model, label in shown.items():
         assert f"| {label} | {found[model]} |" in README
     assert f"| its three MCL experts, each alone | {experts} |" in README
+
+
+def test_the_speeds_are_the_measured_ones():
+    measured = json.loads((ROOT / "assets" / "figures" / "bench_layer.json").read_text())["summary"]
+    for name, value in measured.items():
+        assert f"| {name} | {value:.2f} |" in README
 
 
 def test_examples_were_found():

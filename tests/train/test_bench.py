@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmoe.cli import main
 from mmoe.errors import MmoeError
-from train.bench import layer, peers, scaling
+from train.bench import layer, peers, pictures, scaling
 from train.bench.peers import Cell
 
 CELL = Cell(16, 32, 24, 4, 2)
@@ -126,9 +126,10 @@ def test_what_was_measured_before_ctrl_c_is_told(capsys, monkeypatch):
         return passes(candidate, x, backward)
 
     monkeypatch.setattr(layer, "_pass", one)
-    assert main(["bench", "layer", *SMALL, "--json"]) == 0
+    assert main(["bench", "layer", *SMALL, "--json"]) == 130
     told = capsys.readouterr()
     assert [cell["kind"] for cell in json.loads(told.out)["cells"]] == ["forward"]
+    assert json.loads(told.out)["complete"] is False
     assert "stopped: 1 of 4 measurements follow" in told.err
 
 
@@ -163,6 +164,41 @@ def test_memory_of_large_cells():
     assert taken is None or 75 < taken < 95
 
 
+@pytest.mark.parametrize(
+    ("plot", "wrong"),
+    [("a.xyz", "cannot write 'a.xyz' as a figure"), ("/", "cannot write '/' as a figure"), ("/proc/a/b.png", "/proc")],
+)
+@pytest.mark.parametrize("verb", [["layer"], ["scaling"], ["model", "clip_moe_tiny", "--sweep", "top_k=1,2"]])
+def test_a_picture_that_cannot_be_written_is_told_before_the_work(verb, plot, wrong, capsys, monkeypatch):
+    monkeypatch.setattr(layer, "run", lambda *args: pytest.fail("it began"))
+    monkeypatch.setattr("train.bench.model.measure", lambda *args: pytest.fail("it began"))
+    assert main(["bench", *verb, "--plot", plot]) == 2
+    assert wrong in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sizes", [["32,24,4,2"], ["32,24,4,2", "32,24,4,1"], ["32,24,4,1", "32,24,4,2", "32,24,2,1", "32,24,8,1"]]
+)
+@pytest.mark.parametrize("kinds", [["forward"], list(layer.PASSES)])
+def test_nothing_of_the_picture_is_cut_off(sizes, kinds, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: drawn.append(figure))
+    names = sorted(NAMES | {"products alone"})
+    timings = [
+        layer.Timing(cell=Cell(rows, *map(int, size.split(","))), dtype="fp32", kind=kind, ms=dict.fromkeys(names, 1.0))
+        for size in sizes
+        for kind in kinds
+        for rows in (16, 4096)
+    ]
+    pictures.draw_ratios(timings, tmp_path / "a.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    inside = figure.get_tightbbox()  # in inches, of all that is drawn
+    assert inside.x0 >= 0 and inside.y0 >= 0
+    assert inside.x1 <= figure.get_figwidth() and inside.y1 <= figure.get_figheight()
+    assert "mmoe" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 @pytest.mark.parametrize("words", [["layer", *SMALL], ["model", "clip_moe_tiny", "--sweep", "top_k=1,4"]])
 def test_tables_fit_a_terminal(words, capsys, monkeypatch):
     monkeypatch.setattr("train.bench.model.BATCH", 2)
@@ -188,6 +224,7 @@ def test_a_sweep_over_a_model(capsys, tmp_path, monkeypatch):
     ("words", "wrong"),
     [
         (["layer", "--dtype", "fp8"], "no dtype 'fp8'\n  known: bf16"),
+        (["layer", "--seconds", "inf"], "Input should be less than or equal to 3600"),
         (["layer", "--seconds", "-1"], "Invalid value for '--seconds': Input should be greater than or equal to 0"),
         (["layer", "--threads", "0"], "Invalid value for '--threads': Input should be greater than or equal to 1"),
         (["layer", "--cell", "1,2"], "no cell '1,2'\n  a cell is five whole numbers"),
@@ -196,6 +233,9 @@ def test_a_sweep_over_a_model(capsys, tmp_path, monkeypatch):
         (["model", "clip_moe_tini"], "no model named 'clip_moe_tini'\n  did you mean: clip_moe_tiny"),
         (["model", "clip_moe_tiny", "--sweep", "top_k"], "no sweep 'top_k'\n  a sweep is an option and its values"),
         (["model", "clip_moe_tiny", "--sweep", "topk=1"], "'topk' is not an option of clip_moe_tiny"),
+        (["model", "clip_moe_tiny", "--sweep", "dtype=fp32,bf16"], "'dtype' is not an option of clip_moe_tiny"),
+        (["model", "clip_moe_tiny", "--sweep", "name=a,b"], "'name' is not an option of clip_moe_tiny"),
+        (["model", "clip_moe_tiny", "--sweep", "seconds=1,2"], "'seconds' is not an option of clip_moe_tiny"),
         (["model", "clip_moe_tiny", "--plot", "a.png"], "--plot without --sweep"),
     ],
 )

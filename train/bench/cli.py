@@ -13,9 +13,21 @@ from mmoe.errors import BadInput, BadOverride
 
 app = typer.Typer(help="Time the MoE layer and models of the zoo on this machine.", invoke_without_command=True)
 
+
+def _can_draw(plot: Path | None) -> Path | None:
+    """A picture that cannot be written is told before the work for it."""
+    if plot is not None:
+        from mmoe.figures import check_figure_path
+
+        check_figure_path(plot)
+    return plot
+
+
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Seconds = Annotated[float, typer.Option(min=0, max=3600, help="About what one candidate of a cell may take.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DType = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+STOPPED = 130
 
 
 @app.callback()
@@ -39,10 +51,12 @@ def layer(
     cells: Annotated[
         list[str] | None, typer.Option("--cell", metavar="T,D,F,E,K", help="Only this cell; may be repeated.")
     ] = None,
-    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="fp32, bf16; both by default.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="About what one candidate of a cell may take.")] = 1.0,
+    dtypes: Annotated[
+        list[str] | None, typer.Option("--dtype", help="fp32, bf16 or fp16; the first two by default.")
+    ] = None,
+    seconds: Seconds = 1.0,
     threads: Threads = 2,
-    plot: Annotated[Path | None, typer.Option(help="Draw the ratios here.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=_can_draw, help="Draw the ratios here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time our MoE layer against a dense layer, transformers' blocks and a plain loop.
@@ -67,33 +81,34 @@ def layer(
     torch.set_num_threads(threads)
     cells_, types = chosen or (QUICK if quick else GRID), dtypes or ["fp32", "bf16"]
     found = run(cells_, types, PASSES, min(seconds, 0.2) if quick else seconds)
-    timings = _measured("bench layer", found, len(cells_) * len(types) * len(PASSES))
+    timings, complete = _measured("bench layer", found, len(cells_) * len(types) * len(PASSES))
     told = summary(timings)
+    if as_json:
+        _print_json(timings, threads, complete, summary=told)
+    else:
+        _show_layer(timings, told, threads)
     if plot is not None:
         from train.bench.pictures import draw_ratios
 
         draw_ratios(timings, plot)
-    if as_json:
-        cells_told = [timing.as_dict() for timing in timings]
-        print(json.dumps({"machine": _machine(threads), "cells": cells_told, "summary": told}, indent=1))
-        return
-    _show_layer(timings, told, threads)
+    if not complete:
+        raise typer.Exit(STOPPED)
 
 
 @app.command()
 def scaling(
     dtype: DType = "fp32",
     quick: Annotated[bool, typer.Option("--quick", help="Two points of each curve.")] = False,
-    seconds: Annotated[float, typer.Option(min=0, help="About what one candidate of a cell may take.")] = 1.0,
+    seconds: Seconds = 1.0,
     threads: Threads = 2,
-    plot: Annotated[Path | None, typer.Option(help="Draw the curves here.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=_can_draw, help="Draw the curves here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time the layer over the number of experts and over the number of rows, with its memory.
 
     A row always uses 2 experts of the same size, so the active work per row never changes.
 
-    
+    \b
     mmoe bench scaling --plot scaling.png
     mmoe bench scaling --dtype bf16 --json
     """
@@ -107,21 +122,30 @@ def scaling(
     torch.set_num_threads(threads)
     cells = SHORT if quick else [*EXPERTS, *ROWS]
     found = run(cells, [dtype], PASSES, seconds, NAMES, memory_rows=0)
-    timings = _measured("bench scaling", found, len(cells) * len(PASSES))
+    timings, complete = _measured("bench scaling", found, len(cells) * len(PASSES))
+    told = growth(timings)
+    if as_json:
+        _print_json(timings, threads, complete, growth=told)
+    else:
+        _show_layer(timings, {f"cost from E = 8 to E = 64, {kind}": value for kind, value in told.items()}, threads)
     if plot is not None:
         from train.bench.pictures import draw_scaling
 
         draw_scaling(timings, plot)
-    told = growth(timings)
-    if as_json:
-        cells_told = [timing.as_dict() for timing in timings]
-        print(json.dumps({"machine": _machine(threads), "cells": cells_told, "growth": told}, indent=1))
-        return
-    _show_layer(timings, {f"cost from E = 8 to E = 64, {kind}": value for kind, value in told.items()}, threads)
+    if not complete:
+        raise typer.Exit(STOPPED)
 
 
-def _measured(what: str, found: Iterable[Any], total: int) -> list[Any]:
-    """All timings; after Ctrl-C those that are there."""
+def _print_json(timings: list[Any], threads: int, complete: bool, **told: dict[str, Any]) -> None:
+    import torch
+
+    machine = {"threads": threads, "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    cells = [timing.as_dict() for timing in timings]
+    print(json.dumps({"machine": machine, "complete": complete, "cells": cells, **told}, indent=1))
+
+
+def _measured(what: str, found: Iterable[Any], total: int) -> tuple[list[Any], bool]:
+    """All timings, or after Ctrl-C those that are there; whether they are all."""
     from train.progress import Progress
 
     timings: list[Any] = []
@@ -134,13 +158,7 @@ def _measured(what: str, found: Iterable[Any], total: int) -> list[Any]:
         if not timings:
             raise
         typer.echo(f"stopped: {len(timings)} of {total} measurements follow", err=True)
-    return timings
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    import torch
-
-    return {"threads": threads, "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    return timings, len(timings) == total
 
 
 def _cell(text: str) -> Any:
@@ -187,7 +205,7 @@ def model(
         str | None, typer.Option(metavar="KEY=A,B,C", help="Measure with each value of an option of the config.")
     ] = None,
     threads: Threads = 2,
-    plot: Annotated[Path | None, typer.Option(help="Draw the sweep here.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=_can_draw, help="Draw the sweep here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time a model: latency, throughput, memory, parameters and FLOPs beside its dense twin.
@@ -207,15 +225,15 @@ def model(
     from train.bench.model import measure
 
     torch.set_num_threads(threads)
-    rows = [measure(name, dtype, **({key: value} if key else {})) for value in values]
+    rows = [measure(name, dtype, {key: value} if key else {}) for value in values]
+    if as_json:
+        print(json.dumps({"threads": threads, "models": rows}, indent=1))
+    else:
+        _show_model(rows, key, threads)
     if plot is not None:
         from train.bench.pictures import draw_sweep
 
         draw_sweep(rows, key, plot)
-    if as_json:
-        print(json.dumps({"threads": threads, "models": rows}, indent=1))
-        return
-    _show_model(rows, key, threads)
 
 
 def _sweep(text: str | None) -> tuple[str, list[Any]]:

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 import mmoe
 import zoo
-from mmoe.errors import Refused
+from mmoe.errors import BadOverride, Refused
 from train.bench.layer import peak, take_turns
 from zoo.assets import asset
 
 BATCH, TEXTS = 32, ("a fox", "a slice of pizza", "a very small rocket")
 
 
-def measure(name: str, dtype: str = "fp32", seconds: float = 3.0, **overrides: Any) -> dict[str, Any]:
+def measure(
+    name: str, dtype: str = "fp32", overrides: Mapping[str, Any] | None = None, seconds: float = 3.0
+) -> dict[str, Any]:
     """Times of one picture and of a batch, and what they cost, by what the model encodes.
 
     Args:
         name: of a model with `encode_image` and `encode_text`, or a folder.
         dtype: of its parameters.
-        seconds: about what each timing may take.
         overrides: of its config.
+        seconds: about what each timing may take.
 
     Raises:
         Refused: it encodes neither pictures nor texts.
     """
-    model: Any = zoo.load(name, device="cpu", dtype=dtype, **overrides)
+    overrides = overrides or {}
+    model: Any = load(name, dtype, overrides)
     dense = _dense_twin(model)
     found: dict[str, Any] = {"name": name, "dtype": dtype, **overrides}
     found["params"] = {"total": model.num_params().total, "active": model.num_params().active}
@@ -50,6 +54,18 @@ def measure(name: str, dtype: str = "fp32", seconds: float = 3.0, **overrides: A
             row["mflops_dense_twin"] = round(twin / 1e6, 2)
         found[what] = row
     return found
+
+
+def load(name: str, dtype: str, overrides: Mapping[str, Any]) -> Any:
+    """The model on the CPU.
+
+    Raises:
+        BadOverride: its config has no such option.
+    """
+    others = inspect.signature(zoo.load).parameters.keys() - {"router", "experts", "overrides"}
+    for taken in overrides.keys() & others:
+        raise BadOverride(f"{taken!r} is not an option of {name}", "only its config can be swept", "top_k=1,2,4")
+    return zoo.load(name, device="cpu", dtype=dtype, **overrides)
 
 
 def _dense_twin(model: Any) -> Any:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmoe.figures import save_figure
 from train.bench.layer import PASSES, Timing
 from train.bench.peers import LIMIT, NAIVE, OURS, PRODUCTS, THEIRS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TOP = 1.6  # of the axes of ratios; a dense layer that waits for memory can be several times as slow
 KINDS = list(PASSES)
@@ -29,7 +32,7 @@ def draw_ratios(timings: list[Timing], path: Path) -> Path:
 
     sizes = list(dict.fromkeys(str(t.cell).partition(", ")[2] for t in timings))
     kinds = list(dict.fromkeys((t.dtype, t.kind) for t in timings))
-    figure = Figure(figsize=(3.4 * len(sizes), 2.5 * len(kinds) + 0.6), layout="constrained")
+    figure = Figure(figsize=(max(3.4 * len(sizes), 5.5), 2.5 * len(kinds) + 1.0), layout="constrained")
     axes = figure.subplots(len(kinds), len(sizes), squeeze=False, sharex=True, sharey=True)
     for row, (dtype, kind) in enumerate(kinds):
         for column, size in enumerate(sizes):
@@ -51,9 +54,15 @@ def draw_ratios(timings: list[Timing], path: Path) -> Path:
                 panel.set_ylabel(f"{kind}, {dtype}\nspeed / dense", fontsize=8)
     for panel in axes[-1]:
         panel.set_xlabel("rows T", fontsize=8)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    _add_legend(figure, axes[0][0])
     return save_figure(figure, path)
+
+
+def _add_legend(figure: Figure, panel: Any) -> None:
+    """Below all panels, in as many columns as there is room for."""
+    handles, labels = panel.get_legend_handles_labels()
+    columns = max(1, int(figure.get_figwidth() // 2.7))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def draw_scaling(timings: list[Timing], path: Path) -> Path:
@@ -76,12 +85,10 @@ def draw_scaling(timings: list[Timing], path: Path) -> Path:
         _draw_costs(memory, [t for t in found if t.kind == KINDS[-1] and t.peak_mb], name, lambda t: t.peak_mb)
         memory.set_title(f"peak memory of both passes, {where}", fontsize=10)
         memory.set_ylabel("MB")
-        memory.set_yscale("log", base=2)
-        memory.yaxis.set_major_formatter("{x:g}")
+        memory.set_ylim(bottom=0)
         for panel in axes[line]:
             panel.set_xlabel("experts E" if line == 0 else "rows T")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    _add_legend(figure, axes[0][0])
     return save_figure(figure, path)
 
 
