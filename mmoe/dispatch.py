@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmoe.errors import BadOverride
 from mmoe.options import check_choice
 from mmoe.routing import Routing
 
 Backend = Literal["auto", "fused", "grouped", "loop"]
 _FEW = 64  # slots
+_GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Dispatch(NamedTuple):
@@ -88,6 +90,9 @@ def grouped_linear(
 
     Returns:
         (N, O), under autocast in its dtype as `nn.Linear` does.
+
+    Raises:
+        BadOverride: "grouped" was asked for where its rules forbid it.
     """
     if is_sharded(weight):
         weight, bias = weight.to_local(), None if bias is None else bias.to_local()  # type: ignore[attr-defined]  # a DTensor
@@ -97,6 +102,12 @@ def grouped_linear(
     check_choice("backend", backend, get_args(Backend))
     if backend in ("auto", "fused"):
         backend = "grouped" if _grouped_allowed(x, weight) else "loop"
+    elif backend == "grouped" and not (_aligned(weight) and weight.dtype in _GROUPED):
+        wrong = "grouped products want rows of a multiple of 16 bytes, in fp32, bf16 or fp16"
+        asked = (
+            f"backend='grouped' for experts of {weight.shape[2]} inputs and {weight.shape[1]} outputs in {weight.dtype}"
+        )
+        raise BadOverride(asked, wrong, "backend='auto'")
     if backend == "loop":
         return _loop(x, weight, counts, bias)
     out = _grouped_mm(x, weight.transpose(1, 2), counts.cumsum(0).to(torch.int32))
@@ -111,8 +122,17 @@ def is_sharded(weight: Tensor) -> bool:
 
 
 def _grouped_allowed(x: Tensor, weight: Tensor) -> bool:
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    return aligned and len(x) > 0 and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
+    quick = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
+    return quick and len(x) > 0 and _aligned(weight) and not in_forward_mode()
+
+
+def _aligned(weight: Tensor) -> bool:
+    return all(size * weight.itemsize % 16 == 0 for size in weight.shape[1:])
+
+
+def in_forward_mode() -> bool:
+    """True inside `torch.autograd.forward_ad.dual_level`, whose derivatives only plain operations have."""
+    return bool(torch.autograd.forward_ad._current_level >= 0)
 
 
 def _loop(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:

@@ -219,7 +219,11 @@ def build_moe(
             fix = f"build_moe(..., {(nearest(name, known) or known)[0]}=...)"
             raise BadOverride(f"neither the router nor the experts take {name!r}", did_you_mean(name, known), fix)
     for spec, taken in zip(specs, takes, strict=True):
-        spec.update({name: value for name, value in options.items() if name in taken})
+        own = {name: value for name, value in options.items() if name in taken}
+        for name in own.keys() & spec.keys():
+            asked = f"{name}={own[name]!r} beside {spec['name']!r} with {name}={spec[name]!r}"
+            raise BadOverride(asked, "the option is given twice", f"build_moe(..., {name}={own[name]!r})")
+        spec.update(own)
     gate = registry.build_router(specs[0], dim=dim, num_experts=num_experts, top_k=top_k)
     packed = registry.build_experts(specs[1], dim=dim, hidden_dim=hidden_dim, num_experts=num_experts)
     moe = MoE(gate, packed, packed.shared(num_shared_experts) if num_shared_experts else None)

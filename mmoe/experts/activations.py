@@ -45,7 +45,7 @@ def activation(name: str | Activation) -> Activation:
     if callable(name):
         return name
     if name not in ACTIVATIONS:
-        raise UnknownName(f"no activation named {name!r}", did_you_mean(str(name), ACTIVATIONS), "activation='gelu'")
+        raise UnknownName(f"no activation named {name!r}", did_you_mean(str(name), ACTIVATIONS), "act='gelu'")
     return ACTIVATIONS[name]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmoe import memory
-from mmoe.dispatch import combine, dispatch, grouped_linear, is_sharded
+from mmoe.dispatch import combine, dispatch, grouped_linear, in_forward_mode, is_sharded
 from mmoe.experts.activations import KERNELS, Activation
 from mmoe.experts.plan import Plan
 from mmoe.routing import Routing
@@ -34,6 +34,7 @@ def fusable(x: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and not in_forward_mode()
     )
 
 

@@ -73,6 +73,12 @@ def test_the_backend_is_an_attribute(experts: str) -> None:
         (BadOverride, {"scor": "sigmoid"}, "neither the router nor the experts take 'scor'\n  did you mean: score"),
         (BadOverride, {"top_k": 5}, "top_k=5\n  top_k is a whole number from 1 to 4\n  try: top_k=4"),
         (BadOverride, {"num_shared_experts": -1}, "num_shared_experts=-1\n"),
+        (
+            BadOverride,
+            {"experts": {"name": "ffn", "act": "relu"}, "act": "gelu"},
+            "act='gelu' beside 'ffn' with act='relu'\n  the option is given twice\n  try: build_moe(..., act='gelu')",
+        ),
+        (UnknownName, {"act": "gelutan"}, "no activation named 'gelutan'\n  did you mean: gelu_tanh"),
         (UnknownName, {"router": "topc"}, "no router named 'topc'\n  did you mean: topk"),
         (UnknownName, {"experts": "gated_fn"}, "no expert named 'gated_fn'\n  did you mean: gated_ffn"),
     ],

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmoe import Routing, dispatch, grouped_linear
 from mmoe.dispatch import combine
+from mmoe.errors import BadOverride
 
 E = 4
 
@@ -89,6 +90,16 @@ class TestGroupedLinear:
         y = grouped_linear(x, weight, counts)
         torch.testing.assert_close(y, x @ weight[0].T, atol=1e-2 if dtype.itemsize == 2 else 1e-6, rtol=1e-2)
         assert y.shape == (rows, outputs) and y.dtype == dtype
+
+    @pytest.mark.parametrize(
+        ("inputs", "dtype"), [(6, torch.float32), (12, torch.bfloat16), (6, torch.float16), (8, torch.float64)]
+    )
+    def test_grouped_products_of_shapes_that_they_forbid(self, inputs: int, dtype: torch.dtype) -> None:
+        x, weight = torch.randn(5, inputs, dtype=dtype), torch.randn(E, 8, inputs, dtype=dtype)
+        with pytest.raises(BadOverride) as error:
+            grouped_linear(x, weight, torch.tensor([5, 0, 0, 0]), backend="grouped")
+        assert error.value.asked == f"backend='grouped' for experts of {inputs} inputs and 8 outputs in {dtype}"
+        assert error.value.fix == "backend='auto'"
 
     def test_autocast_gives_its_dtype_as_linear_layers_do(self) -> None:
         x, weight, counts = torch.randn(4, 8), torch.randn(E, 8, 8), torch.tensor([1, 1, 1, 1])

@@ -326,5 +326,5 @@ class TestActivations:
         with pytest.raises(UnknownName) as error:
             FFNExperts(D, HIDDEN, 2, act="gelutanh")
         assert str(error.value) == (
-            "no activation named 'gelutanh'\n  did you mean: gelu_tanh, gelu\n  try: activation='gelu'"
+            "no activation named 'gelutanh'\n  did you mean: gelu_tanh, gelu\n  try: act='gelu'"
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import mmoe
@@ -373,3 +374,13 @@ def test_auto_takes_it_where_it_pays() -> None:
     moe.requires_grad_(False)
     assert not moe.experts.fuses(few, moe.route(few))
     assert moe.experts.fuses(few.requires_grad_(), moe.route(few))
+
+
+@pytest.mark.parametrize("rows", [4, 256])
+def test_forward_mode_derivatives_are_those_of_backward_mode(rows: int) -> None:
+    moe, x, v = mmoe.build_moe(D, F, E), torch.randn(rows, D), torch.randn(rows, D)
+    moe.requires_grad_(False)
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(moe(forward_ad.make_dual(x, v)))
+    _, expected = torch.autograd.functional.jvp(moe, x, v)
+    torch.testing.assert_close(y.tangent, expected, atol=1e-5, rtol=1e-4)
