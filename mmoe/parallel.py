@@ -15,9 +15,11 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
+import pickle
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -28,12 +30,19 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from mmoe.errors import BadInput, BadOverride, MmoeError, Refused
+from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, MmoeError, Refused
 from mmoe.experts.base import Experts
 from mmoe.options import check_int
 
@@ -97,26 +106,32 @@ def make_mesh(ep: int = 1) -> DeviceMesh:
     return init_device_mesh(device, (world // ep, ep), mesh_dim_names=("dp", "ep"))
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def parallelize(model: nn.Module, mesh: DeviceMesh, methods: Iterable[str] = ()) -> nn.Module:
     """Shards a model in place: experts over "ep", everything over all processes with `fully_shard`.
 
-    Build the optimiser afterwards, with foreach=False, and clip gradients with `clip_grad_norm_` of this file.
+    Build the optimiser afterwards, with foreach=False, and clip gradients with `clip_grad_norm_` of this file. Every
+    process has to run every layer in every pass, if need be with no rows.
 
     Args:
         model: the same in every process: weights, options and all.
         mesh: of `make_mesh`.
+        methods: of the model that run its layers, besides `forward`: "encode_image", ...
 
     Returns:
         The model.
 
     Raises:
         BadInput: the processes hold different models.
-        Refused: a layer's experts cannot be divided among the processes.
+        Refused: parts cannot be divided among the processes. The model is as it was.
     """
-    _check_same_everywhere(model, mesh)
-    world: DeviceMesh = mesh._flatten("world")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise Refused("parallelize a model again", "its parameters are sharded", "build it anew")
     experts = [module for module in model.modules() if isinstance(module, Experts) and module.packed_parameters()]
-    whole = set[nn.Parameter]()  # experts of which every process has others: there is nothing left to shard
+    blocks = _blocks(model)
+    _check_same_everywhere(model, mesh)
+    _check_divisible(model, experts, blocks, mesh)
+    world: DeviceMesh = mesh._flatten("world")
+    whole = set[nn.Parameter]()  # experts of which every process has others, and scalars: nothing is left to shard
     for module in experts:
         if mesh["ep"].size() > 1:
             _shard_experts(module, mesh["ep"])
@@ -127,23 +142,104 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             continue
         for parameter in module.packed_parameters().values():
             whole.add(parameter)
-            if parameter.requires_grad:
-                parameter.register_hook(lambda grad: grad / world.size())
-    for block in [*_blocks(model), model]:
+            _hook_gradient(parameter, lambda grad: grad / world.size())
+    for parameter in model.parameters():
+        if not parameter.ndim:
+            whole.add(parameter)
+            _hook_gradient(parameter, lambda grad: _mean(grad, world.get_group()))
+    for block in [*blocks, model]:
         fully_shard(block, mesh=world, ignored_params=whole)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
     return model
 
 
+def _hook_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> None:
+    """Registers a hook that is there too when a frozen parameter is trained later."""
+    trained = parameter.requires_grad
+    parameter.requires_grad_(True).register_hook(hook)
+    parameter.requires_grad_(trained)
+
+
+def _mean(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Mean over the processes."""
+    total = grad.clone()
+    dist.all_reduce(total, group=group)
+    return total / group.size()
+
+
 def _check_same_everywhere(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Processes with different models would wait for each other for ever."""
-    shapes = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in model.state_dict().items()]
-    own = hashlib.sha256("\n".join([str(mesh.mesh.tolist()), *shapes]).encode()).hexdigest()
+    """Processes with different models would wait for each other for ever, or train a mixture of them."""
+    told = [f"{name} {type(module).__name__} {_settings(module)}" for name, module in model.named_modules()]
+    told += [f"{name} {p.requires_grad}" for name, p in model.named_parameters()]
+    tensors = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in model.state_dict().items()]
+    values = [None if value.is_meta else float(value.double().sum()) for value in model.state_dict().values()]
+    own = [_digest(part) for part in ([str(mesh.mesh.tolist()), *tensors], told, values)]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (own, len(shapes)))
-    others = [rank for rank, told in enumerate(found) if told != found[0]]
-    if others:
-        wrong = f"processes {', '.join(map(str, others))} differ from process 0 in names, shapes or types of tensors"
-        raise BadInput("parallelize a model", wrong, "build it from the same config in every process")
+    dist.all_gather_object(found, own)
+    fixes = {
+        "the mesh, or in names, shapes or types of tensors": "build it from the same config in every process",
+        "classes, options or what is frozen": "build it from the same config in every process",
+        "the values of tensors": "torch.manual_seed(0) before it is built, or the same weights in every process",
+    }
+    for part, (what, fix) in enumerate(fixes.items()):
+        others = [rank for rank, parts in enumerate(found) if parts[part] != found[0][part]]
+        if others:
+            wrong = f"processes {', '.join(map(str, others))} differ from process 0 in {what}"
+            raise BadInput("parallelize a model", wrong, fix)
+
+
+def _settings(module: nn.Module) -> list[str]:
+    """Plain values and functions of a module that say what it computes."""
+    found = {name: getattr(value, "__qualname__", value) for name, value in vars(module).items() if name[0] != "_"}
+    plain = (bool, int, float, str, tuple, type(None))
+    return [f"{name}={value!r}" for name, value in sorted(found.items()) if isinstance(value, plain)]
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+
+def _check_divisible(model: nn.Module, experts: list[Experts], blocks: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Finds what cannot be sharded before anything is.
+
+    Raises:
+        Refused: there is such a part.
+    """
+    for module in experts:
+        packed = module.packed_parameters()
+        count = len(next(iter(packed.values())))
+        if count % mesh["ep"].size():
+            asked = f"divide {count} experts among {mesh['ep'].size()} processes"
+            wrong = "each process holds as many as the others"
+            raise Refused(asked, wrong, "another ep, or another number of experts")
+        others = [
+            name for name, parameter in module.named_parameters() if all(parameter is not p for p in packed.values())
+        ]
+        if others and mesh["ep"].size() > 1 and mesh["dp"].size() > 1:
+            wrong = "every expert uses it, and the processes of one set of experts would train it apart"
+            raise Refused(f"divide experts with the parameter {others[0]!r}", wrong, "ep=1, or ep of all processes")
+    _check_ties(model, {id(unit) for unit in [*blocks, *experts]})
+
+
+def _check_ties(model: nn.Module, units: set[int]) -> None:
+    """Each unit has parameters of its own.
+
+    Args:
+        model: outside of its units, parameters may have several names.
+        units: ids of the modules that are sharded one by one.
+
+    Raises:
+        Refused: two share one.
+    """
+    paths = {name for name, module in model.named_modules(remove_duplicate=False) if name and id(module) in units}
+    owners: dict[nn.Parameter, tuple[str, str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        unit = max((path for path in paths if name.startswith(f"{path}.")), key=len, default="")
+        first_unit, first = owners.setdefault(parameter, (unit, name))
+        if unit != first_unit:
+            wrong = "a parameter of several layers cannot be sharded with each of them"
+            raise Refused(f"divide the parameter {first!r}, which is {name!r} too", wrong, "a copy for each layer")
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -156,12 +252,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _shard_experts(experts: Experts, mesh: DeviceMesh) -> None:
-    packed = experts.packed_parameters()
-    count = len(next(iter(packed.values())))
-    if count % mesh.size():
-        asked = f"divide {count} experts among {mesh.size()} processes"
-        raise Refused(asked, "each process holds as many as the others", "another ep, or another number of experts")
-    for name, value in packed.items():
+    for name, value in experts.packed_parameters().items():
         local = nn.Parameter(distribute_tensor(value.data, mesh, [Shard(0)]), requires_grad=value.requires_grad)
         setattr(experts, name, local)
     exchange = _Exchange(mesh.get_group())
@@ -231,29 +322,79 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
 
     The folder takes its name when everything is written; an older one stays until then.
     """
-    folder, state = Path(folder), _state(model, optimizer)
+    folder = Path(folder)
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer.state:  # PyTorch would make one by a step
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     temporary = folder.with_name(f".{folder.name}.tmp")
+    if _is_first():
+        shutil.rmtree(temporary, ignore_errors=True)
+    _wait()
     state_dict_saver.save(state, checkpoint_id=temporary, no_dist=not dist.is_initialized())
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if _is_first():
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    if dist.is_initialized():
-        dist.barrier()
+    _wait()
 
 
 def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Reads what `save_checkpoint` wrote, on the same or another number of processes.
+    """Reads what `save_checkpoint` wrote, on the same or another number of processes; gradients are cleared.
 
     Raises:
         BadInput: there is no checkpoint.
+        LoadMismatch: it is of another model or optimiser.
+        CorruptFile: it cannot be read.
     """
     if not (Path(folder) / ".metadata").exists():
         raise BadInput(f"no checkpoint in '{folder}'", "it has no .metadata", "a folder of save_checkpoint")
-    state = _state(model, optimizer)
-    state_dict_loader.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    with _readable(folder):
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    optimizer.zero_grad(set_to_none=True)  # PyTorch makes no state to read into where there are gradients
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if any(name.startswith("optimizer.") for name in saved):
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    _check_fit(folder, saved, state)
+    with _readable(folder):
+        state_dict_loader.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_model_state_dict(model, state["model"])
+    if "optimizer" in state:
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    else:
+        optimizer.state.clear()
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments}
+def _check_fit(folder: str | Path, saved: Mapping[str, Any], state: dict[str, Any]) -> None:
+    """Compares names and shapes of a checkpoint with those it is to be read into."""
+    own = {f"model.{name}": value for name, value in state["model"].items()}
+    moments = state.get("optimizer", {}).get("state", {})
+    own |= {f"optimizer.state.{name}.{key}": value for name, held in moments.items() for key, value in held.items()}
+    theirs = {name: told for name, told in saved.items() if not name.startswith("optimizer.param_groups")}
+    differ = [name for name in {**own, **theirs} if name not in own or name not in theirs]
+    for name, value in own.items():
+        told = getattr(theirs.get(name), "size", None)
+        if told is not None and tuple(told) != tuple(value.shape):
+            differ.append(name)
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        wrong = f"they differ in {', '.join(sorted(differ)[:3])}{more}"
+        fix = "the model and the optimiser that it was written with"
+        raise LoadMismatch(f"the checkpoint '{folder}' is of another model or optimiser", wrong, fix)
+
+
+@contextmanager
+def _readable(folder: str | Path) -> Iterator[None]:
+    """Says what is wrong with files that cannot be read."""
+    try:
+        yield
+    except (CheckpointException, OSError, EOFError, pickle.UnpicklingError) as error:
+        wrong = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise CorruptFile(f"cannot read the checkpoint '{folder}'", wrong, "an older checkpoint") from error
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()

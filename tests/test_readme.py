@@ -30,11 +30,18 @@ def test_python_examples_run(index, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_parallel_example_runs(tmp_path):
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_the_parallel_example_runs(launcher, tmp_path):
     (example,) = [text for language, text in BLOCKS if language == "python torchrun"]
     (tmp_path / "train.py").write_text(example)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "parallel" / ".metadata").exists()
 

@@ -20,8 +20,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import mmoe
+import zoo
 from mmoe import parallel
-from mmoe.errors import BadInput, BadOverride, MmoeError, Refused
+from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, MmoeError, Refused
 
 D, F, E, K, ROWS, STEPS = 16, 24, 8, 2, 7, 20
 SECONDS = 240
@@ -139,7 +140,7 @@ def train(rank: int, world: int, sizes: list[int]) -> str:
     return "done"
 
 
-@pytest.mark.parametrize(("world", "sizes"), [(2, [1, 2]), (4, [2, 4])])
+@pytest.mark.parametrize(("world", "sizes"), [(2, [1, 2]), (4, [1, 2, 4])])
 def test_a_training_run_is_that_of_one_process(world: int, sizes: list[int], tmp_path: Path) -> None:
     check(run(world, train, tmp_path, sizes))
 
@@ -179,6 +180,60 @@ def balance(rank: int, world: int) -> str:
 
 def test_bias_balancing_counts_the_rows_of_all_processes(tmp_path: Path) -> None:
     check(run(2, balance, tmp_path))
+
+
+def unfreeze(rank: int, world: int) -> str:
+    """Experts that are trained from a later step on."""
+    for ep in (1, world):
+        reference, model = Net(), Net().requires_grad_(False)
+        parallel.parallelize(model, parallel.make_mesh(ep)).requires_grad_(True)
+        data = batch(0, world)
+        mean_loss(model(data[rank][0]), data[rank][1]).backward()
+        torch.stack([mean_loss(reference(x), target) for x, target in data]).mean().backward()
+        for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert ours.grad is not None and theirs.grad is not None
+            close(ours.grad, theirs.grad, f"gradient of {name}, ep={ep}")
+    return "done"
+
+
+def test_parameters_that_were_frozen_at_first(tmp_path: Path) -> None:
+    check(run(2, unfreeze, tmp_path))
+
+
+def zoo_model(rank: int, world: int) -> str:
+    """A model of the zoo, with its scalar and its two encoders."""
+    reference, model = (zoo.load("clip_moe_tiny", device="cpu") for _ in range(2))
+    parallel.parallelize(model, parallel.make_mesh(2), methods=["encode_image", "encode_text"])
+    draw = torch.Generator().manual_seed(0)
+    size = reference.config.image_size
+    images = torch.randn(world, 3, 3, size, size, generator=draw)
+    text = reference.tokenizer([f"a fox and {n} dogs" for n in range(3)])
+    with torch.no_grad():
+        close(model.encode_image(images[rank]), reference.encode_image(images[rank]), "encode_image")
+        close(model.encode_text(text), reference.encode_text(text), "encode_text")
+    model(images[rank], text).logits_per_image.square().mean().backward()
+    sum(reference(part, text).logits_per_image.square().mean() for part in images).div(world).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(
+                whole(ours.grad), theirs.grad, atol=1e-4, rtol=1e-4, msg=lambda t, n=name: f"{n}: {t}"
+            )
+    parallel.clip_grad_norm_(model.parameters(), 1.0)
+    return "done"
+
+
+def test_a_model_of_the_zoo(tmp_path: Path) -> None:
+    check(run(2, zoo_model, tmp_path))
+
+
+def refuse_prelu(rank: int, world: int) -> str:
+    with pytest.raises(Refused, match=r"divide experts with the parameter 'act\.weight'"):
+        parallel.parallelize(nn.Sequential(moe(act=nn.PReLU())), parallel.make_mesh(2))
+    return "done"
+
+
+def test_experts_with_a_parameter_that_they_share(tmp_path: Path) -> None:
+    check(run(4, refuse_prelu, tmp_path))
 
 
 # ---- checkpoints ----
@@ -237,6 +292,66 @@ def test_checkpoints_move_between_numbers_of_processes(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
 
 
+def resume(rank: int, world: int, folder: Path) -> str:
+    """Saving changes nothing, before the first step too, and loading goes on where the saved run was."""
+    found = []
+    for case in ("undisturbed", "saved", "resumed"):
+        model, optimizer = start(2)
+        if case == "resumed":
+            mean_loss(model(batch(0, world)[rank][0]), torch.zeros(1)).backward()  # gradients that are in the way
+            parallel.load_checkpoint(folder / "0", model, optimizer)
+            assert not optimizer.state
+            parallel.load_checkpoint(folder / "2", model, optimizer)
+        for step in range(0 if case != "resumed" else 2, 4, 2):
+            if case == "saved":
+                parallel.save_checkpoint(folder / str(step), model, optimizer)
+            take_steps(model, optimizer, rank, world, step)
+        found.append(weights(model))
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value) and torch.equal(found[2][name], value), name
+    return "done"
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    check(run(2, resume, tmp_path, tmp_path / "runs"))
+
+
+class TestCheckpointsThatDoNotFit:
+    def test_other_models_and_optimisers(self, tmp_path: Path) -> None:
+        model, optimizer = start(None)
+        mean_loss(model(torch.randn(ROWS, D)), torch.zeros(1)).backward()
+        optimizer.step()
+        parallel.save_checkpoint(tmp_path / "a", model, optimizer)
+        before = copy.deepcopy(model.state_dict())
+        model.more = nn.Linear(2, 2)
+        self.check_refused(tmp_path / "a", model, torch.optim.AdamW(model.parameters()), "model.more.bias")
+        del model.more, model.blocks[1]
+        self.check_refused(tmp_path / "a", model, torch.optim.AdamW(model.parameters()), "model.blocks.1")
+        other = Net()
+        self.check_refused(tmp_path / "a", other, torch.optim.SGD(other.parameters()), "optimizer.state.blocks")
+        wide = Net()
+        wide.out = nn.Linear(D, 5)
+        self.check_refused(tmp_path / "a", wide, torch.optim.AdamW(wide.parameters()), "model.out")
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def check_refused(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, name: str) -> None:
+        with pytest.raises(LoadMismatch, match=f"they differ in .*{name}"):
+            parallel.load_checkpoint(folder, model, optimizer)
+
+    def test_broken_files(self, tmp_path: Path) -> None:
+        model, optimizer = start(None)
+        (tmp_path / ".a.tmp").mkdir()
+        (tmp_path / ".a.tmp" / "left.distcp").touch()
+        parallel.save_checkpoint(tmp_path / "a", model, optimizer)
+        (data,) = (tmp_path / "a").glob("*.distcp")
+        data.write_bytes(data.read_bytes()[:100])
+        with pytest.raises(CorruptFile, match="cannot read the checkpoint"):
+            parallel.load_checkpoint(tmp_path / "a", model, optimizer)
+        (tmp_path / "a" / ".metadata").write_bytes(b"none")
+        with pytest.raises(CorruptFile, match="cannot read the checkpoint"):
+            parallel.load_checkpoint(tmp_path / "a", model, optimizer)
+
+
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no checkpoint in"):
         parallel.load_checkpoint(tmp_path, *start(None))
@@ -245,12 +360,36 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
 # ---- clear ends ----
 
 
+def moe(seed: int = 0, hidden_dim: int = F, experts: int = E, **options: Any) -> mmoe.MoE:
+    torch.manual_seed(seed)
+    return mmoe.build_moe(D, hidden_dim, experts, K, **options)
+
+
 def differ(rank: int, world: int) -> str:
-    model = nn.Sequential(mmoe.build_moe(D, F + 8 * rank, E, K))
-    with pytest.raises(BadInput, match="processes 1 differ from process 0 in names, shapes or types"):
-        parallel.parallelize(model, parallel.make_mesh(2))
+    mesh = parallel.make_mesh(2)
+    frozen = moe()
+    frozen.experts.requires_grad_(rank == 0)
+    for model, what in (
+        (moe(hidden_dim=F + 8 * rank), "the mesh, or in names, shapes or types of tensors"),
+        (moe(act="gelu" if rank else "silu"), "classes, options or what is frozen"),
+        (moe(score="sigmoid" if rank else "softmax"), "classes, options or what is frozen"),
+        (frozen, "classes, options or what is frozen"),
+        (moe(seed=rank), "the values of tensors"),
+    ):
+        with pytest.raises(BadInput, match=f"processes 1 differ from process 0 in {what}"):
+            parallel.parallelize(nn.Sequential(model), mesh)
+    uneven = nn.Sequential(moe(), moe(experts=7))
     with pytest.raises(Refused, match="divide 7 experts among 2 processes"):
-        parallel.parallelize(mmoe.build_moe(D, F, 7, K), parallel.make_mesh(2))
+        parallel.parallelize(uneven, mesh)
+    assert not any(hasattr(parameter, "to_local") for parameter in uneven.parameters()), "it is as it was"
+    layer, tied = moe(), nn.Sequential(moe(), moe())
+    tied[1].experts.down_proj = tied[0].experts.down_proj
+    for shared, name in ((nn.Sequential(layer, layer), "0.experts.gate_up_proj"), (tied, "0.experts.down_proj")):
+        with pytest.raises(Refused, match=f"divide the parameter '{name}', which is '1"):
+            parallel.parallelize(shared, mesh)
+    model = parallel.parallelize(nn.Sequential(moe(), moe()), mesh)
+    with pytest.raises(Refused, match="parallelize a model again"):
+        parallel.parallelize(model, mesh)
     with pytest.raises(BadOverride, match="ep=3\n  ep is a whole number from 1 to 2"):
         parallel.make_mesh(3)
     return "done"
@@ -282,6 +421,7 @@ from torch import nn
 from mmoe import parallel
 
 mesh = parallel.make_mesh(ep=1)
+torch.manual_seed(0)
 model = parallel.parallelize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), mesh)
 for step in range(3):
     if step == 1 and os.environ["RANK"] == "1":
