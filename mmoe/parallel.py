@@ -141,12 +141,10 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, methods: Iterable[str] = ())
             sharded.set_force_sum_reduction_for_comms(True)
             continue
         for parameter in module.packed_parameters().values():
-            whole.add(parameter)
-            _hook_gradient(parameter, lambda grad: grad / world.size())
+            whole.add(_keep_whole(parameter, world, lambda grad: grad / world.size()))
     for parameter in model.parameters():
         if not parameter.ndim:
-            whole.add(parameter)
-            _hook_gradient(parameter, lambda grad: _mean(grad, world.get_group()))
+            whole.add(_keep_whole(parameter, world, lambda grad: _mean(grad, world.get_group())))
     for block in [*blocks, model]:
         fully_shard(block, mesh=world, ignored_params=whole)
     for method in methods:
@@ -154,11 +152,12 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, methods: Iterable[str] = ())
     return model
 
 
-def _hook_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> None:
-    """Registers a hook that is there too when a frozen parameter is trained later."""
-    trained = parameter.requires_grad
+def _keep_whole(parameter: nn.Parameter, mesh: DeviceMesh, hook: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """Does for a parameter what FSDP would; the hook of its gradient is there too when it is trained later."""
+    trained, parameter.data = parameter.requires_grad, parameter.data.to(mesh.device_type)
     parameter.requires_grad_(True).register_hook(hook)
     parameter.requires_grad_(trained)
+    return parameter
 
 
 def _mean(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -192,8 +191,12 @@ def _check_same_everywhere(model: nn.Module, mesh: DeviceMesh) -> None:
 def _settings(module: nn.Module) -> list[str]:
     """Plain values and functions of a module that say what it computes."""
     found = {name: getattr(value, "__qualname__", value) for name, value in vars(module).items() if name[0] != "_"}
-    plain = (bool, int, float, str, tuple, type(None))
-    return [f"{name}={value!r}" for name, value in sorted(found.items()) if isinstance(value, plain)]
+    plain = (bool, int, float, str, type(None))
+    return [
+        f"{name}={value!r}"
+        for name, value in sorted(found.items())
+        if all(isinstance(part, plain) for part in (value if isinstance(value, tuple) else (value,)))
+    ]
 
 
 def _digest(parts: Iterable[Any]) -> str:
@@ -213,21 +216,15 @@ def _check_divisible(model: nn.Module, experts: list[Experts], blocks: list[nn.M
             asked = f"divide {count} experts among {mesh['ep'].size()} processes"
             wrong = "each process holds as many as the others"
             raise Refused(asked, wrong, "another ep, or another number of experts")
-        others = [
-            name for name, parameter in module.named_parameters() if all(parameter is not p for p in packed.values())
-        ]
-        if others and mesh["ep"].size() > 1 and mesh["dp"].size() > 1:
+        others = [name for name, _ in module.named_parameters() if name not in packed]
+        if others and min(mesh["ep"].size(), mesh["dp"].size()) > 1:
             wrong = "every expert uses it, and the processes of one set of experts would train it apart"
             raise Refused(f"divide experts with the parameter {others[0]!r}", wrong, "ep=1, or ep of all processes")
     _check_ties(model, {id(unit) for unit in [*blocks, *experts]})
 
 
 def _check_ties(model: nn.Module, units: set[int]) -> None:
-    """Each unit has parameters of its own.
-
-    Args:
-        model: outside of its units, parameters may have several names.
-        units: ids of the modules that are sharded one by one.
+    """Modules that are sharded one by one, here by id, have parameters of their own; others may give one two names.
 
     Raises:
         Refused: two share one.
