@@ -41,8 +41,7 @@ def atomic_paths(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
     They take their names in the given order.
     """
     files = [_target(Path(path)) for path in paths]
-    own = f"{os.getpid()}-{threading.get_ident()}"
-    temporaries = tuple(file.parent / f".{file.name}.{own}.tmp{file.suffix}" for file in files)
+    temporaries = tuple(map(_temporary, files))
     try:
         modes = [_make(temporary, file) for temporary, file in zip(temporaries, files, strict=True)]
         yield temporaries
@@ -53,8 +52,7 @@ def atomic_paths(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
         for temporary, file in zip(temporaries, files, strict=True):
             temporary.replace(file)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise BadInput(f"cannot write '{files[0]}'", reason, "write to another folder or free space") from error
+        raise _unwritable(files[0], error) from error
     finally:
         for temporary in temporaries:
             with contextlib.suppress(OSError):
@@ -68,15 +66,23 @@ def check_writable(path: str | Path) -> None:
         BadInput: it cannot.
     """
     file = _target(Path(path))
-    probe = file.parent / f".{file.name}.{os.getpid()}-{threading.get_ident()}.tmp"
+    probe = _temporary(file)
     try:
         _make(probe, file)
     except OSError as error:
-        wrong, fix = error.strerror or str(error), "write to another folder or free space"
-        raise BadInput(f"cannot write '{path}'", wrong, fix) from error
+        raise _unwritable(file, error) from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
+
+
+def _temporary(file: Path) -> Path:
+    return file.parent / f".{file.name}.{os.getpid()}-{threading.get_ident()}.tmp{file.suffix}"
+
+
+def _unwritable(file: Path, error: Exception) -> BadInput:
+    reason = getattr(error, "strerror", None) or str(error)
+    return BadInput(f"cannot write '{file}'", reason, "write to another folder or free space")
 
 
 def _target(path: Path) -> Path:

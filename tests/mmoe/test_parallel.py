@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -74,6 +75,23 @@ def close(one: Tensor, other: Tensor, what: str) -> None:
     torch.testing.assert_close(whole(one), other, atol=1e-5, rtol=1e-5, msg=lambda text: f"{what}: {text}")
 
 
+def backward(model: nn.Module, reference: nn.Module, step: int, rank: int, world: int, what: str = "") -> None:
+    """A step's backward passes of this process's part and of one process; every gradient is the same."""
+    data = batch(step, world)
+    x, target = data[rank]
+    y = model(x)
+    loss = mean_loss(y, target)
+    loss.backward()
+    outputs = [reference(part) for part, _ in data]
+    losses = [mean_loss(out, wanted) for out, (_, wanted) in zip(outputs, data, strict=True)]
+    torch.stack(losses).mean().backward()
+    close(y, outputs[rank], f"outputs{what}")
+    close(loss, losses[rank], f"loss{what}")
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        close(ours.grad, theirs.grad, f"gradient of {name}{what}")
+
+
 def run(world: int, job: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """Runs job(rank, world, *args) in new processes; returns what they return, or the error they end with."""
     meeting = folder / f"meeting_{time.monotonic_ns()}"
@@ -118,18 +136,7 @@ def train(rank: int, world: int, sizes: list[int]) -> str:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
         single = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
         for step in range(STEPS):
-            data = batch(step, world)
-            y = model(data[rank][0])
-            loss = mean_loss(y, data[rank][1])
-            loss.backward()
-            outputs = [reference(x) for x, _ in data]
-            losses = [mean_loss(out, target) for out, (_, target) in zip(outputs, data, strict=True)]
-            torch.stack(losses).mean().backward()
-            close(y, outputs[rank], f"outputs, ep={ep}, step {step}")
-            close(loss, losses[rank], f"loss, ep={ep}, step {step}")
-            for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-                assert ours.grad is not None and theirs.grad is not None
-                close(ours.grad, theirs.grad, f"gradient of {name}, ep={ep}, step {step}")
+            backward(model, reference, step, rank, world, f", ep={ep}, step {step}")
             norm = parallel.clip_grad_norm_(model.parameters(), 0.5)
             close(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.5), "norm")
             for taken in (optimizer, single):
@@ -149,14 +156,9 @@ def copies(rank: int, world: int) -> str:
     """Data parallel training by `DistributedDataParallel`, which needs a gradient of every parameter."""
     reference, model = Net(), nn.parallel.DistributedDataParallel(Net())
     for step in (0, 3):  # in step 3 the first process has no rows
-        data = batch(step, world)
         model.zero_grad()
         reference.zero_grad()
-        mean_loss(model(data[rank][0]), data[rank][1]).backward()
-        torch.stack([mean_loss(reference(x), target) for x, target in data]).mean().backward()
-        for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-            assert ours.grad is not None and theirs.grad is not None
-            close(ours.grad, theirs.grad, f"gradient of {name}")
+        backward(model, reference, step, rank, world)
     return "done"
 
 
@@ -187,12 +189,7 @@ def unfreeze(rank: int, world: int) -> str:
     for ep in (1, world):
         reference, model = Net(), Net().requires_grad_(False)
         parallel.parallelize(model, parallel.make_mesh(ep)).requires_grad_(True)
-        data = batch(0, world)
-        mean_loss(model(data[rank][0]), data[rank][1]).backward()
-        torch.stack([mean_loss(reference(x), target) for x, target in data]).mean().backward()
-        for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-            assert ours.grad is not None and theirs.grad is not None
-            close(ours.grad, theirs.grad, f"gradient of {name}, ep={ep}")
+        backward(model, reference, 0, rank, world, f", ep={ep}")
     return "done"
 
 
@@ -412,6 +409,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     survivor, dead = run(2, lose, tmp_path)
     assert dead is None
     assert isinstance(survivor, MmoeError | RuntimeError)
+    assert re.search(r"rows could not be exchanged|gloo|Connection|peer", str(survivor)), survivor
 
 
 LOST = """

@@ -76,7 +76,7 @@ def layers(cell: Cell, dtype: torch.dtype) -> tuple[dict[str, Layer], list[nn.Pa
 def products(moe: mmoe.MoE, x: Tensor) -> Callable[[bool], None]:
     """The products of a pass, one per expert with rows, between tensors that are sorted and there already.
 
-    It is what no mixture of such products can be faster than, however well it routes, gathers and adds up.
+    A layer that makes one product per expert cannot be faster; one that multiplies several experts at once can.
 
     Args:
         moe: layer with gated experts.
