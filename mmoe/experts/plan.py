@@ -121,8 +121,14 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _turned(a: Tensor, b: Tensor) -> bool:
     """True where few rows times a transposed matrix are quicker as that matrix times a few columns."""
-    least, most = (1, 64) if a.itemsize == 2 else (8, 48)
-    return b.stride(-1) != 1 and least <= a.shape[-2] <= most
+    rows, size = a.shape[-2], b.shape[-2] * b.shape[-1]
+    if b.stride(-1) == 1:
+        return False
+    if b.itemsize == 2:
+        return rows <= 64
+    if size < 2**21:
+        return size >= 2**19 and 16 <= rows <= 48
+    return 8 <= rows <= (48 if size < 2**22 else 15)
 
 
 class Plan(NamedTuple):
