@@ -101,7 +101,7 @@ def grouped_linear(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     check_choice("backend", backend, get_args(Backend))
     if backend in ("auto", "fused"):
-        backend = "grouped" if _grouped_allowed(x, weight) else "loop"
+        backend = "grouped" if grouped_allowed(x, weight) else "loop"
     elif backend == "grouped" and not (_aligned(weight) and weight.dtype in _GROUPED):
         wrong = "grouped products want rows of a multiple of 16 bytes, in fp32, bf16 or fp16"
         asked = (
@@ -121,7 +121,8 @@ def is_sharded(weight: Tensor) -> bool:
     return hasattr(weight, "to_local")
 
 
-def _grouped_allowed(x: Tensor, weight: Tensor) -> bool:
+def grouped_allowed(x: Tensor, weight: Tensor) -> bool:
+    """True where `torch.nn.functional.grouped_mm` takes rows (N, I) and weights (E, O, I), or turned, and is quick."""
     quick = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
     return quick and len(x) > 0 and _aligned(weight) and not in_forward_mode()
 

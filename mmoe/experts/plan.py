@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmoe.dispatch import sort_slots
+from mmoe.dispatch import grouped_allowed, sort_slots
 from mmoe.routing import Routing
 
 CHUNK_BYTES = 4 * 2**20  # of a chunk's inner values; about what stays in a core's cache
 _FEW = 3  # rows of each expert up to which a product in full precision is over sooner than its call
+_GROUPED = (8, 15)  # least blocks of a chunk, and most rows of each, whose products are quicker in one grouped call
 _FREE = 32  # rows by which an expert may be filled up in half precision: reading its weights costs more
 
 
@@ -50,11 +51,13 @@ class Chunk(NamedTuple):
         blocks: of the experts that own them.
         filled: rows of the chunk that belong to no slot, or None. They are zero: a row that overflows in one expert
             must not reach another.
+        ends: where the rows of each expert from the first to the last end, where grouped products are quicker.
     """
 
     places: slice
     blocks: list[Block]
     filled: Tensor | None
+    ends: Tensor | None
 
     @property
     def size(self) -> int:
@@ -81,6 +84,10 @@ class Chunk(NamedTuple):
 
     def multiply(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
         """Products with each expert's matrix, rows (C, A) and weights (E, A, B) -> (C, B)."""
+        if self.ends is not None and grouped_allowed(rows, weights):
+            first = self.blocks[0].experts.start
+            out.copy_(F.grouped_mm(rows, weights[first : first + len(self.ends)], offs=self.ends))
+            return
         for a, b, product in zip(self._parts(rows), self._of_experts(weights), self._parts(out), strict=True):
             _product(a, b, product)
 
@@ -175,7 +182,7 @@ class Plan(NamedTuple):
             place += shifts.repeat_interleave(per_expert, output_size=len(slots))
             filled = slots.new_ones(starts[-1], dtype=torch.bool).index_fill_(0, place, False)
             tokens = tokens.new_zeros(starts[-1]).index_copy_(0, place, tokens)
-        chunks = _chunks(groups, starts, most, filled)
+        chunks = _chunks(groups, starts, most, filled, half)
         largest = max((chunk.size for chunk in chunks), default=0)
         bags = slots.new_empty(routing.experts.numel()).index_copy_(0, slots, place)
         if routing.all_used:
@@ -248,7 +255,7 @@ def _shifts(groups: list[slice], starts: list[int], counts: list[int], sizes: li
     return shifts
 
 
-def _chunks(groups: list[slice], starts: list[int], most: int, filled: Tensor | None) -> list[Chunk]:
+def _chunks(groups: list[slice], starts: list[int], most: int, filled: Tensor | None, half: bool) -> list[Chunk]:
     """Chunks of neighbouring blocks with at most so many rows, or of one block.
 
     Args:
@@ -256,6 +263,7 @@ def _chunks(groups: list[slice], starts: list[int], most: int, filled: Tensor | 
         starts: first place of each block, and the number of all.
         most: rows.
         filled: (P,) bool, places without a slot.
+        half: values are of half precision.
     """
     chunks, first = [], 0
     while first < len(groups):
@@ -265,6 +273,17 @@ def _chunks(groups: list[slice], starts: list[int], most: int, filled: Tensor | 
         places = slice(starts[first], starts[last])
         blocks = [Block(groups[i], starts[i + 1] - starts[i]) for i in range(first, last)]
         empty = None if filled is None else filled[places].nonzero().flatten()
-        chunks.append(Chunk(places, blocks, empty if empty is not None and len(empty) else None))
+        few = starts[last] - starts[first] <= _GROUPED[1] * len(blocks)
+        ends = _ends(blocks) if few and len(blocks) >= _GROUPED[0] and not half else None
+        chunks.append(Chunk(places, blocks, empty if empty is not None and len(empty) else None, ends))
         first = last
     return chunks
+
+
+def _ends(blocks: list[Block]) -> Tensor:
+    """Where the rows of each expert end, of those without rows too."""
+    sizes, first = [0] * (blocks[-1].experts.stop - blocks[0].experts.start), blocks[0].experts.start
+    for block in blocks:
+        for e in range(block.experts.start, block.experts.stop):
+            sizes[e - first] = block.size // block.num_experts
+    return torch.tensor(list(accumulate(sizes)), dtype=torch.int32, device="cpu")

@@ -365,6 +365,24 @@ def test_neighbours_with_few_rows_share_a_product() -> None:
     assert found == [slice(0, 3), slice(4, 5), slice(5, 6)]
 
 
+@pytest.mark.parametrize("width", [16, 6])
+def test_many_experts_with_few_rows(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    grouped = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(plans.F, "grouped_mm", lambda *args, **kwargs: calls.append(args) or grouped(*args, **kwargs))
+    counts = torch.tensor([0, 5, 9, 1, 1, 7, 0, 4, 8, 2, 5, 6, 3, 7, 5, 0])
+    ids = torch.arange(len(counts)).repeat_interleave(counts)[torch.randperm(int(counts.sum()))]
+    routing = Routing(experts=ids[:, None], weights=torch.rand(len(ids), 1), num_experts=len(counts))
+    x, weights = torch.randn(len(ids), width), torch.randn(len(counts), 8, width)
+    plan = Plan.make(routing, row_bytes=8, half=False)
+    (chunk,) = plan.chunks
+    places = torch.empty(len(plan.tokens), 8)
+    chunk.multiply(plan.gather(chunk, x, torch.empty(plan.most * width)), weights.mT, places)
+    expected = routing.weights * (weights[ids] @ x[:, :, None])[..., 0]
+    torch.testing.assert_close(plan.add_up(places, routing.weights), expected)
+    assert len(calls) == (width == 16), "one call, where its rules allow it"
+
+
 def test_auto_takes_it_where_it_pays() -> None:
     moe, x = MoE(TopKRouter(D, 2, top_k=1), FFNExperts(D, 2**22 // D, 2)), torch.randn(256, D)
     few = x[:255]
