@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mmoe.errors import BadOverride
 from mmoe.options import check_choice
-from mmoe.routing import Routing
+from mmoe.routing import Routing, in_autocast
 
 Backend = Literal["auto", "fused", "grouped", "loop"]
 _FEW = 64  # slots
@@ -96,7 +96,7 @@ def grouped_linear(
     """
     if is_sharded(weight):
         weight, bias = weight.to_local(), None if bias is None else bias.to_local()  # type: ignore[attr-defined]  # a DTensor
-    if torch.is_autocast_enabled(x.device.type):
+    if in_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     check_choice("backend", backend, get_args(Backend))
@@ -128,7 +128,11 @@ def grouped_allowed(x: Tensor, weight: Tensor) -> bool:
 
 
 def _aligned(weight: Tensor) -> bool:
-    return all(size * weight.itemsize % 16 == 0 for size in weight.shape[1:])
+    """True where rows or columns lie one behind the other, in multiples of 16 bytes."""
+    (rows, columns), (step, side) = weight.shape[1:], weight.stride()[1:]
+    if side != 1:
+        rows, columns, step, side = columns, rows, side, step
+    return side == 1 and step >= columns and all(size * weight.itemsize % 16 == 0 for size in (rows, columns, step))
 
 
 def in_forward_mode() -> bool:
@@ -149,8 +153,8 @@ def _loop(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None) -> Ten
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """grouped_mm (N, I) x (E, I, O) -> (N, O); torch.compile cannot trace it in fp32, so there it is a custom op."""
-    if torch.compiler.is_compiling() and x.dtype == torch.float32:
+    """grouped_mm (N, I) x (E, I, O) -> (N, O); without shapes for fp32, so where only they count it is a custom op."""
+    if (torch.compiler.is_compiling() or x.is_meta) and x.dtype == torch.float32:
         return _opaque_grouped_mm(x, weight, offsets)
     out: Tensor = F.grouped_mm(x.contiguous(), weight, offs=offsets)
     return out

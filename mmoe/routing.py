@@ -129,7 +129,7 @@ class Routing:
     def counts(self) -> Tensor:
         """Slots that each expert got, (E,) int64."""
         ids = self.experts.flatten()
-        if not torch.compiler.is_compiling():  # it cannot know the length of the result
+        if not torch.compiler.is_compiling() and not ids.is_meta:  # they cannot know the length of the result
             return torch.bincount(ids, minlength=self.num_experts + 1)[: self.num_experts]
         counts = ids.new_zeros(self.num_experts + 1).index_add_(0, ids, torch.ones_like(ids))
         return counts[: self.num_experts]
@@ -268,10 +268,15 @@ class LinearRouter(Router):
 
     def scores(self, x: Tensor) -> Tensor:
         """Raw scores: x (T, D) -> logits (T, E) in fp32."""
-        if torch.is_autocast_enabled(x.device.type):
+        if in_autocast(x):
             with torch.autocast(x.device.type, enabled=False):
                 return self.scores(x)
         return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).float()
+
+
+def in_autocast(x: Tensor) -> bool:
+    """True where autocast changes the types of products with `x`; the meta device has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def over_processes(counts: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import mmoe
+import mmoe.errors
 from mmoe import Context, FFNExperts, FixedRouter, GatedFFN, GatedFFNExperts, MoE, Routing, TopKRouter
 from mmoe.dispatch import Backend
 
@@ -248,3 +249,32 @@ class TestCompiled:
             found.append([y.detach(), x.grad, *(p.grad for p in host.parameters() if p.grad is not None)])
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cut out of wider rows": lambda weight: nn.functional.pad(weight, (0, 2))[..., :-2],
+    "experts last": lambda weight: weight.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "transposed": lambda weight: weight.mT.contiguous().mT,
+    "every other row": lambda weight: weight.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("rows", [1, 8, 100])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_weights_that_lie_apart(layout: str, rows: int, backend: Backend) -> None:
+    moe = mmoe.build_moe(D, F, 16, 2)
+    expected = moe(x := torch.randn(rows, D))
+    for name, weight in moe.experts.packed_parameters().items():
+        setattr(moe.experts, name, nn.Parameter(LAYOUTS[layout](weight.detach())))
+    moe.backend = backend
+    if backend == "grouped" and layout in ("cut out of wider rows", "experts last"):
+        with pytest.raises(mmoe.errors.BadOverride, match="multiple of 16 bytes"):
+            moe(x)
+        return
+    torch.testing.assert_close(moe(x), expected)
+
+
+def test_shapes_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        moe, x = mmoe.build_moe(D, F, E, 2), torch.randn(5, D)
+    assert moe(x).shape == (5, D) and moe(x).is_meta

@@ -23,7 +23,7 @@ def _can_draw(plot: Path | None) -> Path | None:
     return plot
 
 
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Threads = Annotated[int, typer.Option(min=1, max=512, help="CPU threads.")]
 Seconds = Annotated[float, typer.Option(min=0, max=3600, help="About what one candidate of a cell may take.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DType = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]

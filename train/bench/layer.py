@@ -224,9 +224,10 @@ def summary(timings: list[Timing]) -> dict[str, float | None]:
         for prefix, name in (("", OURS), (f"{PRODUCTS} ", PRODUCTS))
     }
     few = chosen(forward, 1, 32)
+    least = round(min(t.speed(OURS, _best(t)) for t in timings), 3) if timings else None
     return {
         **to_limit,
-        "to transformers' best, least of all cells": min((t.speed(OURS, _best(t)) for t in timings), default=None),
+        "to transformers' best, least of all cells": least,
         "to transformers' grouped_mm, all cells": median([t.speed(OURS, grouped) for t in timings]),
         "to transformers' best, forward, T <= 32": median([t.speed(OURS, _best(t)) for t in few]),
         f"{PRODUCTS} to transformers' best, forward, T <= 32": median([t.speed(PRODUCTS, _best(t)) for t in few]),

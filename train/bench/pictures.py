@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmoe.figures import save_figure
+from train.bench import scaling
 from train.bench.layer import PASSES, Timing
 from train.bench.peers import LIMIT, NAIVE, OURS, PRODUCTS, THEIRS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TOP = 1.6  # of the axes of ratios; a dense layer that waits for memory can be several times as slow
+TOP = 1.6  # of the axes of ratios; what is above lies on the edge: dense layers that wait for memory are far slower
 KINDS = list(PASSES)
 LINES = {
     LIMIT: ("#333333", "D", "dense layer of the same active work"),
@@ -42,7 +42,10 @@ def draw_ratios(timings: list[Timing], path: Path) -> Path:
                 points = [(t.cell.rows, t.speed(name, LIMIT)) for t in found if name in t.ms and name != LIMIT]
                 if not points:
                     continue
-                panel.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=label)
+                shown = [(rows, min(speed, TOP)) for rows, speed in points]
+                panel.plot(
+                    *zip(*shown, strict=True), color=color, marker=marker, markersize=4, label=label, clip_on=False
+                )
             panel.axhline(1, color="#333333", linewidth=0.8, linestyle=(0, (4, 3)))
             panel.set_xscale("log", base=2)
             panel.xaxis.set_major_formatter("{x:g}")
@@ -51,7 +54,7 @@ def draw_ratios(timings: list[Timing], path: Path) -> Path:
             if row == 0:
                 panel.set_title(f"D, F, E, K = {size}", fontsize=9)
             if column == 0:
-                panel.set_ylabel(f"{kind}, {dtype}\nspeed / dense", fontsize=8)
+                panel.set_ylabel(f"{kind}, {dtype}\nspeed / dense, up to {TOP}", fontsize=8)
     for panel in axes[-1]:
         panel.set_xlabel("rows T", fontsize=8)
     _add_legend(figure, axes[0][0])
@@ -69,8 +72,7 @@ def draw_scaling(timings: list[Timing], path: Path) -> Path:
     """Time per row over experts and over rows for both passes, and peak memory."""
     from matplotlib.figure import Figure
 
-    rows = Counter(timing.cell.rows for timing in timings).most_common(1)[0][0]
-    experts = Counter(timing.cell.num_experts for timing in timings).most_common(1)[0][0]
+    rows, experts = scaling.EXPERTS[0].rows, scaling.ROWS[0].num_experts
     by_experts = [timing for timing in timings if timing.cell.rows == rows]
     by_rows = [timing for timing in timings if timing.cell.num_experts == experts]
     figure = Figure(figsize=(11, 5.6), layout="constrained")
