@@ -15,13 +15,9 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
-import pickle
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,22 +25,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, MmoeError, Refused
+from mmoe.errors import BadInput, BadOverride, MmoeError, Refused
 from mmoe.experts.base import Experts
 from mmoe.options import check_int
+from mmoe.sharded_checkpoint import load_checkpoint, save_checkpoint
+
+__all__ = ["clip_grad_norm_", "init", "load_checkpoint", "make_mesh", "parallelize", "save_checkpoint"]
 
 
 def init(timeout: float = 600.0) -> None:
@@ -103,7 +93,16 @@ def make_mesh(ep: int = 1) -> DeviceMesh:
         works = max(size for size in range(1, ep) if world % size == 0)
         raise BadOverride(f"ep={ep} with {world} processes", "the processes cannot be divided evenly", f"ep={works}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return init_device_mesh(device, (world // ep, ep), mesh_dim_names=("dp", "ep"))
+    mesh = init_device_mesh(device, (world // ep, ep), mesh_dim_names=("dp", "ep"))
+    for group in mesh.get_all_groups():  # their own would be half an hour
+        dist.distributed_c10d._set_pg_timeout(_timeout(dist.group.WORLD, device), group)
+    return mesh
+
+
+def _timeout(group: Any, device: str) -> timedelta:
+    """How long a process of a group waits for the others."""
+    found: timedelta = group._get_backend(torch.device(device)).options._timeout
+    return found
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, methods: Iterable[str] = ()) -> nn.Module:
@@ -220,23 +219,36 @@ def _check_divisible(model: nn.Module, experts: list[Experts], blocks: list[nn.M
         if others and min(mesh["ep"].size(), mesh["dp"].size()) > 1:
             wrong = "every expert uses it, and the processes of one set of experts would train it apart"
             raise Refused(f"divide experts with the parameter {others[0]!r}", wrong, "ep=1, or ep of all processes")
-    _check_ties(model, {id(unit) for unit in [*blocks, *experts]})
+    alone = {id(parameter) for module in experts for parameter in module.packed_parameters().values()}
+    _check_units(model, {id(unit) for unit in [*blocks, *experts]}, alone)
 
 
-def _check_ties(model: nn.Module, units: set[int]) -> None:
-    """Modules that are sharded one by one, here by id, have parameters of their own; others may give one two names.
+def _check_units(model: nn.Module, units: set[int], alone: set[int]) -> None:
+    """Modules that are sharded one by one, here by id, have parameters of their own and of one type.
+
+    Args:
+        model: holds them; others in it may give one parameter two names.
+        units: ids of the modules.
+        alone: ids of the parameters of experts, which are sharded apart.
 
     Raises:
-        Refused: two share one.
+        Refused: two share one, or one has several types.
     """
     paths = {name for name, module in model.named_modules(remove_duplicate=False) if name and id(module) in units}
     owners: dict[nn.Parameter, tuple[str, str]] = {}
+    types: dict[str, tuple[torch.dtype, str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         unit = max((path for path in paths if name.startswith(f"{path}.")), key=len, default="")
         first_unit, first = owners.setdefault(parameter, (unit, name))
         if unit != first_unit:
             wrong = "a parameter of several layers cannot be sharded with each of them"
             raise Refused(f"divide the parameter {first!r}, which is {name!r} too", wrong, "a copy for each layer")
+        if not parameter.ndim or id(parameter) in alone:
+            continue
+        dtype, other = types.setdefault(unit, (parameter.dtype, name))
+        if parameter.dtype != dtype:
+            wrong = f"it is {parameter.dtype}, and {other!r} of the same layer is {dtype}"
+            raise Refused(f"divide the parameter {name!r}", wrong, "model.to(torch.float32)")
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -312,86 +324,3 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
         local = grad.to_local() if isinstance(grad, DTensor) else grad
         local.mul_(scale.to(local.device))
     return total
-
-
-def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes weights and optimiser state, each process its part; any number of processes can read them.
-
-    The folder takes its name when everything is written; an older one stays until then.
-    """
-    folder = Path(folder)
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if optimizer.state:  # PyTorch would make one by a step
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if _is_first():
-        shutil.rmtree(temporary, ignore_errors=True)
-    _wait()
-    state_dict_saver.save(state, checkpoint_id=temporary, no_dist=not dist.is_initialized())
-    if _is_first():
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    _wait()
-
-
-def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Reads what `save_checkpoint` wrote, on the same or another number of processes; gradients are cleared.
-
-    Raises:
-        BadInput: there is no checkpoint.
-        LoadMismatch: it is of another model or optimiser.
-        CorruptFile: it cannot be read.
-    """
-    if not (Path(folder) / ".metadata").exists():
-        raise BadInput(f"no checkpoint in '{folder}'", "it has no .metadata", "a folder of save_checkpoint")
-    with _readable(folder):
-        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
-    optimizer.zero_grad(set_to_none=True)  # PyTorch makes no state to read into where there are gradients
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if any(name.startswith("optimizer.") for name in saved):
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    _check_fit(folder, saved, state)
-    with _readable(folder):
-        state_dict_loader.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    set_model_state_dict(model, state["model"])
-    if "optimizer" in state:
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    else:
-        optimizer.state.clear()
-
-
-def _check_fit(folder: str | Path, saved: Mapping[str, Any], state: dict[str, Any]) -> None:
-    """Compares names and shapes of a checkpoint with those it is to be read into."""
-    own = {f"model.{name}": value for name, value in state["model"].items()}
-    moments = state.get("optimizer", {}).get("state", {})
-    own |= {f"optimizer.state.{name}.{key}": value for name, held in moments.items() for key, value in held.items()}
-    theirs = {name: told for name, told in saved.items() if not name.startswith("optimizer.param_groups")}
-    differ = [name for name in {**own, **theirs} if name not in own or name not in theirs]
-    for name, value in own.items():
-        told = getattr(theirs.get(name), "size", None)
-        if told is not None and tuple(told) != tuple(value.shape):
-            differ.append(name)
-    if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        wrong = f"they differ in {', '.join(sorted(differ)[:3])}{more}"
-        fix = "the model and the optimiser that it was written with"
-        raise LoadMismatch(f"the checkpoint '{folder}' is of another model or optimiser", wrong, fix)
-
-
-@contextmanager
-def _readable(folder: str | Path) -> Iterator[None]:
-    """Says what is wrong with files that cannot be read."""
-    try:
-        yield
-    except (CheckpointException, OSError, EOFError, pickle.UnpicklingError) as error:
-        wrong = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise CorruptFile(f"cannot read the checkpoint '{folder}'", wrong, "an older checkpoint") from error
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()

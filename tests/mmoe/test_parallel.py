@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def run(world: int, job: Callable[..., Any], folder: Path, *args: Any) -> list[A
 
 def _work(rank: int, world: int, meeting: Path, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    patience = timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=patience)
     try:
         result: Any = job(rank, world, *args)
     except Exception as error:  # the parent tells it
@@ -226,6 +228,8 @@ def test_a_model_of_the_zoo(tmp_path: Path) -> None:
 def refuse_prelu(rank: int, world: int) -> str:
     with pytest.raises(Refused, match=r"divide experts with the parameter 'act\.weight'"):
         parallel.parallelize(nn.Sequential(moe(act=nn.PReLU())), parallel.make_mesh(2))
+    for group in parallel.make_mesh(2).get_all_groups():
+        assert parallel._timeout(group, "cpu") == parallel._timeout(dist.group.WORLD, "cpu") != timedelta(minutes=30)
     return "done"
 
 
@@ -313,7 +317,99 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     check(run(2, resume, tmp_path, tmp_path / "runs"))
 
 
+class Partly(nn.Module):
+    """A layer of it is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.moe, self.unused = mmoe.build_moe(D, F, E, K), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moe(x)
+
+
+def save_partly(rank: int, world: int, folder: Path) -> str:
+    made = []
+    for _ in range(2):
+        model = parallel.parallelize(Partly(), parallel.make_mesh(2))
+        made.append((model, torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)))
+    (model, optimizer), (fresh, other) = made
+    model(torch.randn(ROWS, D)).square().mean().backward()
+    optimizer.step()
+    parallel.save_checkpoint(folder, model, optimizer)
+    for ours, state in ((fresh, other), (model, optimizer)):
+        parallel.load_checkpoint(folder, ours, state)
+        held = {name for name, parameter in ours.named_parameters() if parameter in state.state}
+        assert held and not any("unused" in name for name in held)
+    return "done"
+
+
+def test_parameters_that_never_had_a_gradient_have_no_state(tmp_path: Path) -> None:
+    check(run(2, save_partly, tmp_path, tmp_path / "a"))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_learning_rate_is_that_of_the_checkpoint(tmp_path: Path, kind: Any) -> None:
+    model = Net()
+    optimizer, other = kind(model.parameters(), lr=0.5), kind(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step()
+    schedule.step()
+    parallel.save_checkpoint(tmp_path / "a", model, optimizer)
+    parallel.load_checkpoint(tmp_path / "a", model, other)
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+class TestFoldersOfCheckpoints:
+    def test_a_run_that_is_killed_between_two_names_loses_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, optimizer = start(None)
+        parallel.save_checkpoint(tmp_path / "a", model, optimizer)
+        rename = Path.rename
+
+        def killed(path: Path, target: Path) -> Path:
+            if path.name == ".a.tmp":
+                raise KeyboardInterrupt
+            return rename(path, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "rename", killed)
+            parallel.save_checkpoint(tmp_path / "a", model, optimizer)
+        parallel.load_checkpoint(tmp_path / "a", model, optimizer)
+        parallel.save_checkpoint(tmp_path / "a", model, optimizer)
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+    @pytest.mark.parametrize("name", ["notes.txt", "best/model.pt"])
+    def test_a_folder_of_something_else_is_left_alone(self, tmp_path: Path, name: str) -> None:
+        file = tmp_path / "run" / name
+        file.parent.mkdir(parents=True)
+        file.write_text("precious")
+        for target in (tmp_path / "run", file):
+            with pytest.raises(BadInput, match="a checkpoint has a folder of its own"):
+                parallel.save_checkpoint(target, *start(None))
+        assert file.read_text() == "precious"
+
+    def test_links_and_the_current_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "latest").symlink_to("real")
+        model, optimizer = start(None)
+        parallel.save_checkpoint(tmp_path / "latest", model, optimizer)
+        assert (tmp_path / "latest").is_symlink() and (tmp_path / "real" / ".metadata").exists()
+        monkeypatch.chdir(tmp_path / "real")
+        parallel.save_checkpoint(".", model, optimizer)
+        parallel.load_checkpoint(tmp_path / "latest", model, optimizer)
+
+
 class TestCheckpointsThatDoNotFit:
+    def test_another_number_of_groups(self, tmp_path: Path) -> None:
+        model, optimizer = start(None)
+        parallel.save_checkpoint(tmp_path / "a", model, optimizer)
+        groups = [{"params": model.inp.parameters()}, {"params": model.blocks.parameters()}]
+        with pytest.raises(LoadMismatch, match="it has 1 groups of parameters in place of 2"):
+            parallel.load_checkpoint(tmp_path / "a", model, torch.optim.AdamW(groups))
+
     def test_other_models_and_optimisers(self, tmp_path: Path) -> None:
         model, optimizer = start(None)
         mean_loss(model(torch.randn(ROWS, D)), torch.zeros(1)).backward()
@@ -385,6 +481,10 @@ def differ(rank: int, world: int) -> str:
         with pytest.raises(Refused, match=f"divide the parameter '{name}', which is '1"):
             parallel.parallelize(shared, mesh)
     model = parallel.parallelize(nn.Sequential(moe(), moe()), mesh)
+    mixed = Net().bfloat16()
+    mixed.blocks[1].moe.router.float()
+    with pytest.raises(Refused, match=r"divide the parameter 'blocks.1.moe.router.weight'\n  it is torch.float32"):
+        parallel.parallelize(mixed, parallel.make_mesh(2))
     with pytest.raises(Refused, match="parallelize a model again"):
         parallel.parallelize(model, mesh)
     with pytest.raises(BadOverride, match="ep=3\n  ep is a whole number from 1 to 2"):
