@@ -25,11 +25,12 @@ class Registry:
     Args:
         kind: word used in messages, such as "router".
         package: package whose import registers the built-in classes.
+        works: what to try after an unknown name.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, works: str | None = None) -> None:
         self.kind = kind
-        self._package = package
+        self._package, self._works = package, works or f"mmoe list --kind {kind}s"
         self._classes: dict[str, type] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -61,11 +62,7 @@ class Registry:
     def get(self, name: str) -> type:
         """The class filed under `name`; an unknown name fails with the nearest ones."""
         if name not in self.names():
-            raise UnknownName(
-                f"no {self.kind} named {name!r}",
-                did_you_mean(name, self.names()),
-                f"mmoe list --kind {self.kind}s",
-            )
+            raise UnknownName(f"no {self.kind} named {name!r}", did_you_mean(name, self.names()), self._works)
         return self._classes[name]
 
     def options(self, name: str) -> list[str]:

@@ -148,7 +148,10 @@ def update_routers(model: nn.Module, routing: Trace) -> None:
     """
     layers = moe_layers(model)
     for name, taken in zip(routing.names, routing, strict=True):
-        layers[name].router.update(taken)
+        router: Any = layers[name].router
+        if hasattr(router, "get_base_layer"):  # peft's adapters stand around it
+            router = router.get_base_layer()
+        router.update(taken)
 
 
 @contextmanager

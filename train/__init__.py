@@ -1,1 +1,25 @@
-"""Training: data sets, recipes and the loops that run them."""
+"""Training: recipes, data sets, and the engine that runs them.
+
+recipe = train.Recipe.load("clip_moe_router", "run.steps=20")
+results = train.run(recipe, "runs/short")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.recipe import Recipe
+    from train.stages import run
+
+__all__ = ["Recipe", "run"]
+_HOMES = {"Recipe": "train.recipe", "run": "train.stages"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: a recipe can be checked without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'train' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -8,6 +8,7 @@ are what drawing styles differ in. Shapes: n pictures, S pixels per side.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,12 +45,12 @@ def as_input(model: Model, image: Tensor) -> Tensor:
     return ((image - mean) / std).to(model.device, model.dtype)
 
 
-def augment(pixels: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+def augment(pixels: Tensor, source: torch.Generator | Sequence[int], strength: float = 1.0) -> Tensor:
     """Random variants of drawings.
 
     Args:
         pixels: (n, 4, S, S) uint8 RGBA.
-        generator: source of all randomness.
+        source: of all randomness, or a seed for each picture: what becomes of one then depends on no other.
         strength: scales warps and colour shifts; which pictures turn grey, get contours, fewer colours, blur or a
             cut-out does not depend on it.
 
@@ -57,10 +58,10 @@ def augment(pixels: Tensor, generator: torch.Generator, strength: float = 1.0) -
         (n, 3, S, S) floats in [0, 1].
 
     Example:
-        >>> augment(torch.zeros(2, 4, 64, 64, dtype=torch.uint8), torch.Generator()).shape
+        >>> augment(torch.zeros(2, 4, 64, 64, dtype=torch.uint8), [0, 1]).shape
         torch.Size([2, 3, 64, 64])
     """
-    draw = _Draw(len(pixels), generator)
+    draw = _Draw(len(pixels), source) if isinstance(source, torch.Generator) else _DrawEach(source)
     rgba = pixels.float() / 255
     rgba = _warp(torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1), draw, strength)  # premultiplied
     colour, alpha = rgba[:, :3], rgba[:, 3:]
@@ -85,6 +86,30 @@ class _Draw:
 
     def chance(self, probability: float) -> Tensor:
         return torch.rand(self.n, generator=self.generator) < probability
+
+
+class _DrawEach(_Draw):
+    """Random numbers per picture, from one long row for each."""
+
+    def __init__(self, seeds: Sequence[int], most: int = 64) -> None:
+        self.n, self._taken = len(seeds), 0
+        rows = [torch.rand(most, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self._numbers = torch.stack(rows) if rows else torch.zeros(0, most)  # (n, most)
+
+    def _next(self, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        self._taken += count
+        assert self._taken <= self._numbers.shape[1], "a picture needs more numbers"
+        return self._numbers[:, self._taken - count : self._taken].reshape(self.n, *shape)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        return self._next(*shape) * (high - low) + low
+
+    def normal(self, scale: float) -> Tensor:
+        return torch.special.ndtri(self._next().clamp(1e-6, 1 - 1e-6)) * scale
+
+    def chance(self, probability: float) -> Tensor:
+        return self._next() < probability
 
 
 def _warp(rgba: Tensor, draw: _Draw, strength: float) -> Tensor:

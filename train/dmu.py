@@ -35,7 +35,7 @@ from zoo.clip_moe.convert import upcycle
 from zoo.clip_moe.model import ClipMoE
 from zoo.state import read_json
 
-RECIPE = Path(__file__).parent / "recipes" / "clip_moe" / "dmu_tiny.yaml"
+RECIPE = Path(__file__).parent / "dmu_tiny.yaml"
 
 
 class DmuConfig(BaseModel):

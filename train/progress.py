@@ -71,7 +71,9 @@ class Progress:
 
 @contextmanager
 def interrupts_held() -> Iterator[Callable[[], bool]]:
-    """Holds Ctrl-C back until the caller asks for it, so that it never stops half of a step; a second one does.
+    """Holds Ctrl-C and SIGTERM back until the caller asks for them, so that they never stop half of a step.
+
+    A second Ctrl-C does not wait.
 
     >>> with interrupts_held() as interrupted:
     ...     interrupted()
@@ -80,16 +82,19 @@ def interrupts_held() -> Iterator[Callable[[], bool]]:
     held = []
 
     def hold(number: int, frame: object) -> None:
-        if held:
+        if held and number == signal.SIGINT:
             raise KeyboardInterrupt
         held.append(number)
 
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
+    if threading.current_thread() is not threading.main_thread() or not callable(before[signal.SIGINT]):
         yield lambda: False
         return
-    signal.signal(signal.SIGINT, hold)
+    for number in signals:
+        signal.signal(number, hold)
     try:
         yield lambda: bool(held)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -73,12 +73,14 @@ class Model(nn.Module):
     Attributes:
         family: folder of the family in the zoo.
         config_class: frozen dataclass of options.
+        layer_methods: methods besides `forward` that run the layers.
         card: what is known about the model, or None for one built by hand.
         config: the options it was built with.
     """
 
     family: ClassVar[str]
     config_class: ClassVar[type]
+    layer_methods: ClassVar[tuple[str, ...]] = ()
     card: Card | None = None
     _report: LoadReport | None = None
     _loaded: Mapping[str, _Mark] = MappingProxyType({})
@@ -123,6 +125,40 @@ class Model(nn.Module):
     @preprocessing.setter
     def preprocessing(self, values: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Samples with "image", "text", ... as what `forward` takes to give a `loss`.
+
+        Raises:
+            Refused: the model trains on no such samples.
+        """
+        raise Refused(
+            f"train {type(self).__name__} on {', '.join(samples[0])}", "its family has no training", "mmoe list"
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Computes the activations of its layers again in backward instead of keeping them.
+
+        Raises:
+            Refused: the family has no such layers.
+        """
+        raise Refused(f"checkpoint the layers of {type(self).__name__}", "its family cannot", "run.checkpointing=false")
+
+    def constrain(self) -> None:
+        """Brings parameters back into their range after an optimiser's step."""
+
+    @classmethod
+    def assemble(cls, models: Sequence[Model], options: Mapping[str, Any]) -> Model:
+        """A mixture whose experts are the feed-forward layers of several dense models; the first is the host.
+
+        Args:
+            models: of one shape.
+            options: of the mixture's config.
+
+        Raises:
+            Refused: the family cannot.
+        """
+        raise Refused(f"assemble a {cls.__name__}", "its family makes no experts of models", "mmoe convert upcycle")
 
     def num_params(self) -> Params:
         """Parameter counts, total and active."""

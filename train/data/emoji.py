@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mmoe.errors import BadInput, did_you_mean
+from mmoe.errors import BadInput, BadOverride, did_you_mean
+from mmoe.options import check_float, check_int
+from train.augment import as_input, augment
+from train.data.base import DataSet, Sample, Split, data_sets
 from zoo.assets import asset
+from zoo.model import Model
 
 SIZE, COLUMNS = 64, 41
 STYLES = ("openmoji", "noto", "twemoji")
@@ -144,3 +150,102 @@ def load_emoji() -> EmojiSet:
         (1641, 1341, 300)
     """
     return EmojiSet()
+
+
+@data_sets.register("emoji")
+class Emoji(DataSet):
+    """The bundled emoji: each concept in both training styles with one of its captions, augmented anew in every pass.
+
+    No batch holds a concept twice: its two drawings would be false negatives. Evaluation is of "emoji_retrieval".
+
+    Args:
+        split: "train" has the seen concepts; "eval" is all that the task needs.
+        text_length: captions are cut to this many tokens.
+        strength: of the augmentation.
+        clusters: {"models": [...], "image": 3, "text": 3}: every batch comes from one cluster of all partitions so
+            far, by k-means of the pictures and names under each of these models (arXiv 2409.19291, section 3).
+        limit: uses so many concepts of each kind.
+        load: reads a model by name: of a stage, mostly.
+        seed: of k-means.
+    """
+
+    fields = ("image", "text")
+    task = "emoji_retrieval"
+    needs_path = False
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        text_length: int = 16,
+        strength: float = 1.0,
+        clusters: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+        load: Callable[[str], Model] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_int("text_length", text_length, 3)
+        check_float("strength", strength, low=0)
+        self.split, self.text_length, self.strength = split, text_length, strength
+        self.emoji, self.limit = load_emoji(), limit
+        self.concepts = (self.emoji.seen if split == "train" else range(len(self.emoji)))[:limit]
+        self.cells = None if clusters is None or split == "eval" else self._cells(clusters, load, seed)
+
+    def _cells(self, clusters: Mapping[str, Any], load: Callable[[str], Model] | None, seed: int) -> Tensor:
+        from train.clusters import refine_cells
+
+        unknown = [name for name in clusters if name not in ("models", "image", "text")]
+        if unknown or not clusters.get("models") or load is None:
+            wrong = did_you_mean(unknown[0], ["models", "image", "text"]) if unknown else "it names no models"
+            raise BadOverride(f"clusters={dict(clusters)}", wrong, "clusters={models: [base], image: 3, text: 3}")
+        cells = torch.zeros(len(self.emoji.training_styles), len(self.emoji), dtype=torch.long)
+        for name in clusters["models"]:
+            counts = int(clusters.get("image", 3)), int(clusters.get("text", 3))
+            cells = refine_cells(cells, load(name), self.emoji, counts, seed)
+        return cells
+
+    def __len__(self) -> int:
+        return len(self.concepts)
+
+    def name(self, index: int) -> str:
+        """The name of the emoji."""
+        return self.emoji.concepts[index % len(self.emoji)].name
+
+    def read(self, index: int) -> Sample:
+        """A picture, of the first style where the index is that of a concept, and the name."""
+        style, concept = divmod(index, len(self.emoji))
+        return {"image": self.emoji.image(concept, self.emoji.training_styles[style]), "text": self.name(index)}
+
+    def epoch(self, batch_size: int, seed: int) -> list[list[int]]:
+        """Batches for one pass over the concepts, each in one random training style that its cluster is told by.
+
+        Clusters that are smaller than half a batch in this pass are left out, as the paper's sampler leaves out those
+        below a batch.
+        """
+        draw = random.Random(seed)
+        pairs = [(draw.randrange(len(self.emoji.training_styles)), concept) for concept in self.concepts]
+        draw.shuffle(pairs)
+        groups: dict[int, list[int]] = {}
+        for style, concept in pairs:
+            cell = 0 if self.cells is None else int(self.cells[style, concept])
+            groups.setdefault(cell, []).append(style * len(self.emoji) + concept)
+        batches = []
+        for members in groups.values():
+            chunks = [members[first : first + batch_size] for first in range(0, len(members), batch_size)]
+            batches += [chunk for chunk in chunks if 2 * len(chunk) >= batch_size]
+        draw.shuffle(batches)
+        if not batches:
+            wrong = "every cluster is smaller than half of that"
+            raise BadInput(f"make batches of {batch_size} pairs", wrong, "data.batch_size=32")
+        return batches
+
+    def batch(self, indices: Sequence[int], model: Any, seeds: Sequence[int]) -> dict[str, Any]:
+        """Augmented pixels in all training styles of each concept, and one random caption per concept."""
+        concepts, styles = [index % len(self.emoji) for index in indices], len(self.emoji.training_styles)
+        pixels = self.emoji.training_pixels[:, concepts].flatten(0, 1)  # (styles * B, 4, 64, 64)
+        image = augment(pixels, [seed + style for style in range(styles) for seed in seeds], self.strength)
+        drawn = zip(concepts, seeds, strict=True)
+        captions = [self.emoji.concepts[concept].caption(random.Random(seed)) for concept, seed in drawn]
+        text = model.tokenizer(captions, context_length=min(self.text_length, model.config.context_length))
+        return {"image": as_input(model, image), "text": text, "return_loss": True}

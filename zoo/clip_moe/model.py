@@ -16,6 +16,7 @@ Shapes: B samples, N tokens, T = B*N rows, D width, C embedding, E experts, K sl
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ from open_clip.transform import image_transform
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmoe.errors import BadInput
+from mmoe.errors import BadInput, Refused
 from mmoe.options import check_int
 from mmoe.trace import trace
 from zoo.clip_moe.config import ClipMoEConfig
@@ -166,6 +167,7 @@ class ClipMoE(Model):
 
     family = "clip_moe"
     config_class = ClipMoEConfig
+    layer_methods = ("encode_image", "encode_text")
 
     def __init__(self, config: ClipMoEConfig) -> None:
         super().__init__(config)
@@ -359,6 +361,37 @@ class ClipMoE(Model):
                 total = total + self.config.balance_coef * weight * losses[name]
         output.loss, output.losses = total, losses
         return output
+
+    def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Samples with "image" and "text" as a batch for the contrastive loss."""
+        missing = [name for name in ("image", "text") if name not in samples[0]]
+        if missing:
+            wrong = f"its samples have no {' and no '.join(missing)}"
+            raise Refused(f"train {self.family} on this data", wrong, "data.name=pairs")
+        batch = self.preprocess([sample["image"] for sample in samples], [sample["text"] for sample in samples])
+        return {**batch, "return_loss": True}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Computes the activations of both towers' blocks again in backward instead of keeping them."""
+        self.clip.set_grad_checkpointing(enable)
+
+    def constrain(self) -> None:
+        """Keeps the inverse temperature between 1 and 100, as CLIP does."""
+        if self.clip.logit_scale.requires_grad:
+            self.clip.logit_scale.data.clamp_(0, math.log(100))
+
+    @classmethod
+    def assemble(cls, models: Sequence[Model], options: Mapping[str, Any]) -> ClipMoE:
+        """A mixture whose expert i is the feed-forward layer of model i; the first one is the host."""
+        from zoo.clip_moe.convert import upcycle
+
+        host = models[0]
+        if not isinstance(host, ClipMoE) or len(models) != options["num_experts"]:
+            wrong = f"it takes {options['num_experts']} dense models of this family, one for each expert"
+            raise Refused(f"assemble {len(models)} models", wrong, "start: {assemble: [base, ...]}")
+        sources = [model.state_dict() for model in models]
+        given = {name: options[name] for name in ("top_k", "moe_layers", "expert_dropout") if name in options}
+        return upcycle(host, len(models), sources=sources, **given)
 
     def views(self, batch: Mapping[str, Tensor]) -> list[TokenView]:
         """How the rows of the routings of a batch map to patches and words."""

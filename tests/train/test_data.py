@@ -1,0 +1,232 @@
+"""Data of one's own: formats, splits, and files that are broken."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import wavfile
+
+import zoo
+from mmoe.errors import BadInput, BadOverride, MissingExtra, UnknownName
+from train.data import build
+from train.data.base import data_sets
+from train.data.loader import Steps, seed_of
+from train.sections import DataSection
+
+
+def image(path, colour=(200, 30, 30), size=(20, 16)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def pairs(folder, count=10):
+    for number in range(count):
+        image(folder / f"{number}.png", (20 * number, 0, 0)).with_suffix(".txt").write_text(f"number {number}\n")
+    return folder
+
+
+def load(name, path, split="train", **options):
+    return build(DataSection(name=name, path=path, **options), split)
+
+
+def test_pictures_with_captions_beside_them(tmp_path):
+    pairs(tmp_path)
+    image(tmp_path / "alone.png")
+    image(tmp_path / ".hidden" / "0.png").with_suffix(".txt").write_text("no")
+    data = load("pairs", tmp_path, held_out=0.0)
+    assert len(data) == 10
+    sample = data.read(3)
+    assert sample["image"].size == (20, 16) and sample["text"] == "number 3"
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json"])
+def test_a_table_of_pictures_and_captions(tmp_path, ending):
+    image(tmp_path / "pictures" / "a.png")
+    image(tmp_path / "b.png")
+    rows = [{"image": "pictures/a.png", "text": "an a, and more"}, {"image": str(tmp_path / "b.png"), "text": "b"}]
+    table = tmp_path / f"captions.{ending}"
+    if ending.endswith("sv"):
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["image", "text"], delimiter="\t" if ending == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        table.write_text(json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows)))
+    for path in (tmp_path, table):
+        data = load("pairs", path, held_out=0.0)
+        assert sorted(data.read(i)["text"] for i in range(len(data))) == ["an a, and more", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    {
+        "image,txet\na.png,b\n": "row 1 of .* has no 'text'\n  did you mean: txet",
+        "image,text\na.png,\n": "row 1 of .* has no 'text'",
+        "": "it holds nothing|wanted",
+    }.items(),
+)
+def test_tables_with_mistakes(tmp_path, text, told):
+    (tmp_path / "captions.csv").write_text(text)
+    with pytest.raises(BadInput, match=told):
+        load("pairs", tmp_path)
+
+
+def test_splits_have_nothing_in_common_and_stay(tmp_path):
+    pairs(tmp_path, 20)
+    train, test = (load("pairs", tmp_path, split, held_out=0.25) for split in ("train", "eval"))
+    names = [{data.name(i) for i in range(len(data))} for data in (train, test)]
+    assert (len(names[0]), len(names[1])) == (15, 5) and not names[0] & names[1]
+    again = load("pairs", tmp_path, "eval", held_out=0.25)
+    assert [again.name(i) for i in range(5)] == [test.name(i) for i in range(5)]
+    assert len(load("pairs", tmp_path, held_out=0.25, limit=4)) == 4
+
+
+def test_pictures_by_class(tmp_path):
+    for name in ("red_fox", "cat"):
+        for number in range(2):
+            image(tmp_path / name / f"{number}.jpg")
+    (tmp_path / "empty").mkdir()
+    data = load("classes", tmp_path, held_out=0.0)
+    assert data.classes == ["cat", "red_fox"]
+    assert {(data.read(i)["label"], data.read(i)["text"]) for i in range(len(data))} == {(0, "cat"), (1, "red fox")}
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.uint8, np.float32])
+def test_speech_is_one_channel_at_16_khz(tmp_path, kind):
+    wave = np.sin(np.arange(8000) / 8000 * 2 * np.pi * 100)
+    values = {np.int16: wave * 32767, np.uint8: wave * 127 + 128, np.float32: wave}[kind].astype(kind)
+    wavfile.write(tmp_path / "a.wav", 8000, np.stack([values, values], 1))
+    (tmp_path / "a.txt").write_text("hello")
+    sample = load("speech", tmp_path, held_out=0.0).read(0)
+    assert sample["audio"].shape == (16000,) and sample["audio"].dtype == np.float32
+    assert np.abs(sample["audio"][100:-100]).max() == pytest.approx(1.0, abs=0.03)
+
+
+def test_conversations(tmp_path):
+    image(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Red."}]
+    rows = [{"image": "a.png", "conversations": turns}, {"conversations": turns}]
+    table = tmp_path / "talk.json"
+    table.write_text(json.dumps(rows))
+    data = load("conversations", table, held_out=0.0)
+    assert data.read(0)["turns"] == ("<image>\nWhat is it?", "Red.") and data.read(0)["image"].size == (20, 16)
+    assert "image" not in data.read(1)
+    table.write_text(json.dumps([{"conversations": turns[::-1]}]))
+    with pytest.raises(BadInput, match="its turns are not of human and gpt"):
+        load("conversations", table)
+
+
+def test_segmentation(tmp_path):
+    image(tmp_path / "images" / "a.jpg")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.full((16, 20), 3, np.uint8)).save(tmp_path / "masks" / "a.png")
+    sample = load("segmentation", tmp_path, held_out=0.0).read(0)
+    assert sample["mask"].shape == (16, 20) and sample["mask"].max() == 3
+    image(tmp_path / "masks" / "a.png")
+    with pytest.raises(BadInput, match="its mode is RGB"):
+        load("segmentation", tmp_path, held_out=0.0).read(0)
+
+
+def test_broken_files_are_left_out_and_named(tmp_path):
+    pairs(tmp_path)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    data = load("pairs", tmp_path, held_out=0.0, max_broken=1)
+    texts = [sample["text"] for sample in data.samples(range(10))]
+    assert len(texts) == 10 and "number 3" not in texts
+    assert [name.endswith("3.png") for name in data.broken] == [True]
+    (tmp_path / "4.png").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"2 samples cannot be read\n.*3.png: .*\n.*4.png: ") as error:
+        data.samples(range(10))
+    assert "data.max_broken=4" in str(error.value)
+
+
+def test_nothing_but_broken_files(tmp_path):
+    for number in range(3):
+        image(tmp_path / f"{number}.png").with_suffix(".txt").write_text("a")
+        (tmp_path / f"{number}.png").write_bytes(b"no")
+    with pytest.raises(BadInput, match="3 samples cannot be read"):
+        load("pairs", tmp_path, held_out=0.0).samples([0])
+
+
+@pytest.mark.parametrize("name", ["pairs", "classes", "speech", "conversations", "segmentation"])
+def test_an_empty_folder_says_what_is_wanted(tmp_path, name):
+    with pytest.raises(BadInput, match=f"no data in '{tmp_path}'\n  wanted: "):
+        load(name, tmp_path)
+    with pytest.raises(BadInput, match="there is no such file or folder"):
+        load(name, tmp_path / "none")
+    with pytest.raises(BadInput, match="without a path"):
+        load(name, None)
+
+
+def test_every_data_set_says_how_its_files_lie():
+    for name in data_sets.names():
+        kind = data_sets.get(name)
+        assert kind.__doc__ and kind.fields and kind.task, name
+
+
+def test_wrong_names_and_options(tmp_path):
+    with pytest.raises(UnknownName, match="did you mean: pairs"):
+        load("pair", tmp_path)
+    with pytest.raises(BadOverride, match=r"did you mean: strength"):
+        load("emoji", None, options={"strenght": 1})
+    with pytest.raises(BadInput, match="it is bundled"):
+        load("emoji", tmp_path)
+
+
+def test_hub_data_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(MissingExtra, match="datasets"):
+        load("hub", tmp_path)
+
+
+def test_batches_are_the_same_from_any_start(tmp_path):
+    model = zoo.load("clip_moe_tiny", device="cpu")
+    data = load("pairs", pairs(tmp_path, 10), held_out=0.0)
+    steps = Steps(data, model, 4, (0, "stage"))
+    order = [steps.indices(step) for step in range(6)]
+    assert [steps.indices(step) for step in (5, 0, 3)] == [order[5], order[0], order[3]]
+    assert len({i for batch in order[:2] for i in batch}) == 8, "a pass repeats nothing"
+    (batch,), broken = steps[0]
+    assert batch["image"].shape == (4, 3, 64, 64) and not broken
+
+
+def test_processes_and_parts_share_a_batch(tmp_path):
+    model = zoo.load("clip_moe_tiny", device="cpu")
+    data = load("pairs", pairs(tmp_path, 10), held_out=0.0)
+    whole = Steps(data, model, 8, (0, "stage"))[0][0][0]["image"]
+    shares = [Steps(data, model, 8, (0, "stage"), rank, 2, 2)[0][0] for rank in range(2)]
+    joined = [shares[rank][part]["image"] for part in range(2) for rank in range(2)]
+    assert all((a == b).all() for a, b in zip(whole.split(2), joined, strict=True))
+    with pytest.raises(BadInput, match=r"data.batch_size=8"):
+        Steps(data, model, 7, (0, "stage"), 0, 2, 2)
+
+
+def test_too_few_samples_for_a_batch(tmp_path):
+    with pytest.raises(BadInput, match=r"there are 3 samples\n  try: data.batch_size=3"):
+        load("pairs", pairs(tmp_path, 3), held_out=0.0).epoch(4, 0)
+
+
+def test_workers_prepare_the_same_batches(tmp_path):
+    model = zoo.load("clip_moe_tiny", device="cpu")
+    data = load("pairs", pairs(tmp_path, 10), held_out=0.0)
+    steps = Steps(data, model, 4, (seed_of(1), "stage"))
+    for alone, ahead in zip(steps.from_step(1, 4), steps.from_step(1, 4, workers=1), strict=True):
+        assert (alone[0][0]["image"] == ahead[0][0]["image"]).all()
+
+
+def test_data_of_the_hub_from_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"picture": [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(5)], "caption": [str(n) for n in range(5)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")
+    data = load("hub", tmp_path / "rows", held_out=0.2, options={"image": "picture", "text": "caption"})
+    sample = data.read(0)
+    assert len(data) == 4 and sample["image"].getpixel((0, 0)) == (int(sample["text"]), 0, 0)
+    with pytest.raises(BadInput, match="no column 'image'"):
+        load("hub", tmp_path / "rows")
+    with pytest.raises(BadInput, match="cannot read"):
+        load("hub", tmp_path)

@@ -1,0 +1,289 @@
+"""The engine: exact resume, what is trained, checkpoints, alarms, averages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train
+import zoo
+from mmoe.errors import BadInput, CorruptFile, MmoeError
+from mmoe.moe import moe_layers
+from train import tune
+from train.checkpoint import Checkpoints
+from train.engine import StageRun, Stopped
+from train.recipe import Recipe
+from train.stages import Run
+from zoo.model import Model
+
+SIZES = {"vision_width": 32, "vision_layers": 2, "text_width": 32, "text_layers": 2, "embed_dim": 16}
+SIZES |= {"vision_heads": 2, "text_heads": 2, "moe_layers": 2, "expert_dropout": 0.2, "init_logit_scale": 2.6}
+
+
+@pytest.fixture
+def interruptible():
+    """A shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def recipe(tmp_path: Path, *overrides: str, **sections) -> Recipe:
+    """A tiny model with dropout from random weights, on the emoji."""
+    told = {
+        "model": {"name": "clip_moe_tiny", "weights": False, "overrides": SIZES},
+        "data": {"name": "emoji", "batch_size": 16},
+        "optim": {"lr": 1e-3},
+        "run": {"steps": 8, "log_every": 2, "save_every": 2},
+        "log": [],
+        **sections,
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(told))
+    return Recipe.load(path, *overrides)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return zoo.load(folder / "model", device="cpu").state_dict()
+
+
+def assert_same(a: Path, b: Path) -> None:
+    expected, found = weights(a), weights(b)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """A signal comes in the middle of a step."""
+    inner = StageRun._clip
+
+    def clip(self, each):
+        if self.state.step == step:
+            os.kill(os.getpid(), number)
+        return inner(self, each)
+
+    monkeypatch.setattr(StageRun, "_clip", clip)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"optim": {"lr": 1e-3, "name": "muon", "muon_lr": 1e-3}},
+        {"tune": {"method": "experts", "top_used": 2}},
+        {"run": {"steps": 8, "log_every": 2, "save_every": 2, "ema": 0.9, "accumulate": 2, "checkpointing": True}},
+    ],
+    ids=["adamw", "muon", "experts", "ema"],
+)
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, interruptible, change, number):
+    if number == signal.SIGTERM and change:
+        pytest.skip("one is enough")
+    tiny = recipe(tmp_path, **change)
+    train.run(tiny, tmp_path / "a", progress=False)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 4, number)
+        train.run(tiny, tmp_path / "b", progress=False)
+    assert Checkpoints(tmp_path / "b" / "checkpoints").steps()[0] == 5
+    train.run(tiny, tmp_path / "b", resume=True, progress=False)
+    assert_same(tmp_path / "a", tmp_path / "b")
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in "ab"]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+    assert [line.get("loss") for line in logs[0]] == [line.get("loss") for line in logs[1]]
+    assert not (tmp_path / "b" / "checkpoints").exists(), "the stage is done"
+
+
+KILLED = """
+import os, random, signal, sys, threading
+from train.engine import StageRun
+inner, at = StageRun._clip, int(sys.argv[3])
+def clip(self, each):
+    if self.state.step == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(self, each)
+StageRun._clip = clip
+import train
+train.run(train.Recipe.load(sys.argv[1]), sys.argv[2], resume=at > 1, progress=False)
+"""
+
+
+def test_a_run_that_is_killed_five_times_ends_with_the_same_bits(tmp_path):
+    tiny = recipe(tmp_path, "run.steps=12", "run.save_every=1", "run.keep_last=3")
+    train.run(tiny, tmp_path / "a", progress=False)
+    tiny.save(tmp_path / "resolved.yaml")
+    steps = [1, *sorted(torch.randperm(10)[:4].add(2).tolist())]
+    for step in steps:
+        command = [sys.executable, "-c", KILLED, tmp_path / "resolved.yaml", tmp_path / "b", str(step)]
+        assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    train.run(tiny, tmp_path / "b", resume=True, progress=False)
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, monkeypatch, interruptible):
+    tiny = recipe(tmp_path)
+    train.run(tiny, tmp_path / "a", progress=False)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 4)
+        train.run(tiny, tmp_path / "b", progress=False)
+    state = tmp_path / "b" / "checkpoints" / "step_00000005" / "state.pt"
+    values = bytearray(state.read_bytes())
+    values[len(values) // 2] ^= 1
+    state.write_bytes(values)
+    with pytest.warns(UserWarning, match=r"state.pt is damaged; going on from step 4"):
+        train.run(tiny, tmp_path / "b", resume=True, progress=False)
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_damaged_checkpoints_alone_are_an_error(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, {"a": torch.ones(2)})
+    (tmp_path / "checkpoints" / "step_00000001" / "manifest.json").unlink()
+    with pytest.raises(CorruptFile, match="it is not whole"):
+        checkpoints.newest()
+
+
+def test_the_last_checkpoints_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (1, 2, 30):
+        checkpoints.save(step, {"step": step})
+    assert checkpoints.steps() == [30, 2]
+    assert checkpoints.newest()[2] == {"step": 30}
+
+
+def test_a_full_disk_leaves_the_old_checkpoints(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"step": 1})
+
+    def full(value, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(BadInput, match="No space left on device; checkpoints that are there: 1"):
+        checkpoints.save(2, {"step": 2})
+    assert checkpoints.steps() == [1] and checkpoints.newest()[2] == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    tiny = recipe(tmp_path, "run.steps=1")
+    train.run(tiny, tmp_path / "a", progress=False)
+    with pytest.raises(BadInput, match="it holds a run"):
+        train.run(tiny, tmp_path / "a", progress=False)
+    other = recipe(tmp_path, "run.steps=1", "optim.lr=0.5")
+    with pytest.raises(BadInput, match=r"optim.lr: 0.001 -> 0.5"):
+        train.run(other, tmp_path / "a", resume=True, progress=False)
+    with pytest.raises(BadInput, match="there is no such folder"):
+        train.run(tiny, tmp_path / "none", resume=True, progress=False)
+
+
+def test_only_the_routers_move(tmp_path):
+    tiny = recipe(tmp_path, tune={"method": "router_only"})
+    run = Run(tiny, tmp_path / "a", progress=False)
+    stage = run.start(tiny.stages[0])
+    before = {name: value.clone() for name, value in stage.model.state_dict().items()}
+    run.finish(tiny.stages[0], stage)
+    moved = {name for name, value in weights(tmp_path / "a").items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if ".router." in name}
+
+
+def test_only_the_chosen_experts_move(tmp_path):
+    tiny = recipe(tmp_path, tune={"method": "experts", "experts": [0, 3]}, optim={"lr": 1e-2, "weight_decay": 0.5})
+    run = Run(tiny, tmp_path / "a", progress=False)
+    stage = run.start(tiny.stages[0])
+    before = {name: value.clone() for name, value in stage.model.state_dict().items()}
+    run.finish(tiny.stages[0], stage)
+    for name, value in weights(tmp_path / "a").items():
+        if ".experts." in name:
+            same = [torch.equal(value[e], before[name][e]) for e in range(4)]
+            assert same == [False, True, True, False], name
+        else:
+            assert torch.equal(value, before[name]), name
+
+
+@torch.no_grad()
+def check_adapters(trained, folder: Path) -> None:
+    """They reload to the same bits, and merge into the weights."""
+    base = zoo.load("clip_moe_tiny", device="cpu")
+    image = base.preprocess(images="assets/examples/fox.png")["image"]
+    expected, plain = trained.encode_image(image), base.encode_image(image)
+    assert not torch.equal(expected, plain)
+    assert torch.equal(tune.load_adapters(base, folder).eval().encode_image(image), expected)
+    merged = tune.load_adapters(zoo.load("clip_moe_tiny", device="cpu"), folder, merge=True)
+    assert isinstance(merged, Model) and ".base_layer" not in "".join(merged.state_dict())
+    torch.testing.assert_close(merged.encode_image(image), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_reload_and_merge_exactly(tmp_path):
+    tiny = recipe(
+        tmp_path, model={"name": "clip_moe_tiny"}, tune={"method": "lora", "rank": 2, "modules": ["*.router"]}
+    )
+    run = Run(tiny, tmp_path / "a", progress=False)
+    stage = run.start(tiny.stages[0])
+    run.finish(tiny.stages[0], stage)
+    files = {path.name for path in (tmp_path / "a" / "model").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
+    check_adapters(stage.trained.eval(), tmp_path / "a" / "model")
+
+
+def test_a_router_that_collapses_raises_an_alarm(tmp_path, capsys):
+    tiny = recipe(
+        tmp_path,
+        moe={"health": {"on_alarm": "stop"}},
+        tune={"method": "modules", "modules": ["*.attn.*"]},
+        run={"steps": 30, "log_every": 1, "save_every": None},
+    )
+    run = Run(tiny, tmp_path / "a", progress=False)
+    stage = run.start(tiny.stages[0])
+    with torch.no_grad():
+        for layer in moe_layers(stage.model).values():
+            layer.router.weight[1:] = 0.0
+            layer.router.weight[1] = -layer.router.weight[0]
+    with pytest.raises(MmoeError, match=r"stopped at step 1\d: .*: experts .* get less than 1.0% of an even load"):
+        run.finish(tiny.stages[0], stage)
+    assert "a larger moe.balance_coef spreads it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.5])
+def test_the_balance_loss_changes_the_gradient_where_its_coefficient_is_above_0(tmp_path, coef):
+    def gradient(value: float) -> torch.Tensor:
+        tiny = recipe(tmp_path, f"moe.balance_coef={value}", "model.overrides.expert_dropout=0.0")
+        stage = Run(tiny, tmp_path / str(value), resume=(tmp_path / str(value)).exists(), progress=False).start(
+            tiny.stages[0]
+        )
+        parts, _ = stage.batches[0]
+        stage._step(stage.trained.train(), stage.optimizers.each, parts, False)
+        return next(iter(moe_layers(stage.model).values())).router.weight.grad.clone()
+
+    assert torch.equal(gradient(0.0), gradient(coef)) == (coef == 0.0)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole_where_the_loss_is_a_mean(tmp_path):
+    tiny = recipe(tmp_path, "run.accumulate=2", "run.steps=1")
+    stage = Run(tiny, tmp_path / "a", progress=False).start(tiny.stages[0])
+    parts, _ = stage.batches[0]
+    assert [len(part["text"]) for part in parts] == [8, 8]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    tiny = recipe(tmp_path, "optim.lr=1e30", "optim.clip=null")
+    with pytest.raises(BadInput, match="the loss of step"):
+        train.run(tiny, tmp_path / "a", progress=False)
+
+
+def test_bf16_trains_as_fp32_does(tmp_path):
+    losses = [
+        train.run(recipe(tmp_path, f"run.precision={name}"), tmp_path / name, progress=False)[""]["loss"]
+        for name in ("fp32", "bf16")
+    ]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)

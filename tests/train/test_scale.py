@@ -1,0 +1,135 @@
+"""Two processes: the losses of one, parameters that are really sharded, checkpoints for any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import zoo
+from mmoe.errors import BadInput
+from train.recipe import Recipe
+from train.stages import Run
+
+SIZES = {"vision_width": 32, "vision_layers": 2, "text_width": 32, "text_layers": 2, "embed_dim": 16}
+SIZES |= {"vision_heads": 2, "text_heads": 2, "moe_layers": 2, "init_logit_scale": 2.6, "balance_coef": 0.0}
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+import train
+from train.engine import StageRun, Stopped
+from train.recipe import Recipe
+from torch.distributed.tensor import DTensor
+
+recipe, out, stop = Recipe.load(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+inner = StageRun.train
+def told(self):
+    sharded = sum(isinstance(p, DTensor) for p in self.trained.parameters())
+    local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in self.trained.parameters())
+    path = Path(out) / f"shares_{self.accelerator.num_processes}_{self.accelerator.process_index}.json"
+    path.write_text(json.dumps([sharded, local]))
+    return inner(self)
+StageRun.train = told
+if stop:
+    agree = StageRun._agree
+    asked = lambda self: self.state.step + 1 == stop and self.accelerator.process_index == 0
+    StageRun._agree = lambda self, loss, flag: agree(self, loss, flag or asked(self))
+try:
+    train.run(recipe, out, resume=os.path.exists(out), progress=False)
+except Stopped:
+    pass
+"""
+
+
+def recipe(tmp_path: Path, **sections) -> Path:
+    """Plain SGD: what it does shows every gradient."""
+    told = {
+        "model": {"name": "clip_moe_tiny", "weights": False, "overrides": SIZES},
+        "data": {"name": "emoji", "batch_size": 16},
+        "optim": {"lr": 0.05, "name": "sgd", "clip": 1.0},
+        "run": {"steps": 4, "log_every": 1, "save_every": None},
+        "log": [],
+        **sections,
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(told))
+    return path
+
+
+def launch(tmp_path: Path, path: Path, out: Path, processes: int, stop: int = 0) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [str(script), str(path), str(out), str(stop)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return zoo.load(out / "model", device="cpu").state_dict()
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [{}, {"shard": "fsdp"}, {"expert_parallel": 2}],
+    ids=["ddp", "fsdp", "experts"],
+)
+def test_two_processes_train_as_one(tmp_path, scale):
+    for processes, name in ((1, "one"), (2, "two")):
+        path = recipe(tmp_path, scale=scale if processes > 1 else {})
+        ended = launch(tmp_path, path, tmp_path / name, processes)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    for name, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], value, atol=2e-5, rtol=1e-4, msg=name)
+    shares = [json.loads((tmp_path / "two" / f"shares_2_{rank}.json").read_text()) for rank in range(2)]
+    whole = sum(p.numel() for p in zoo.load("clip_moe_tiny", False, device="meta", **SIZES).parameters())
+    if scale:
+        assert all(sharded > 10 and local < 0.6 * whole for sharded, local in shares)
+    else:
+        assert shares == [[0, whole]] * 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.parametrize("scale", [{}, {"shard": "fsdp"}], ids=["ddp", "fsdp"])
+def test_a_checkpoint_goes_from_two_processes_to_one_and_back(tmp_path, scale):
+    path = recipe(tmp_path, scale=scale, optim={"lr": 1e-3}, run={"steps": 6, "log_every": 1, "save_every": None})
+    out = tmp_path / "mixed"
+    for processes, stop in ((2, 2), (1, 4), (2, 0)):
+        ended = launch(tmp_path, path, out, processes, stop)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    assert launch(tmp_path, path, tmp_path / "whole", 2).returncode == 0
+    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    for name, value in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(out)[name], value, atol=1e-3, rtol=1e-2, msg=name)
+
+
+def test_the_number_of_processes_is_checked(tmp_path):
+    path = recipe(tmp_path, scale={"processes": 2})
+    with pytest.raises(BadInput, match="train with 2 processes\n  1 were started\n  try: mmoe train tiny --launch 2"):
+        Run(Recipe.load(path), tmp_path / "a", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"scale": {"expert_parallel": 3}}, "expert_parallel: 3"),
+        (
+            {"scale": {"shard": "fsdp"}, "optim": {"name": "muon", "lr": 1e-3, "muon_lr": 1e-3}},
+            "Muon needs whole matrices",
+        ),
+    ],
+)
+def test_what_cannot_be_sharded(tmp_path, sections, told):
+    with pytest.raises(BadInput, match=told):
+        Run(Recipe.load(recipe(tmp_path, **sections)), tmp_path / "a", progress=False)

@@ -1,0 +1,138 @@
+"""Tasks: metrics by hand on answers that are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import zoo
+from mmoe.errors import Refused
+from train.data.base import DataSet
+from train.tasks import correlations, features, overlap, recall, tasks
+
+
+class Listed(DataSet):
+    """Samples of a list."""
+
+    fields = ()
+    task = "retrieval"
+
+    def __init__(self, samples, **attributes):
+        super().__init__()
+        self.listed = samples
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.listed)
+
+    def name(self, index):
+        return str(index)
+
+    def read(self, index):
+        return self.listed[index]
+
+
+class Says:
+    """A model that answers from a list."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked = iter(answers), []
+
+    def predict(self, **question):
+        self.asked.append(question)
+        return next(self.answers)
+
+
+class Colours:
+    """Compares pictures of one colour with its name."""
+
+    names = ("red", "green", "blue")
+
+    def preprocess(self, images=None, texts=None):
+        if images is not None:
+            return {"image": torch.tensor([image.getpixel((0, 0)) for image in images]).float()}
+        return {"text": torch.stack([torch.tensor([float(name in text) for name in self.names]) for text in texts])}
+
+    def encode_image(self, image, normalize):
+        return torch.nn.functional.normalize(image, dim=-1)
+
+    encode_text = encode_image
+
+
+def picture(red, green, blue):
+    return Image.new("RGB", (4, 4), (red, green, blue))
+
+
+def test_recall_counts_ties_as_misses():
+    assert recall(torch.zeros(3, 3), ranks=(1, 3)) == {"R@1": 0.0, "R@3": 1.0}
+    assert recall(torch.eye(3), ranks=(1,)) == {"R@1": 1.0}
+    assert recall(torch.full((2, 2), float("nan")), ranks=(1,)) == {"R@1": 0.0}
+
+
+def test_retrieval():
+    samples = [
+        {"image": picture(255, 0, 0), "text": "a red thing"},
+        {"image": picture(0, 255, 0), "text": "a green thing"},
+        {"image": picture(0, 200, 255), "text": "a blue thing"},
+    ]
+    found = tasks.build("retrieval").measure(Colours(), Listed(samples))
+    assert found["T2I R@1"] == found["I2T R@1"] == found["R@1"] == 1.0
+    samples[2]["image"] = picture(0, 255, 100)
+    found = tasks.build("retrieval").measure(Colours(), Listed(samples))
+    assert found["I2T R@1"] == pytest.approx(2 / 3, abs=1e-4) and found["T2I R@1"] == 1.0
+
+
+def test_zero_shot_accuracy():
+    samples = [{"image": picture(255, 0, 0), "label": 0}, {"image": picture(255, 0, 10), "label": 2}]
+    found = tasks.build("zero_shot").measure(Colours(), Listed(samples, classes=["red", "green", "blue"]))
+    assert found == {"top-1 accuracy": 0.5}
+    two = tasks.build("zero_shot").measure(Colours(), Listed(samples[:1], classes=["red", "green"]))
+    assert two == {"top-1 accuracy": 1.0}
+
+
+def test_features_are_those_of_the_model_in_any_number():
+    model = zoo.load("clip_moe_tiny", device="cpu")
+    pictures = [picture(number, 0, 0) for number in range(0, 250, 3)]  # more than one batch
+    found = features(model, images=pictures)
+    expected = model.encode_image(model.preprocess(images=pictures[70:])["image"], normalize=True)
+    torch.testing.assert_close(found[70:], expected, atol=1e-5, rtol=1e-5)
+    assert features(model, texts=["a", "b"]).norm(dim=1).allclose(torch.ones(2))
+    with pytest.raises(Refused, match="compare pictures with texts by Says"):
+        features(Says(), texts=["a"])
+
+
+def test_quality():
+    samples = [{"image": None, "score": score} for score in (1.0, 2.0, 3.0, 4.0)]
+    found = tasks.build("quality").measure(Says(10, 20, 40, 30), Listed(samples))
+    assert found == {"SRCC": 0.8, "PLCC": 0.8}
+    assert correlations([1, 1], [1, 2]) == {"SRCC": 0.0, "PLCC": 0.0}
+
+
+def test_segmentation_leaves_255_out():
+    mask = np.array([[0, 0, 1], [1, 255, 255]])
+    answer = np.array([[0, 1, 1], [1, 0, 1]])
+    found = tasks.build("segmentation").measure(Says(answer), Listed([{"image": None, "mask": mask}]))
+    assert found == {"mIoU": pytest.approx((1 / 2 + 2 / 3) / 2, abs=1e-4), "accuracy": 0.75}
+    assert overlap(np.array([0, 0]), np.array([0, 0])) == {"mIoU": 1.0, "accuracy": 1.0}
+
+
+def test_transcription():
+    pytest.importorskip("jiwer")
+    samples = [{"audio": None, "text": "The cat sat."}, {"audio": None, "text": "It's here"}]
+    found = tasks.build("transcription").measure(Says("the cat sits", "its here"), Listed(samples))
+    assert found["WER"] == pytest.approx(1 / 5) and 0 < found["CER"] < 0.2
+
+
+def test_exact_match_asks_every_question_with_what_was_said_before():
+    turns = ("What?", "A fox.", "Colour?", "Red")
+    model = Says("a fox", "blue")
+    found = tasks.build("exact_match").measure(model, Listed([{"turns": turns}]))
+    assert found == {"exact match": 0.5}
+    assert [question["turns"] for question in model.asked] == [turns[:1], turns[:3]]
+
+
+def test_every_task_says_what_it_measures():
+    for name in tasks.names():
+        assert tasks.get(name).__doc__ and tasks.get(name).fields, name

@@ -1,0 +1,189 @@
+"""`mmoe recipe`, `mmoe train` and `mmoe eval`: what they do, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from PIL import Image
+
+from mmoe.cli import main
+from train.recipe import bundled
+
+SIZES = {"vision_width": 32, "vision_layers": 2, "text_width": 32, "text_layers": 2, "embed_dim": 16}
+SIZES |= {"vision_heads": 2, "text_heads": 2, "moe_layers": 2}
+TINY = {
+    "model": {"name": "clip_moe_tiny", "weights": False, "overrides": SIZES},
+    "data": {"name": "pairs", "path": "photos", "batch_size": 8, "held_out": 0.2},
+    "optim": {"lr": 1e-3},
+    "run": {"steps": 3, "log_every": 1},
+    "log": [],
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A folder with pictures and a recipe."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(12):
+        Image.new("RGB", (24, 20), (20 * number, 250 - 20 * number, 80)).save(f"photos/{number}.png")
+        (tmp_path / "photos" / f"{number}.txt").write_text(f"picture number {number}")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return tmp_path
+
+
+def run(capsys, *words):
+    code = main(list(words))
+    return code, *capsys.readouterr()
+
+
+def test_recipes_are_listed_shown_and_copied(capsys, folder):
+    code, out, _ = run(capsys, "recipe", "ls")
+    assert code == 0 and all(name in out for name in bundled())
+    code, out, _ = run(capsys, "recipe", "ls", "--json")
+    assert {row["name"] for row in json.loads(out)} == set(bundled())
+    code, out, _ = run(capsys, "recipe", "show", "clip_moe_router")
+    assert out == bundled()["clip_moe_router"].read_text()
+    code, out, _ = run(capsys, "recipe", "show", "clip_moe_router", "optim.lr=0.5")
+    assert yaml.safe_load(out)["optim"]["lr"] == 0.5
+    assert run(capsys, "recipe", "cp", "clip_moe_router", "mine/my.yaml")[0] == 0
+    assert (folder / "mine" / "my.yaml").read_text() == bundled()["clip_moe_router"].read_text()
+    code, _, err = run(capsys, "recipe", "cp", "clip_moe_router", "mine/my.yaml")
+    assert code == 2 and "it is there" in err
+
+
+def test_recipes_are_checked_and_compared(capsys):
+    code, out, _ = run(capsys, "recipe", "check", "tiny.yaml")
+    assert code == 0 and "train data pairs: 10 samples; image 24x20, text 'picture number" in out
+    assert run(capsys, "recipe", "diff", "tiny.yaml", "tiny.yaml")[1] == "no difference\n"
+    assert "optim.lr: 0.001 -> 0.003" in run(capsys, "recipe", "diff", "tiny.yaml", "clip_moe_router")[1]
+
+
+def test_a_run_from_start_to_card(capsys, folder):
+    code, out, err = run(capsys, "train", "tiny.yaml", "run.best=R@1", "--out", "a")
+    assert code == 0 and "tiny: 3 steps, loss" in out and "model: a/model" in out
+    assert "experts" in err and "100.00%" in err, "what is trained is told before the first step"
+    assert {path.name for path in (folder / "a").iterdir()} == {
+        "recipe.yaml", "log.jsonl", "model", "best", "results.json",
+    }  # fmt: skip
+    code, out, _ = run(capsys, "eval", "a", "--json", "--out", "found.json")
+    found = json.loads(out)
+    assert found == json.loads((folder / "found.json").read_text()) and found["samples"] == 2
+    assert found["metrics"] == json.loads((folder / "a" / "results.json").read_text())["metrics"]
+    assert found["provenance"]["command"] == "mmoe eval a"
+    code, out, _ = run(capsys, "eval", "a/model", "--on", "pairs:photos", "--limit", "4", "--card")
+    assert code == 0 and "R@1" in out
+    (entry,) = json.loads((folder / "a" / "model" / "card.json").read_text())["metrics"]
+    assert entry["command"] == "mmoe eval a/model --on pairs:photos --limit 4" and "R@1" in entry
+
+
+def test_the_resolved_recipe_runs_again_to_the_same_weights(capsys, folder):
+    for recipe, out in (("tiny.yaml", "a"), ("a/recipe.yaml", "b")):
+        assert run(capsys, "train", recipe, "--out", out)[0] == 0
+    assert (folder / "a/model/model.safetensors").read_bytes() == (folder / "b/model/model.safetensors").read_bytes()
+
+
+def test_a_run_that_is_done_tells_its_results_again(capsys):
+    told = run(capsys, "train", "tiny.yaml", "--out", "a")[1]
+    assert run(capsys, "train", "a", "--resume")[1] == told
+    code, _, err = run(capsys, "train", "tiny.yaml", "--out", "a")
+    assert code == 2 and "it holds a run" in err
+
+
+def test_a_rehearsal_leaves_nothing(capsys, folder):
+    before = {path.name for path in folder.iterdir()}
+    code, out, _ = run(capsys, "train", "tiny.yaml", "--rehearse")
+    assert code == 0 and out.endswith("ready\n")
+    for told in (
+        "batch image (8, 3, 64, 64)",
+        "100.00%",
+        "memory: at least",
+        "the checkpoint of step 1 was read",
+        "R@1",
+    ):
+        assert told in out
+    assert {path.name for path in folder.iterdir()} == before
+
+
+def test_stages_begin_with_others(capsys, folder):
+    dense = {"num_experts": 0}
+    stages = [
+        {"name": "one", "model": {"overrides": dense}},
+        {"name": "two", "model": {"overrides": dense}, "start": "one"},
+        {"name": "three", "start": {"assemble": ["one", "two", "two", "one"]}, "tune": {"method": "router_only"}},
+    ]
+    (folder / "stages.yaml").write_text(yaml.safe_dump({**TINY, "stages": stages}))
+    code, out, err = run(capsys, "train", "stages.yaml", "--stage", "one", "--stage", "two")
+    assert code == 0, err
+    assert {path.name for path in (folder / "runs" / "stages").iterdir()} == {"recipe.yaml", "one", "two"}
+    code, out, err = run(capsys, "train", "runs/stages", "--resume")
+    assert code == 0, err
+    assert out.endswith("model: runs/stages/three/model\n")
+
+
+WRONG = {
+    "nothing.yaml": "no recipe 'nothing.yaml'",
+    "clip_moe_ruter": "did you mean: clip_moe_router",
+    "model.name=clip_moe_tny": "no model named 'clip_moe_tny'",
+    "model.weights=none": "no weights",
+    "model.overrides.topk=1": "did you mean: top_k",
+    "model.overrides.top_k=9": "top_k",
+    "model.router=tpk": "no router named 'tpk'",
+    "data.name=pair": "did you mean: pairs",
+    "data.path=fotos": "there is no such file or folder",
+    "data.path=null": "it is read from files of yours",
+    "data.batch_size=100": "there are 10 samples",
+    "data.batch_size=0": "should be greater than 0",
+    "data.task=retreival": "did you mean: retrieval",
+    "data.task=segmentation": "its samples have no mask",
+    "data.options={colour: red}": "it takes no options",
+    "tune.method=lorra": "should be 'full'",
+    "tune={method: experts, experts: [7]}": "it has 4, from 0",
+    "tune={method: modules, modules: ['*.mpl.*']}": "no parameter has such a name",
+    "tune={method: lora, modules: ['*.atn']}": "no linear layer, router or other matrix has such a name",
+    "optim.lr=-1": "should be greater than 0",
+    "optim.name=muon": "muon_lr belong together",
+    "optim.schedule=cosin": "should be 'cosine', 'linear' or 'constant'",
+    "run.precision=fp16": "there is no GPU",
+    "run.accumulate=3": "data.batch_size=9",
+    "run.epochs=1": "give either steps or epochs",
+    "run.stepps=1": "did you mean run.steps?",
+    "scale.processes=2": "1 were started",
+    "scale.expert_parallel=2": "there are 1 processes",
+    "start=base": "there is no start",
+    "stages=[{name: a, start: b}]": "begin the stage 'a' with 'b'",
+    "stages=[]": "stages is a list of mappings",
+    "nonsense": "no override 'nonsense'",
+}
+
+
+@pytest.mark.parametrize("change", list(WRONG))
+def test_a_wrong_recipe_starts_nothing(change, capsys, folder, monkeypatch):
+    from train.engine import StageRun
+
+    monkeypatch.setattr(StageRun, "train", lambda self: pytest.fail("it trains"))
+    words = [change] if change in ("nothing.yaml", "clip_moe_ruter") else ["tiny.yaml", change]
+    code, out, err = run(capsys, "train", *words)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("error: ") == 1 and "try: " in err
+    assert WRONG[change] in err and "Traceback" not in err
+    assert not (folder / "runs" / "tiny" / "recipe.yaml").exists(), "the same command works when it is mended"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    {
+        ("eval", "clip_moe_tiny"): "on which data?",
+        ("eval", "clip_moe_tny", "--on", "emoji"): "no model named",
+        ("eval", "clip_moe_tiny", "--on", "emojy"): "did you mean: emoji",
+        ("eval", "clip_moe_tiny", "--on", "pairs:none"): "there is no such file or folder",
+        ("eval", "clip_moe_tiny", "--on", "pairs:photos", "--card"): "no folder of its own",
+        ("train", "tiny.yaml", "--stage", "one"): "no stage 'one'",
+        ("recipe", "check", "tiny.yaml", "run.steps=0"): "should be greater than 0",
+    }.items(),
+)
+def test_other_mistakes(words, told, capsys):
+    code, _, err = run(capsys, *words)
+    assert code == 2 and told in err and "try: " in err

@@ -1,0 +1,196 @@
+"""The verbs `mmoe recipe`, `mmoe train` and `mmoe eval`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmoe.errors import BadInput
+
+recipes = typer.Typer(help="List, show, copy, check and compare recipes.", no_args_is_help=True)
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Options to change.")]
+INTERRUPTED = 130
+
+
+@recipes.command("ls")
+def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the bundled recipes.
+
+    \b
+    mmoe recipe ls
+    """
+    from train.recipe import Recipe, bundled
+
+    rows = []
+    for name, path in bundled().items():
+        recipe = Recipe.load(path)
+        about = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        rows.append({"name": name, "model": recipe.stages[-1].model.name, "stages": len(recipe.stages), "about": about})
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    width, model = (max(len(str(row[key])) for row in rows) for key in ("name", "model"))
+    for row in rows:
+        print(f"{row['name']:{width}}  {row['model']:{model}}  {row['about']}")
+
+
+@recipes.command()
+def show(name: str, overrides: Overrides = None) -> None:
+    """Print a recipe as it is written, or resolved where options are changed.
+
+    \b
+    mmoe recipe show clip_moe_router
+    """
+    from train.recipe import Recipe, find
+
+    if overrides:
+        import yaml
+
+        print(yaml.safe_dump(Recipe.load(name, *overrides).as_dict(), sort_keys=False), end="")
+    else:
+        print(find(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes.command("cp")
+def copy(name: str, file: Path) -> None:
+    """Copy a recipe to a file of yours.
+
+    \b
+    mmoe recipe cp clip_moe_pairs my.yaml
+    """
+    from train.recipe import find
+
+    source = find(name)
+    if file.exists():
+        raise BadInput(f"copy to '{file}'", "it is there", f"mmoe recipe cp {name} OTHER.yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, file)
+    print(f"{file}: mmoe train {file}")
+
+
+@recipes.command()
+def check(name: str, overrides: Overrides = None) -> None:
+    """Check a recipe: its options, its model, and three samples of its data.
+
+    \b
+    mmoe recipe check my.yaml
+    """
+    from train.recipe import Recipe
+    from train.rehearse import check as check_recipe
+
+    for line in check_recipe(Recipe.load(name, *overrides or [])):
+        print(line)
+
+
+@recipes.command()
+def diff(a: str, b: str) -> None:
+    """Compare two recipes, every default written out.
+
+    \b
+    mmoe recipe diff clip_moe_router my.yaml
+    """
+    from train.recipe import Recipe, differences
+
+    print("\n".join(differences(Recipe.load(a), Recipe.load(b))) or "no difference")
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A bundled recipe, a file, or the folder of a run.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="One step and one evaluation, nothing kept.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME by default.")] = None,
+    stages: Annotated[list[str] | None, typer.Option("--stage", help="Only this stage; may be repeated.")] = None,
+    launch: Annotated[int | None, typer.Option(min=1, help="Start so many processes.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of a process; 0 leaves them.")] = 0,
+) -> None:
+    """Train by a recipe.
+
+    \b
+    mmoe train clip_moe_router
+    mmoe train clip_moe_router run.steps=20 optim.lr=1e-3 --out runs/short
+    mmoe train runs/short --resume
+    """
+    from train.recipe import Recipe
+
+    if launch is not None and "RANK" not in os.environ:
+        raise typer.Exit(_launch(launch))
+    folder = Path(recipe).expanduser()
+    if (folder / "recipe.yaml").is_file():
+        recipe, out = str(folder / "recipe.yaml"), out or folder
+    loaded = Recipe.load(recipe, *overrides or [])
+    import torch
+
+    from train.engine import Stopped
+    from train.stages import run
+
+    if threads:
+        torch.set_num_threads(threads)
+    out = out or Path("runs") / loaded.name
+    if rehearse:
+        from train.rehearse import rehearse as try_out
+
+        for line in try_out(loaded):
+            print(line)
+        return
+    try:
+        results = run(loaded, out, resume=resume, stages=stages or ())
+    except Stopped:
+        print(f"stopped; go on with: mmoe train {out} --resume", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    for name, result in results.items():
+        metrics = "  ".join(f"{metric} {value:.4f}" for metric, value in list(result["metrics"].items())[:4])
+        print(f"{name or loaded.name}: {result['steps']} steps, loss {result['loss']:.4f}  {metrics}")
+    print(f"model: {_model_folder(out, list(results)[-1])}")
+
+
+def _model_folder(out: Path, stage: str) -> Path:
+    return out / stage / "model" if stage else out / "model"
+
+
+def _launch(processes: int) -> int:
+    """The same command in several processes."""
+    import subprocess
+
+    own = [word for number, word in enumerate(sys.argv[1:]) if not _is_launch(sys.argv[1:], number)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run([*command, "-m", "mmoe", *own], check=False).returncode
+
+
+def _is_launch(words: list[str], number: int) -> bool:
+    return words[number].startswith("--launch") or (number > 0 and words[number - 1] == "--launch")
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder of a run or of a model, or a name.")],
+    on: Annotated[str | None, typer.Option(help="Data set, as NAME or NAME:PATH; that of the run by default.")] = None,
+    task: Annotated[str | None, typer.Option(help="What is measured; the data set's own by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many samples.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results here, as JSON.")] = None,
+    to_card: Annotated[
+        bool, typer.Option("--card", help="Write the results into the card of the model's folder.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a model on a data set.
+
+    \b
+    mmoe eval clip_moe_tiny --on emoji
+    mmoe eval runs/clip_moe_router
+    mmoe eval runs/mine/model --on pairs:photos --limit 100 --out results.json
+    """
+    from train.measure import measure
+
+    results: dict[str, Any] = measure(model, on, task, limit, out, to_card)
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    width = max(map(len, results["metrics"]))
+    for name, value in results["metrics"].items():
+        print(f"{name:{width}}  {value:.4f}")

@@ -1,0 +1,117 @@
+"""What every data set is: numbered samples, the batches of a pass in an order that a seed gives, tensors for a model.
+
+A sample is a mapping with plain values: "image" (RGB picture), "text", "label" (number of a class), "mask" (picture of
+class numbers), "audio" ((n,) floats at 16 kHz), "turns" (question, answer, ...). Which of them a data set has is said
+by `fields`, and a model turns those that it trains on into tensors (`Model.training_batch`).
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from mmoe.errors import BadInput
+from mmoe.registry import Registry
+from zoo.model import Model
+
+Split = Literal["train", "eval"]
+Sample = Mapping[str, Any]
+
+data_sets = Registry("data set", "train.data", "data.name=emoji")
+
+
+class DataSet(ABC):
+    """Samples of one split.
+
+    Attributes:
+        fields: what a sample holds.
+        task: what evaluation measures by default, a name of `train.tasks`.
+        needs_path: it is data of one's own.
+        broken: samples that could not be read so far, with what is wrong.
+        most_broken: so many are left out; one more is an error that names them all.
+    """
+
+    fields: ClassVar[tuple[str, ...]]
+    task: ClassVar[str]
+    needs_path: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.broken: dict[str, str] = {}
+        self.most_broken = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What a sample is called in messages: its file, mostly."""
+
+    @abstractmethod
+    def read(self, index: int) -> Sample:
+        """One sample.
+
+        Raises:
+            BadInput: it cannot be read.
+        """
+
+    def epoch(self, batch_size: int, seed: int) -> list[list[int]]:
+        """Batches of one pass, in random order; samples that fill no batch wait for another pass.
+
+        Args:
+            batch_size: samples.
+            seed: of the order.
+
+        Raises:
+            BadInput: there are fewer samples.
+        """
+        if len(self) < batch_size:
+            raise BadInput(
+                f"make batches of {batch_size}", f"there are {len(self)} samples", f"data.batch_size={len(self)}"
+            )
+        order = random.Random(seed).sample(range(len(self)), len(self))
+        last = len(order) - len(order) % batch_size
+        return [order[first : first + batch_size] for first in range(0, last, batch_size)]
+
+    def batch(self, indices: Sequence[int], model: Model, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """Tensors that `model(**batch)` trains on.
+
+        Args:
+            indices: samples.
+            model: that takes them.
+            seeds: one per sample, of random crops and the like.
+        """
+        return model.training_batch(self.samples(indices))
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """Samples; the next one that can be read stands in for one that cannot, so that batches keep their size.
+
+        Raises:
+            BadInput: more are broken than may be.
+        """
+        return [self._readable(index) for index in indices]
+
+    def _readable(self, index: int) -> Sample:
+        for number in range(len(self)):
+            found = (index + number) % len(self)
+            try:
+                return self.read(found)
+            except BadInput as error:
+                self.note_broken({self.name(found): error.wrong})
+        raise AssertionError("more samples are broken than there are")  # most_broken is less than all
+
+    def note_broken(self, broken: Mapping[str, str]) -> None:
+        """Counts samples that cannot be read.
+
+        Raises:
+            BadInput: there are more than may be.
+        """
+        self.broken.update(broken)
+        if len(self.broken) > min(self.most_broken, len(self) - 1):
+            listed = [f"{name}: {wrong.splitlines()[0]}" for name, wrong in self.broken.items()]
+            fix = f"data.max_broken={2 * len(listed)}   (leaves them out)"
+            raise BadInput(f"{len(listed)} samples cannot be read", "\n".join(listed), fix)

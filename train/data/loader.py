@@ -1,0 +1,102 @@
+"""Batches by step: step s of a stage always gets the same samples and the same random crops.
+
+So a run that goes on after step s needs no position to be saved, only s, and it makes no difference how many processes
+prepare batches ahead. Every process of a launch takes its part of each batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmoe.errors import BadInput
+from train.data.base import DataSet
+from zoo.model import Model
+
+
+def seed_of(*parts: object) -> int:
+    """A seed, below 2**32, from anything that names a random choice.
+
+    >>> seed_of(0, "base", 3) == seed_of(0, "base", 3) != seed_of(0, "base", 4)
+    True
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+class Steps(Dataset[tuple[list[dict[str, Tensor]], dict[str, str]]]):
+    """Batches of a stage by the number of the step.
+
+    Args:
+        data: samples.
+        model: that takes them.
+        batch_size: samples of a step over all processes.
+        key: seed and name of the stage; part of every random choice.
+        rank, processes: this process and how many there are.
+        parts: a batch is cut into so many, for accumulation.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        model: Model,
+        batch_size: int,
+        key: tuple[object, ...],
+        rank: int = 0,
+        processes: int = 1,
+        parts: int = 1,
+    ) -> None:
+        self.data, self.model, self.batch_size, self.key = data, model, batch_size, key
+        self.rank, self.processes, self.parts = rank, processes, parts
+        share = processes * parts
+        if batch_size % share:
+            wrong = f"{processes} processes with {parts} parts each cannot have as many samples as each other"
+            raise BadInput(
+                f"divide batches of {batch_size}", wrong, f"data.batch_size={-(-batch_size // share) * share}"
+            )
+        self._pass: tuple[int, int, list[list[int]]] = (0, 0, data.epoch(batch_size, seed_of(*key, "epoch", 0)))
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of the first pass over the data."""
+        return len(self.data.epoch(self.batch_size, seed_of(*self.key, "epoch", 0)))
+
+    def indices(self, step: int) -> list[int]:
+        """Samples of a step, over all processes."""
+        epoch, first, batches = self._pass
+        if step < first:
+            epoch, first = 0, 0
+            batches = self.data.epoch(self.batch_size, seed_of(*self.key, "epoch", 0))
+        while step >= first + len(batches):
+            epoch, first = epoch + 1, first + len(batches)
+            batches = self.data.epoch(self.batch_size, seed_of(*self.key, "epoch", epoch))
+        self._pass = epoch, first, batches
+        return batches[step - first]
+
+    def __getitem__(self, step: int) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
+        """Parts of this process' batch, and the samples that could not be read so far."""
+        indices = self.indices(step)
+        size = len(indices) // (self.processes * self.parts)
+        found = []
+        for part in range(self.parts):
+            first = (part * self.processes + self.rank) * size
+            chosen = indices[first : first + size]
+            seeds = [seed_of(*self.key, "sample", step, index) for index in chosen]
+            found.append(self.data.batch(chosen, self.model, seeds))
+        return found, dict(self.data.broken)
+
+    def from_step(
+        self, step: int, steps: int, workers: int = 0
+    ) -> Iterator[tuple[list[dict[str, Tensor]], dict[str, str]]]:
+        """Batches of the steps from one on.
+
+        Args:
+            step: first step.
+            steps: of the stage.
+            workers: processes that prepare batches ahead.
+        """
+        loader: DataLoader[Any] = DataLoader(self, sampler=range(step, steps), batch_size=None, num_workers=workers)
+        yield from loader

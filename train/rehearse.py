@@ -1,0 +1,146 @@
+"""Tries a recipe before it costs anything: its options, its data, and one real step with everything around it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zoo
+from mmoe.errors import BadInput, UnknownName, did_you_mean
+from train import tune
+from train.data import build
+from train.recipe import Recipe
+from train.sections import DataSection, Stage
+from train.tasks import tasks
+from zoo.model import Model
+
+_SAMPLES = 3
+_OPTIMISER_STATE = {"adamw": 2, "sgd": 1, "muon": 1}  # values per trained parameter
+
+
+def check(recipe: Recipe) -> Iterator[str]:
+    """Makes sure that models, data and tasks of a recipe are there, and opens three samples of each.
+
+    Yields:
+        A line for each thing that is well.
+
+    Raises:
+        MmoeError: something is not.
+    """
+    earlier: list[str] = []
+    for stage in recipe.stages:
+        name = f"{stage.name}: " if stage.name else ""
+        _check_start(stage, earlier)
+        model = _blank(stage)
+        if stage.tune.method == "lora":
+            tune.add_adapters(model, stage.tune)
+        elif stage.tune.top_used is None:
+            tune.freeze(model, stage.tune)
+        yield f"{name}model {stage.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters"
+        data = {split: build(_without_models(stage.data), split) for split in ("train", "eval")}
+        for split, samples in data.items():
+            found = samples.samples(range(min(_SAMPLES, len(samples))))
+            shown = ", ".join(f"{key} {_told(value)}" for key, value in found[0].items()) if found else "none"
+            yield f"{name}{split} data {stage.data.name}: {len(samples):,} samples; {shown}"
+        data["train"].epoch(stage.data.batch_size, 0)
+        task = tasks.build(stage.data.task or data["eval"].task)
+        missing = [field for field in task.fields if field not in data["eval"].fields]
+        if missing:
+            asked = f"measure {stage.data.task} on the data {stage.data.name!r}"
+            raise BadInput(asked, f"its samples have no {', '.join(missing)}", f"data.task={data['eval'].task}")
+        yield f"{name}task {tasks.name_of(task)}"
+        earlier.append(stage.name)
+
+
+def _check_start(stage: Stage, earlier: list[str]) -> None:
+    """What a stage begins with is an earlier stage, a folder or a model of the zoo."""
+    starts = stage.start["assemble"] if isinstance(stage.start, dict) else [stage.start] if stage.start else []
+    clusters = stage.data.options.get("clusters") or {}
+    for start in [*starts, *(clusters.get("models") or [])]:
+        if start not in earlier and not (Path(start) / "config.json").exists():
+            try:
+                zoo.card(start)
+            except UnknownName as error:
+                asked = f"begin the stage {stage.name!r} with {start!r}"
+                raise UnknownName(
+                    asked, did_you_mean(start, earlier), "a stage above it, a folder or a model"
+                ) from error
+
+
+def _without_models(section: DataSection) -> DataSection:
+    """Data whose groups need models of earlier stages, without the groups."""
+    return section.model_copy(update={"options": {k: v for k, v in section.options.items() if k != "clusters"}})
+
+
+def _blank(stage: Stage) -> Model:
+    """The model's shapes."""
+    options = {"router": stage.model.router, "experts": stage.model.experts, **stage.model.overrides}
+    return zoo.load(stage.model.name, False, device="meta", **options)
+
+
+def _told(value: Any) -> str:
+    if hasattr(value, "size") and hasattr(value, "mode"):
+        return "x".join(map(str, value.size))
+    if hasattr(value, "shape"):
+        return "x".join(map(str, value.shape))
+    text = str(value)
+    return repr(text if len(text) < 40 else text[:37] + "...")
+
+
+def rehearse(recipe: Recipe) -> Iterator[str]:
+    """One step and one evaluation of every stage in a folder that is removed, with a checkpoint that is read back.
+
+    A large model is replaced by the tiny one of its family.
+
+    Yields:
+        What a run would do, line by line.
+    """
+    from train.stages import Run
+
+    yield from check(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        twins = tuple(_short(stage) for stage in recipe.stages)
+        run = Run(recipe.model_copy(update={"stages": twins}), Path(folder) / "run", progress=False)
+        for stage, twin in zip(recipe.stages, twins, strict=True):
+            name = f"{stage.name}: " if stage.name else ""
+            if twin.model.name != stage.model.name:
+                yield f"{name}tried on {twin.model.name}"
+            trial = run.start(twin)
+            parts, _ = trial.batches[0]
+            shapes = (f"{key} {tuple(value.shape)}" for key, value in parts[0].items() if isinstance(value, Tensor))
+            yield f"{name}batch {', '.join(shapes)}"
+            yield tune.show_table(trial.table)
+            yield f"{name}memory: at least {_memory(trial.trained, stage) / 2**20:,.0f} MB besides activations"
+            trial.train()
+            trial.save()
+            step, _, _ = trial.checkpoints.newest() or (None, None, None)
+            results = run.finish(twin, trial)
+            yield f"{name}one step: loss {results['loss']:.4f}; the checkpoint of step {step} was read"
+            if results["metrics"]:
+                metric, value = next(iter(results["metrics"].items()))
+                yield f"{name}one evaluation: {metric} {value:.4f}"
+    yield "ready"
+
+
+def _short(stage: Stage) -> Stage:
+    """One step, of the tiny model of the family."""
+    run = stage.run.model_copy(update={"steps": 1, "epochs": None, "save_every": None, "eval_every": None})
+    names = {card.name for card in zoo.list_models()}
+    model = stage.model
+    if model.name in names:
+        twin = f"{zoo.card(model.name).family}_tiny"
+        if twin in names and twin != model.name:
+            model = model.model_copy(update={"name": twin, "weights": True, "overrides": {}})
+    return stage.model_copy(update={"run": run, "model": model})
+
+
+def _memory(model: torch.nn.Module, stage: Stage) -> int:
+    """Bytes of weights, gradients, optimiser and moving average."""
+    whole = sum(p.nbytes for p in model.parameters())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return whole * (2 if stage.run.ema else 1) + trained * (1 + _OPTIMISER_STATE[stage.optim.name])

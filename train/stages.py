@@ -1,0 +1,228 @@
+"""Runs a recipe: its stages one after the other in one folder, resumed where it was stopped.
+
+runs/NAME/recipe.yaml           the resolved recipe with versions, commit and seed; runs as it is
+          STAGE/log.jsonl       one line per logged step and evaluation
+                checkpoints/    to go on from, until the stage is done
+                best/  model/   folders that `zoo.load` reads; with LoRA what peft writes
+                results.json    written last: the stage is done
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, set_seed
+
+import mmoe
+import zoo
+from mmoe.atomic import atomic_path
+from mmoe.errors import BadInput, UnknownName, did_you_mean
+from train import tune
+from train.data import build
+from train.engine import StageRun
+from train.log import RunLog
+from train.recipe import Recipe, differences
+from train.rehearse import check
+from train.sections import Stage
+from train.tasks import tasks
+from zoo.model import Model
+from zoo.state import read_json
+
+RECIPE, RESULTS = "recipe.yaml", "results.json"
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    stages: Sequence[str] = (),
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs a recipe.
+
+    Args:
+        recipe: of `Recipe.load`.
+        out: folder of the run; runs/NAME when None.
+        resume: goes on with the run in that folder.
+        stages: runs only these; what they start from has to be there.
+        progress: shows bars.
+
+    Returns:
+        What came out, by stage.
+
+    Raises:
+        BadInput: the folder holds another run, or one without `resume`.
+    """
+    for _ in check(recipe):
+        pass  # what is wrong with a later stage is told now
+    return Run(recipe, Path(out or Path("runs") / recipe.name), resume, progress).run(stages)
+
+
+class Run:
+    """One recipe in one folder.
+
+    Args:
+        recipe: of `Recipe.load`.
+        out: folder.
+        resume: it may hold a part of this run.
+        progress: shows bars.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, resume: bool = False, progress: bool = True) -> None:
+        self.recipe, self.out, self.progress = recipe, out, progress
+        self._check_folder(resume)
+        self.accelerator = _accelerator(recipe, out)
+        _check_scale(recipe, self.accelerator)
+
+    def _check_folder(self, resume: bool) -> None:
+        """Makes sure that the folder holds no other run."""
+        path = self.out / RECIPE
+        if path.exists():
+            if not resume:
+                fix = f"--resume goes on with it; --out {self.out}_2 begins anew"
+                raise BadInput(f"train in '{self.out}'", "it holds a run", fix)
+            before = Recipe.load(path)
+            if before != self.recipe:
+                told = "\n".join(differences(before, self.recipe))
+                raise BadInput(f"go on with '{self.out}'", told, f"mmoe train {self.out} --resume")
+        elif resume and not self.out.exists():
+            raise BadInput(f"go on with '{self.out}'", "there is no such folder", "the same command without --resume")
+
+    def _claim(self) -> None:
+        """Writes the resolved recipe into the folder."""
+        if self.accelerator.is_main_process and not (self.out / RECIPE).exists():
+            self.recipe.save(self.out / RECIPE, provenance())
+        self.accelerator.wait_for_everyone()
+
+    def run(self, only: Sequence[str] = ()) -> dict[str, Any]:
+        """Runs all stages, or some; those that are done are read."""
+        names = [stage.name for stage in self.recipe.stages]
+        for name in only:
+            if name not in names:
+                raise UnknownName(
+                    f"no stage {name!r} in '{self.recipe.name}'", did_you_mean(name, names), f"--stage {names[0]}"
+                )
+        return {stage.name: self._stage(stage) for stage in self.recipe.stages if not only or stage.name in only}
+
+    def folder(self, stage: str) -> Path:
+        """Of a stage; of a recipe without stages the run's own."""
+        return self.out / stage if stage else self.out
+
+    def _stage(self, stage: Stage) -> dict[str, Any]:
+        folder = self.folder(stage.name)
+        if (folder / RESULTS).exists():
+            return read_json(folder / RESULTS, f"rm -r '{folder}'   (the stage begins again)")
+        return self.finish(stage, self.start(stage))
+
+    def start(self, stage: Stage) -> StageRun:
+        """A stage before its first step."""
+        folder, seed = self.folder(stage.name), stage.run.seed
+        set_seed(seed)
+        model = self.model(stage)
+        data = build(stage.data, "train", self.stage_model, seed), build(stage.data, "eval", self.stage_model, seed)
+        task = tasks.build(stage.data.task or data[0].task)
+        log = RunLog(folder / "log.jsonl", self.accelerator, stage.name)
+        return StageRun(stage, self.recipe.scale, model, data, task, folder, self.accelerator, log, self.progress)
+
+    def finish(self, stage: Stage, stage_run: StageRun) -> dict[str, Any]:
+        """Runs a stage to its end."""
+        self._claim()
+        if stage_run.shows:
+            print(tune.show_table(stage_run.table), file=sys.stderr)
+        results = stage_run.run()
+        if self.accelerator.is_main_process:
+            with atomic_path(self.folder(stage.name) / RESULTS) as temporary:
+                temporary.write_text(json.dumps(results, indent=2))
+            stage_run.checkpoints.clear()
+        self.accelerator.wait_for_everyone()
+        return results
+
+    def model(self, stage: Stage) -> Model:
+        """The model that a stage begins with."""
+        section, start = stage.model, stage.start
+        options = {"router": section.router, "experts": section.experts, **section.overrides}
+        if isinstance(start, dict):
+            models = [self.stage_model(name) for name in start["assemble"]]
+            model = models[0].assemble(models, {**zoo.card(section.name).config, **section.overrides})
+        elif start is None:
+            model = zoo.load(section.name, section.weights, device="cpu", **options)
+        else:
+            model = zoo.load(self._where(start), device="cpu", **options)
+        told = {"balance_coef": stage.moe.balance_coef, "z_coef": stage.moe.z_coef}
+        own = {name: value for name, value in told.items() if value is not None and hasattr(model.config, name)}
+        model.config = replace(model.config, **own)
+        return model
+
+    def stage_model(self, name: str) -> Model:
+        """The trained model of a stage, a folder or a card."""
+        return zoo.load(self._where(name), device="cpu")
+
+    def _where(self, name: str) -> str:
+        if name not in {stage.name for stage in self.recipe.stages}:
+            return name
+        folder = self.folder(name)
+        if not (folder / RESULTS).exists():
+            raise BadInput(f"start from the stage {name!r}", f"it has not run in '{self.out}'", f"--stage {name}")
+        return str(folder / "model")
+
+
+def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
+    precision = recipe.stages[0].run.precision
+    gpu = torch.cuda.is_available()
+    if precision == "auto":
+        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and not gpu:
+        raise BadInput("train in fp16", "there is no GPU, and fp16 on a CPU overflows", "run.precision=bf16")
+    AcceleratorState._reset_state()  # of another run in this process, with another precision
+    accelerator = Accelerator(
+        cpu=not gpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=list(recipe.log) or None,
+        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "tensorboard")),
+    )
+    accelerator.init_trackers("mmoe")
+    return accelerator
+
+
+def _check_scale(recipe: Recipe, accelerator: Accelerator) -> None:
+    """accelerate starts one process where it cannot start several, and says nothing."""
+    wanted, there = recipe.scale.processes, accelerator.num_processes
+    if wanted is not None and wanted != there:
+        fix = f"mmoe train {recipe.name} --launch {wanted}"
+        raise BadInput(f"train with {wanted} processes", f"{there} were started", fix)
+    parallel = recipe.scale.expert_parallel
+    if there % parallel:
+        raise BadInput(f"expert_parallel: {parallel}", f"there are {there} processes", "scale.expert_parallel=1")
+    if (recipe.scale.shard == "fsdp" or parallel > 1) and any(stage.optim.name == "muon" for stage in recipe.stages):
+        raise BadInput(
+            "shard a model that Muon trains", "Muon needs whole matrices", "optim.name=adamw optim.muon_lr=null"
+        )
+
+
+def provenance() -> dict[str, str]:
+    """Versions and commit that a run was made with."""
+    packages = {
+        name: metadata.version(name) for name in ("torch", "open_clip_torch", "transformers", "accelerate", "peft")
+    }
+    return {"mmoe": f"{mmoe.__version__} {_commit()}".strip(), "python": platform.python_version(), **packages}
+
+
+def _commit() -> str:
+    """The commit of the checkout that this file is in, or nothing."""
+    here = Path(__file__).parent
+    told = subprocess.run(
+        ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip()

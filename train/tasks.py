@@ -1,0 +1,253 @@
+"""What models are measured by: tasks with the standard metrics of their fields.
+
+A task takes the samples of a data set, asks the model, and scores what it says. Models answer in their own terms:
+`encode_image` and `encode_text` for retrieval and zero-shot classification, `predict` for everything else.
+Shapes: n samples, C embedding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmoe.errors import Refused
+from mmoe.registry import Registry
+from mmoe.trace import trace
+from train.data.base import DataSet
+
+RANKS = (1, 5, 10)
+_AT_ONCE = 64
+
+tasks = Registry("task", "train.emoji_retrieval", "data.task=retrieval")
+
+
+class Task(ABC):
+    """One way to measure a model.
+
+    Attributes:
+        fields: that a sample of the data has to have.
+    """
+
+    fields: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def measure(self, model: Any, data: DataSet) -> dict[str, float]:
+        """Metrics by name, of all samples.
+
+        Args:
+            model: in eval mode.
+            data: samples.
+        """
+
+
+@torch.no_grad()
+def features(model: Any, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None) -> Tensor:
+    """Normalised features of pictures or of texts, (n, C).
+
+    Raises:
+        Refused: the model compares no pictures with texts.
+    """
+    name = "encode_image" if images is not None else "encode_text"
+    if not hasattr(model, name):
+        wrong = f"it has no {name}"
+        raise Refused(f"compare pictures with texts by {type(model).__name__}", wrong, "mmoe list --task retrieval")
+    found = []
+    many = images if images is not None else texts or ()
+    for first in range(0, len(many), _AT_ONCE):
+        part = list(many[first : first + _AT_ONCE])
+        (batch,) = (model.preprocess(images=part) if images is not None else model.preprocess(texts=part)).values()
+        found.append(getattr(model, name)(batch, normalize=True).float().cpu())
+    return torch.cat(found)
+
+
+@tasks.register("retrieval")
+class Retrieval(Task):
+    """Recall at 1, 5 and 10 of texts for pictures (I2T) and of pictures for texts (T2I), among all samples."""
+
+    fields = ("image", "text")
+
+    def measure(self, model: Any, data: DataSet) -> dict[str, float]:
+        """R@K in both directions, and their mean at 1."""
+        samples = data.samples(range(len(data)))
+        images = features(model, images=[sample["image"] for sample in samples])
+        texts = features(model, texts=[sample["text"] for sample in samples])
+        return recalls(texts @ images.t())
+
+
+def recalls(similarity: Tensor) -> dict[str, float]:
+    """Recalls of square similarities of texts to pictures (n, n)."""
+    found = {f"T2I {name}": value for name, value in recall(similarity).items()}
+    found |= {f"I2T {name}": value for name, value in recall(similarity.t()).items()}
+    return {"R@1": round((found["T2I R@1"] + found["I2T R@1"]) / 2, 4), **found}
+
+
+def recall(similarity: Tensor, ranks: Sequence[int] = RANKS) -> dict[str, float]:
+    """Share of rows whose own column is among the best k, for square similarities (n, n).
+
+    Ties and values that are no numbers count against it.
+
+    Example:
+        >>> recall(torch.tensor([[2.0, 1.0], [3.0, 3.0]]), ranks=(1,))
+        {'R@1': 0.5}
+    """
+    own = similarity.diagonal()[:, None]
+    rank = (~(similarity < own)).sum(1)
+    return {f"R@{k}": round((rank <= k).float().mean().item(), 4) for k in ranks}
+
+
+@tasks.register("zero_shot")
+class ZeroShot(Task):
+    """Share of pictures whose class is the most similar text, or among the five most similar ones.
+
+    Args:
+        template: sentence around the name of a class.
+    """
+
+    fields = ("image", "label")
+
+    def __init__(self, *, template: str = "a picture of a {}") -> None:
+        self.template = template
+
+    def measure(self, model: Any, data: DataSet) -> dict[str, float]:
+        """Accuracies."""
+        from sklearn.metrics import top_k_accuracy_score
+
+        classes: Sequence[str] = data.classes  # type: ignore[attr-defined]  # data with labels have them
+        samples = data.samples(range(len(data)))
+        images = features(model, images=[sample["image"] for sample in samples])
+        texts = features(model, texts=[self.template.format(name.replace("_", " ")) for name in classes])
+        scores, labels = (images @ texts.t()).numpy(), [sample["label"] for sample in samples]
+        if len(classes) == 2:
+            scores = scores[:, 1] - scores[:, 0]
+        found = {}
+        for k in (1, 5):
+            if k == 1 or k < len(classes):
+                value = top_k_accuracy_score(labels, scores, k=k, labels=range(len(classes)))
+                found[f"top-{k} accuracy"] = round(float(value), 4)
+        return found
+
+
+class _Answers(Task):
+    """Tasks that compare what `predict` says with what is right, sample by sample."""
+
+    def measure(self, model: Any, data: DataSet) -> dict[str, float]:
+        """Metrics of all answers."""
+        samples = data.samples(range(len(data)))
+        answers = [model.predict(**self._question(sample)) for sample in samples]
+        return {name: round(float(value), 4) for name, value in self.score(answers, samples).items()}
+
+    def _question(self, sample: Any) -> dict[str, Any]:
+        return {name: sample[name] for name in self.fields[:-1] if name in sample}
+
+    @abstractmethod
+    def score(self, answers: Sequence[Any], samples: Sequence[Any]) -> dict[str, float]:
+        """Metrics by name."""
+
+
+@tasks.register("quality")
+class Quality(_Answers):
+    """Rank (SRCC) and linear (PLCC) correlation of predicted scores with opinions of people."""
+
+    fields = ("image", "score")
+
+    def score(self, answers: Sequence[Any], samples: Sequence[Any]) -> dict[str, float]:
+        """Both correlations, -1 to 1; 0 where all answers are the same."""
+        return correlations([float(answer) for answer in answers], [float(sample["score"]) for sample in samples])
+
+
+def correlations(predicted: Sequence[float], given: Sequence[float]) -> dict[str, float]:
+    """SRCC and PLCC, -1 to 1; 0 where one side does not vary.
+
+    >>> correlations([1.0, 2.0, 4.0], [1.0, 2.0, 3.0])["SRCC"]
+    1.0
+    """
+    from scipy.stats import pearsonr, spearmanr
+
+    if len(set(predicted)) < 2 or len(set(given)) < 2:
+        return {"SRCC": 0.0, "PLCC": 0.0}
+    srcc, plcc = spearmanr(predicted, given).statistic, pearsonr(predicted, given).statistic
+    return {"SRCC": round(float(srcc), 4), "PLCC": round(float(plcc), 4)}
+
+
+@tasks.register("segmentation")
+class Segmentation(_Answers):
+    """Mean over classes of intersection over union (mIoU), and share of right pixels; 255 counts nothing."""
+
+    fields = ("image", "mask")
+
+    def score(self, answers: Sequence[Any], samples: Sequence[Any]) -> dict[str, float]:
+        """Over all pixels of all pictures."""
+        pairs = [
+            (np.asarray(answer).ravel(), np.asarray(sample["mask"]).ravel())
+            for answer, sample in zip(answers, samples, strict=True)
+        ]
+        predicted, given = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        return overlap(predicted[given != 255], given[given != 255])
+
+
+def overlap(predicted: np.ndarray, given: np.ndarray) -> dict[str, float]:
+    """mIoU over the classes that occur on either side, and accuracy.
+
+    >>> overlap(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]))
+    {'mIoU': 0.5833, 'accuracy': 0.75}
+    """
+    from sklearn.metrics import accuracy_score, jaccard_score
+
+    found = jaccard_score(given, predicted, average="macro", zero_division=0), accuracy_score(given, predicted)
+    return dict(zip(("mIoU", "accuracy"), (round(float(value), 4) for value in found), strict=True))
+
+
+@tasks.register("transcription")
+class Transcription(_Answers):
+    """Errors per word (WER) and per character (CER) of transcripts, in small letters without punctuation."""
+
+    fields = ("audio", "text")
+
+    def score(self, answers: Sequence[Any], samples: Sequence[Any]) -> dict[str, float]:
+        """Over all words and characters; may exceed 1."""
+        import jiwer
+
+        given, said = [_plain(sample["text"]) for sample in samples], [_plain(str(answer)) for answer in answers]
+        return {"WER": jiwer.wer(given, said), "CER": jiwer.cer(given, said)}
+
+
+@tasks.register("exact_match")
+class ExactMatch(_Answers):
+    """Share of the questions whose answer is right to the letter, but for case, punctuation and spaces."""
+
+    fields = ("image", "turns")
+
+    def measure(self, model: Any, data: DataSet) -> dict[str, float]:
+        """Of all questions; those before one are part of it with their right answers."""
+        right = []
+        for sample in data.samples(range(len(data))):
+            turns = sample["turns"]
+            for number in range(0, len(turns), 2):
+                image = {"image": sample["image"]} if "image" in sample else {}
+                answer = model.predict(turns=turns[: number + 1], **image)
+                right.append(_plain(str(answer)) == _plain(turns[number + 1]))
+        return {"exact match": round(sum(right) / len(right), 4)}
+
+    def score(self, answers: Sequence[Any], samples: Sequence[Any]) -> dict[str, float]:
+        """Of one question per sample."""
+        raise NotImplementedError
+
+
+def _plain(text: str) -> str:
+    kept = "".join(sign if sign.isalnum() else " " for sign in text.casefold().replace("'", ""))
+    return " ".join(kept.split())
+
+
+@torch.no_grad()
+def expert_use(model: Any, data: DataSet) -> list[dict[str, Any]]:
+    """Load, max/mean load, dead experts and entropy of every mixture over all samples."""
+    with trace(model) as routing:
+        for first in range(0, len(data), _AT_ONCE):
+            indices = range(first, min(first + _AT_ONCE, len(data)))
+            model(**model.training_batch(data.samples(indices)))
+    return routing.summary()

@@ -1,0 +1,165 @@
+"""What a stage trains: everything, routers, named modules, chosen experts, or low-rank adapters by peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmoe.errors import BadInput, nearest
+from mmoe.moe import moe_layers
+from mmoe.trace import trace
+from train.sections import TuneSection
+
+Chosen = Mapping[nn.Parameter, tuple[int, ...]]
+
+
+def freeze(model: nn.Module, section: TuneSection, used: Mapping[str, Tensor] | None = None) -> Chosen:
+    """Freezes what is not trained; of packed parameters that train in part it tells the experts.
+
+    Args:
+        model: changed in place.
+        section: of the recipe, not "lora".
+        used: slots that each expert of each layer got, (E,), for `top_used`.
+
+    Raises:
+        BadInput: nothing is left to train, or there are no such experts.
+    """
+    layers = moe_layers(model)
+    if section.method in ("router_only", "experts") and not layers:
+        raise BadInput(f"train with method: {section.method}", "the model has no mixtures", "tune.method=full")
+    if section.method == "experts":
+        return _choose_experts(model, section, used or {})
+    routers = {id(p) for layer in layers.values() for p in layer.router.parameters()}
+    for name, parameter in model.named_parameters():
+        wanted = section.method == "full" or any(fnmatchcase(name, pattern) for pattern in section.modules)
+        parameter.requires_grad_(id(parameter) in routers if section.method == "router_only" else wanted)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        names = [name for name, _ in model.named_parameters()]
+        near = nearest(section.modules[0].strip("*."), names) if section.modules else []
+        wrong = "no parameter has such a name" + (f"; one is {near[0]}" if near else "")
+        asked = f"train {', '.join(section.modules)}" if section.modules else f"train with method: {section.method}"
+        raise BadInput(asked, wrong, "tune.modules=['*.mlp.*']")
+    return {}
+
+
+def _choose_experts(model: nn.Module, section: TuneSection, used: Mapping[str, Tensor]) -> Chosen:
+    model.requires_grad_(False)
+    chosen: dict[nn.Parameter, tuple[int, ...]] = {}
+    for name, layer in moe_layers(model).items():
+        count = layer.router.num_experts
+        if section.top_used is None:
+            numbers = section.experts or ()
+        else:
+            numbers = tuple(sorted(used[name].topk(min(section.top_used, count)).indices.tolist()))
+        beyond = [number for number in numbers if number >= count]
+        if beyond:
+            raise BadInput(
+                f"train expert {beyond[0]} of '{name}'", f"it has {count}, from 0", f"tune.experts=[{count - 1}]"
+            )
+        for parameter in layer.experts.packed_parameters().values():
+            chosen[parameter.requires_grad_(True)] = numbers
+    return chosen
+
+
+def add_adapters(model: nn.Module, section: TuneSection) -> Any:
+    """Low-rank adapters beside the frozen model, on its experts' packed weights and on named linear layers.
+
+    Args:
+        model: wrapped in place.
+        section: of the recipe.
+
+    Returns:
+        A `peft.PeftModel`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    def named(name: str) -> bool:
+        return any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in section.modules)
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    packed = {f"{name}.experts" for name in moe_layers(model)}
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim in (2, 3) and name.removesuffix(".weight") not in linear
+    ]
+    adapted = [name for name in others if name.rpartition(".")[0] in packed and not name.endswith("_bias")]
+    more = [name for name in others if named(name) and name not in adapted]
+    wanted = [name for name in linear if named(name)]
+    if section.modules and not wanted + more:
+        asked, fix = f"adapt {', '.join(section.modules)}", f"tune.modules=['{linear[0]}']"
+        raise BadInput(asked, "no linear layer, router or other matrix has such a name", fix)
+    if not wanted + more + adapted:
+        raise BadInput("train with method: lora", "the model has no mixtures", f"tune.modules=['{linear[0]}']")
+    config = LoraConfig(
+        r=section.rank, lora_alpha=section.alpha, target_modules=wanted, target_parameters=adapted + more
+    )
+    return get_peft_model(model, config)
+
+
+def expert_use(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Slots that each expert of each layer gets, (E,), over some batches."""
+    found: dict[str, Tensor] = {}
+    for batch in batches:
+        with torch.no_grad(), trace(model) as routing:
+            model(**batch)
+        for name in routing.layers:
+            for one in routing.select(name):
+                found[name] = found.get(name, 0) + one.counts()
+    return found
+
+
+def table(model: nn.Module, chosen: Chosen) -> list[tuple[str, int, int]]:
+    """(group, trained parameters, all parameters) by group: routers, experts, adapters, each part of the rest."""
+    groups: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        group = groups.setdefault(_group(name), [0, 0])
+        group[1] += parameter.numel()
+        if parameter.requires_grad:
+            share = len(chosen[parameter]) / len(parameter) if parameter in chosen else 1
+            group[0] += round(parameter.numel() * share)
+    return [(name, trained, total) for name, (trained, total) in groups.items()]
+
+
+def _group(name: str) -> str:
+    if ".lora_" in name or name.startswith("lora_"):
+        return "adapters"
+    if ".router." in name:
+        return "routers"
+    if ".experts." in name:
+        return "experts"
+    parts = [part for part in name.split(".") if part not in ("base_model", "model", "base_layer")]
+    return ".".join(parts[:2] if len(parts) > 2 else parts[:1])
+
+
+def show_table(rows: list[tuple[str, int, int]]) -> str:
+    """The table as text."""
+    total, trained = sum(row[2] for row in rows), sum(row[1] for row in rows)
+    width = max(len("trained of"), *(len(name) for name, _, _ in rows))
+    lines = [f"{'group':{width}}  {'trained':>12}  {'parameters':>12}"]
+    lines += [f"{name:{width}}  {part:>12,}  {whole:>12,}" for name, part, whole in rows]
+    return "\n".join([*lines, f"{'all':{width}}  {trained:>12,}  {total:>12,}  {trained / max(total, 1):.2%}"])
+
+
+def save_adapters(model: Any, folder: Path) -> None:
+    """Writes adapters as peft does: adapter_config.json and adapter_model.safetensors."""
+    model.save_pretrained(folder)
+
+
+def load_adapters(model: nn.Module, folder: str | Path, *, merge: bool = False) -> Any:
+    """The model with adapters from a folder; merged into its weights where asked for.
+
+    Raises:
+        BadInput: there are none.
+    """
+    from peft import PeftModel
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise BadInput(f"no adapters in '{folder}'", "it has no adapter_config.json", "RUN/adapter")
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    return adapted.merge_and_unload() if merge else adapted
