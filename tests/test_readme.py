@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import zoo
 
@@ -53,6 +54,19 @@ def test_commands_run(command, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_a_folder_of_pictures_trains(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(50):
+        Image.new("RGB", (48, 40), (5 * number, 250 - 5 * number, 90)).save(tmp_path / "photos" / f"{number}.png")
+        (tmp_path / "photos" / f"{number}.txt").write_text(f"colour number {number}")
+    examples = [text for language, text in BLOCKS if language == "sh photos"]
+    for command in "".join(examples).splitlines():
+        words = [sys.executable, "-m", "mmoe", *shlex.split(command, comments=True)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    assert (tmp_path / "runs" / "mine" / "model" / "model.safetensors").exists()
 
 
 def test_the_table_is_the_cards():

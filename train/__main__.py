@@ -6,4 +6,4 @@ from mmoe.cli import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "train")
-    main()
+    sys.exit(main())

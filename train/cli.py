@@ -144,6 +144,8 @@ def train(
     except Stopped:
         print(f"stopped; go on with: mmoe train {out} --resume", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    if os.environ.get("RANK", "0") != "0":  # the first process tells
+        return
     for name, result in results.items():
         metrics = "  ".join(f"{metric} {value:.4f}" for metric, value in list(result["metrics"].items())[:4])
         print(f"{name or loaded.name}: {result['steps']} steps, loss {result['loss']:.4f}  {metrics}")

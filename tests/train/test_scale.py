@@ -133,3 +133,30 @@ def test_the_number_of_processes_is_checked(tmp_path):
 def test_what_cannot_be_sharded(tmp_path, sections, told):
     with pytest.raises(BadInput, match=told):
         Run(Recipe.load(recipe(tmp_path, **sections)), tmp_path / "a", progress=False)
+
+
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "train"]
+
+
+@pytest.mark.parametrize(
+    "launcher", [["mmoe", "train", "--launch", "2"], ACCELERATE], ids=["mmoe --launch", "accelerate launch"]
+)
+def test_launchers_start_as_many_processes_as_were_asked_for(tmp_path, launcher):
+    path = recipe(tmp_path, scale={"processes": 2}, run={"steps": 1})
+    command = [sys.executable, "-m", *launcher, str(path), "data.limit=32", "--out", str(tmp_path / "a")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("1 steps, loss") == 1, "one process tells"
+    assert (tmp_path / "a" / "results.json").exists()
+
+
+def test_one_process_that_launchers_start_in_place_of_two_is_told(tmp_path):
+    path = recipe(tmp_path, scale={"processes": 2})
+    words = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "train", str(path)]
+    ended = subprocess.run(
+        [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert ended.returncode != 0
+    assert "train with 2 processes\n  1 were started\n  try: mmoe train tiny --launch 2" in ended.stderr
