@@ -336,6 +336,7 @@ class StageRun:
     def _finish(self) -> dict[str, Any]:
         """Evaluates and saves the trained model."""
         metrics = self._evaluate()
+        self.log.heatmap(self.state.step)
         self.model.eval()
         self._write_model(self.folder / "model")
         return {

@@ -49,9 +49,9 @@ class RunLog:
     def heatmap(self, step: int) -> None:
         """Draws the load of every layer over time, experts downwards, for the trackers."""
         pictures = {f"{self.prefix}load/{name}": _picture(rows) for name, rows in self._load.items()}
-        for tracker in self.accelerator.trackers:
-            if pictures and hasattr(tracker, "log_images"):
-                tracker.log_images(pictures, step=step)
+        for tracker in self.accelerator.trackers if pictures else ():
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images(pictures, step=step, **layout)
 
     def cut(self, step: int) -> None:
         """Forgets what was told after a step that is done again."""

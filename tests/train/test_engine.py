@@ -287,3 +287,20 @@ def test_bf16_trains_as_fp32_does(tmp_path):
     ]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_numbers_and_loads_are_written_for_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.run(recipe(tmp_path, log=["tensorboard"]), tmp_path / "a", progress=False)
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard" / "mmoe"), size_guidance={"images": 0}).Reload()
+    told = events.Tags()
+    layer = "clip.visual.transformer.resblocks.0.mlp"
+    curves = {"loss", "lr", "grad_norm", "samples_per_second", "eval/R@1", "loss/contrastive"}
+    curves |= {f"router/{layer}/{name}" for name in ("entropy", "violation", "drop_rate", "drift")}
+    assert curves <= set(told["scalars"])
+    assert [point.step for point in events.Scalars("loss")] == [2, 4, 6, 8]
+    assert f"load/{layer}" in told["images"]
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    health = lines[0]["health"][layer]
+    assert sum(health["load"]) == pytest.approx(1) and health["violation"] == pytest.approx(4 * max(health["load"]) - 1)
