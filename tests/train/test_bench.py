@@ -242,3 +242,10 @@ def test_a_sweep_over_a_model(capsys, tmp_path, monkeypatch):
 def test_options_without_a_meaning(words, wrong, capsys):
     assert main(["bench", *words]) == 2
     assert wrong in capsys.readouterr().err
+
+
+def test_the_engine_beside_a_bare_loop(capsys):
+    words = ["bench", "train", "clip_moe_router", "data.batch_size=4", "data.limit=8", "--steps", "2", "--rounds", "1"]
+    assert main([*words, "--threads", "1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ratio"] == pytest.approx(told["engine_ms"] / told["bare_ms"], rel=0.01)
