@@ -13,7 +13,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -147,27 +147,41 @@ class Run:
                 temporary.write_text(json.dumps(results, indent=2))
             stage_run.checkpoints.clear()
         self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()  # it holds on to what it prepared
         return results
 
     def model(self, stage: Stage) -> Model:
         """The model that a stage begins with."""
         section, start = stage.model, stage.start
-        options = {"router": section.router, "experts": section.experts, **section.overrides}
+        options = _options(stage)
         if isinstance(start, dict):
             models = [self.stage_model(name) for name in start["assemble"]]
             model = models[0].assemble(models, {**zoo.card(section.name).config, **section.overrides})
         elif start is None:
             model = zoo.load(section.name, section.weights, device="cpu", **options)
         else:
-            model = zoo.load(self._where(start), device="cpu", **options)
+            model = self.stage_model(start, options)
         told = {"balance_coef": stage.moe.balance_coef, "z_coef": stage.moe.z_coef}
         own = {name: value for name, value in told.items() if value is not None and hasattr(model.config, name)}
         model.config = replace(model.config, **own)
         return model
 
-    def stage_model(self, name: str) -> Model:
-        """The trained model of a stage, a folder or a card."""
-        return zoo.load(self._where(name), device="cpu")
+    def stage_model(self, name: str, options: Mapping[str, Any] | None = None) -> Model:
+        """The trained model of a stage, a folder or a card.
+
+        Args:
+            name: of it.
+            options: to load it with; its own when None.
+        """
+        folder = self._where(name)
+        if not (Path(folder) / "adapter_config.json").exists():
+            return zoo.load(folder, device="cpu", **options or {})
+        (stage,) = (stage for stage in self.recipe.stages if stage.name == name)
+        if options is not None and options != _options(stage):
+            asked, wrong = f"change the model of the stage {name!r}", "its adapters fit it as it was trained"
+            raise BadInput(asked, wrong, "model.overrides as that stage has them")
+        model: Model = tune.load_adapters(self.model(stage), folder, merge=True)
+        return model
 
     def _where(self, name: str) -> str:
         if name not in {stage.name for stage in self.recipe.stages}:
@@ -178,8 +192,16 @@ class Run:
         return str(folder / "model")
 
 
+def _options(stage: Stage) -> dict[str, Any]:
+    """What `zoo.load` is told besides name and weights."""
+    return {"router": stage.model.router, "experts": stage.model.experts, **stage.model.overrides}
+
+
 def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
-    precision = recipe.stages[0].run.precision
+    precision, *others = dict.fromkeys(stage.run.precision for stage in recipe.stages)
+    if others:
+        wrong = f"its stages ask for {precision} and {', '.join(others)}"
+        raise BadInput(f"run '{recipe.name}' in one go", wrong, f"run.precision={precision}")
     gpu = torch.cuda.is_available()
     if precision == "auto":
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"

@@ -123,6 +123,20 @@ def test_stages_begin_with_others(capsys, folder):
     assert out.endswith("model: runs/stages/three/model\n")
 
 
+def test_a_stage_begins_with_adapters_of_another(capsys, folder):
+    stages = [{"name": "one", "tune": {"method": "lora", "rank": 2}}, {"name": "two", "start": "one"}]
+    (folder / "stages.yaml").write_text(yaml.safe_dump({**TINY, "stages": stages}))
+    code, _, err = run(capsys, "train", "stages.yaml")
+    assert code == 0, err
+    assert (folder / "runs/stages/one/model/adapter_config.json").exists()
+    code, out, _ = run(capsys, "eval", "runs/stages", "--json")
+    assert json.loads(out)["metrics"] == json.loads((folder / "runs/stages/two/results.json").read_text())["metrics"]
+    stages[1]["model"] = {"overrides": {"top_k": 1}}
+    (folder / "other.yaml").write_text(yaml.safe_dump({**TINY, "stages": stages}))
+    code, _, err = run(capsys, "train", "other.yaml")
+    assert code == 2 and "its adapters fit it as it was trained" in err
+
+
 WRONG = {
     "nothing.yaml": "no recipe 'nothing.yaml'",
     "clip_moe_ruter": "did you mean: clip_moe_router",
@@ -154,6 +168,7 @@ WRONG = {
     "scale.expert_parallel=2": "there are 1 processes",
     "start=base": "there is no start",
     "stages=[{name: a, start: b}]": "begin the stage 'a' with 'b'",
+    "stages=[{name: a}, {name: b, run: {precision: bf16}}]": "its stages ask for auto and bf16",
     "stages=[]": "stages is a list of mappings",
     "nonsense": "no override 'nonsense'",
 }
