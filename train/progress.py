@@ -86,12 +86,12 @@ def interrupts_held() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         held.append(number)
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
-    if threading.current_thread() is not threading.main_thread() or not callable(before[signal.SIGINT]):
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    for number in signals:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:  # shells start background jobs with Ctrl-C ignored
         signal.signal(number, hold)
     try:
         yield lambda: bool(held)

@@ -20,6 +20,7 @@ from mmoe.moe import moe_layers
 from train import tune
 from train.checkpoint import Checkpoints
 from train.engine import StageRun, Stopped
+from train.progress import interrupts_held
 from train.recipe import Recipe
 from train.stages import Run
 from zoo.model import Model
@@ -99,6 +100,17 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, interrupti
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
     assert [line.get("loss") for line in logs[0]] == [line.get("loss") for line in logs[1]]
     assert not (tmp_path / "b" / "checkpoints").exists(), "the stage is done"
+
+
+def test_sigterm_is_held_where_ctrl_c_is_ignored(interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interrupts_held() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not interrupted()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupted()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 KILLED = """
