@@ -22,15 +22,15 @@ import torch
 import typer
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 import zoo
 from mmoe.atomic import atomic_path
 from mmoe.errors import BadInput, MmoeError, nearest
+from train.clusters import refine_cells
 from train.contrastive import ContrastiveRun, StageConfig
 from train.data.emoji import EmojiSet, load_emoji
-from train.evaluate import evaluate, expert_use, image_features, text_features
+from train.evaluate import evaluate, expert_use
 from zoo.clip_moe.convert import upcycle
 from zoo.clip_moe.model import ClipMoE
 from zoo.state import read_json
@@ -230,29 +230,6 @@ class DmuRun:
         with atomic_path(self.out / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=2))
         return results
-
-
-def refine_cells(cells: Tensor, model: ClipMoE, emoji: EmojiSet, clusters: tuple[int, int], seed: int) -> Tensor:
-    """Splits every cell by k-means clusters of pictures and of names under the newest model.
-
-    Args:
-        cells: (styles, n) labels so far.
-        model: newest model.
-        emoji: the data; held-out concepts are labelled too but never fitted nor drawn.
-        clusters: of pictures and of names.
-        seed: of k-means.
-    """
-
-    def labels(features: Tensor, fitted: Tensor, count: int) -> Tensor:
-        kmeans = MiniBatchKMeans(count, batch_size=4096, max_iter=500, n_init=3, random_state=seed).fit(fitted)
-        return torch.from_numpy(kmeans.predict(features)).long()
-
-    pictures = [image_features(model, emoji, style) for style in emoji.training_styles]
-    seen = torch.tensor(emoji.seen)
-    image = labels(torch.cat(pictures), torch.cat([rows[seen] for rows in pictures]), clusters[0])
-    names = text_features(model, [concept.name for concept in emoji.concepts])
-    text = labels(names, names[seen], clusters[1])  # (n,)
-    return cells * clusters[0] * clusters[1] + clusters[0] * text + image.view(len(pictures), -1)
 
 
 def print_results(results: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import yaml
 import zoo
 from mmoe.atomic import atomic_path
 from mmoe.errors import BadInput, MmoeError
-from train.evaluate import RANKS
+from train.tasks import RANKS
 from zoo.state import read_json
 
 DENSE, MIXTURE = "clip_tiny", "clip_moe_tiny"

@@ -14,9 +14,8 @@ from torch import Tensor
 from mmoe.trace import trace
 from train.augment import as_input, on_background
 from train.data.emoji import EmojiSet
+from train.tasks import recall
 from zoo.clip_moe.model import ClipMoE
-
-RANKS = (1, 5, 10)
 
 
 @torch.no_grad()
@@ -32,20 +31,6 @@ def text_features(model: ClipMoE, texts: Sequence[str]) -> Tensor:
     """Normalised features of texts, (n, C)."""
     ids = model.tokenizer(list(texts)).to(model.device)
     return torch.cat([model.encode_text(part, normalize=True).float().cpu() for part in ids.split(512)])
-
-
-def recall(similarity: Tensor, ranks: Sequence[int] = RANKS) -> dict[str, float]:
-    """Share of rows whose own column is among the best k, for square similarities (n, n).
-
-    Ties and values that are no numbers count against it.
-
-    Example:
-        >>> recall(torch.tensor([[2.0, 1.0], [3.0, 3.0]]), ranks=(1,))
-        {'R@1': 0.5}
-    """
-    own = similarity.diagonal()[:, None]
-    rank = (~(similarity < own)).sum(1)
-    return {f"R@{k}": round((rank <= k).float().mean().item(), 4) for k in ranks}
 
 
 def retrieval(

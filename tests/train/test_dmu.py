@@ -11,9 +11,11 @@ import typer
 import yaml
 
 from mmoe.errors import BadInput, CorruptFile
-from train import dmu, dmu_table
-from train.dmu import RECIPE, DmuRun, main, print_results, read_recipe, refine_cells
-from train.evaluate import expert_use, recall
+from train import clusters, dmu, dmu_table
+from train.clusters import refine_cells
+from train.dmu import RECIPE, DmuRun, main, print_results, read_recipe
+from train.evaluate import expert_use
+from train.tasks import recall
 
 SMALL = {
     "model": "clip_moe_tiny",
@@ -77,12 +79,12 @@ def test_each_stage_starts_from_the_base_with_clusters_of_the_newest_model(recip
 def test_clusters_are_fitted_to_concepts_that_are_trained_on(run, monkeypatch):
     fitted = []
 
-    class Watched(dmu.MiniBatchKMeans):
+    class Watched(clusters.MiniBatchKMeans):
         def fit(self, rows):
             fitted.append(len(rows))
             return super().fit(rows)
 
-    monkeypatch.setattr(dmu, "MiniBatchKMeans", Watched)
+    monkeypatch.setattr(clusters, "MiniBatchKMeans", Watched)
     none = torch.zeros(len(run.emoji.training_styles), len(run.emoji), dtype=torch.long)
     refine_cells(none, run.base(), run.emoji, (2, 2), 0)
     seen = len(run.emoji.seen)

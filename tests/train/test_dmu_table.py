@@ -9,7 +9,7 @@ import yaml
 
 from mmoe.errors import BadInput
 from train.dmu_table import DIRECTIONS, MODELS, SPLITS, as_yaml, metrics, read_results, show
-from train.evaluate import RANKS
+from train.tasks import RANKS
 
 
 def write(folder, seed: int, value: float):
