@@ -143,7 +143,7 @@ def _saved_options(folder: Path, saved: Mapping[str, Any], optimizer: torch.opti
             _, number, option = name.split(".", 2)
             found.setdefault(int(number), {})[option] = None
     if len(found) != len(optimizer.param_groups):
-        wrong = f"it has {len(found)} groups of parameters in place of {len(optimizer.param_groups)}"
+        wrong = f"groups of parameters: {len(found)} in place of {len(optimizer.param_groups)}"
         raise LoadMismatch(f"the checkpoint '{folder}' is of another optimiser", wrong, _SAME)
     return [found[number] for number in sorted(found)]
 

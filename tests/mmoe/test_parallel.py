@@ -407,7 +407,7 @@ class TestCheckpointsThatDoNotFit:
         model, optimizer = start(None)
         parallel.save_checkpoint(tmp_path / "a", model, optimizer)
         groups = [{"params": model.inp.parameters()}, {"params": model.blocks.parameters()}]
-        with pytest.raises(LoadMismatch, match="it has 1 groups of parameters in place of 2"):
+        with pytest.raises(LoadMismatch, match="groups of parameters: 1 in place of 2"):
             parallel.load_checkpoint(tmp_path / "a", model, torch.optim.AdamW(groups))
 
     def test_other_models_and_optimisers(self, tmp_path: Path) -> None:
