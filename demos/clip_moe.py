@@ -66,7 +66,7 @@ def image_features(loaded: Loaded, style: str, note: Note) -> Tensor:
     """Normalised features of all emoji in one style, (n, C), computed once per model and style."""
     import torch
 
-    from train.evaluate import image_features as encode
+    from train.emoji_retrieval import image_features as encode
 
     emoji, key = emoji_set(), ("emoji", style)
     count = len(emoji.concepts)

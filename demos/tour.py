@@ -61,7 +61,7 @@ def tour(
     for path in _write_pictures(record, out):
         console.print(f"wrote {path}")
 
-    _step(console, 4, f"Fine-tune its routers for {steps} steps", f"train.contrastive.fine_tune(model, steps={steps})")
+    _step(console, 4, f"Fine-tune its routers for {steps} steps", f"train.fine_tune(model, steps={steps})")
     _fine_tune(console, model, steps)
     console.print(f"\nDone in {time.perf_counter() - begin:.0f} s. Next: mmoe demo, mmoe list")
 
@@ -111,7 +111,7 @@ def _write_pictures(record: RoutingRecord, out: Path) -> list[Path]:
 
 
 def _fine_tune(console: Console, model: Any, steps: int) -> None:
-    from train.contrastive import fine_tune
+    from train import fine_tune
 
     batch = held_batch(model)
     before = held_loss(model, batch)

@@ -36,8 +36,6 @@ COMMAND_LINE = {  # these may import typer as well
     "zoo/doctor.py",
     "train/cli.py",
     "train/bench/cli.py",
-    "train/dmu.py",
-    "train/dmu_table.py",
     "demos/cli.py",
     "demos/tour.py",
 }

@@ -2,6 +2,8 @@
 
 recipe = train.Recipe.load("clip_moe_router", "run.steps=20")
 results = train.run(recipe, "runs/short")
+train.measure("runs/short")["metrics"]
+train.fine_tune(zoo.load("clip_moe_tiny"), steps=20)  # in memory, without a recipe
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from train.notebook import fine_tune
     from train.recipe import Recipe
+    from train.score import measure
     from train.stages import run
 
-__all__ = ["Recipe", "run"]
-_HOMES = {"Recipe": "train.recipe", "run": "train.stages"}
+__all__ = ["Recipe", "fine_tune", "measure", "run"]
+_HOMES = {"Recipe": "train.recipe", "fine_tune": "train.notebook", "measure": "train.score", "run": "train.stages"}
 
 
 def __getattr__(name: str) -> Any:

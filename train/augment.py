@@ -45,12 +45,12 @@ def as_input(model: Model, image: Tensor) -> Tensor:
     return ((image - mean) / std).to(model.device, model.dtype)
 
 
-def augment(pixels: Tensor, source: torch.Generator | Sequence[int], strength: float = 1.0) -> Tensor:
+def augment(pixels: Tensor, seeds: Sequence[int], strength: float = 1.0) -> Tensor:
     """Random variants of drawings.
 
     Args:
         pixels: (n, 4, S, S) uint8 RGBA.
-        source: of all randomness, or a seed for each picture: what becomes of one then depends on no other.
+        seeds: one for each picture: what becomes of it depends on no other.
         strength: scales warps and colour shifts; which pictures turn grey, get contours, fewer colours, blur or a
             cut-out does not depend on it.
 
@@ -61,7 +61,7 @@ def augment(pixels: Tensor, source: torch.Generator | Sequence[int], strength: f
         >>> augment(torch.zeros(2, 4, 64, 64, dtype=torch.uint8), [0, 1]).shape
         torch.Size([2, 3, 64, 64])
     """
-    draw = _Draw(len(pixels), source) if isinstance(source, torch.Generator) else _DrawEach(source)
+    draw = _Draw(seeds)
     rgba = pixels.float() / 255
     rgba = _warp(torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1), draw, strength)  # premultiplied
     colour, alpha = rgba[:, :3], rgba[:, 3:]
@@ -73,22 +73,6 @@ def augment(pixels: Tensor, source: torch.Generator | Sequence[int], strength: f
 
 
 class _Draw:
-    """Random numbers per picture."""
-
-    def __init__(self, n: int, generator: torch.Generator) -> None:
-        self.n, self.generator = n, generator
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(self.n, *shape, generator=self.generator) * (high - low) + low
-
-    def normal(self, scale: float) -> Tensor:
-        return torch.randn(self.n, generator=self.generator) * scale
-
-    def chance(self, probability: float) -> Tensor:
-        return torch.rand(self.n, generator=self.generator) < probability
-
-
-class _DrawEach(_Draw):
     """Random numbers per picture, from one long row for each."""
 
     def __init__(self, seeds: Sequence[int], most: int = 64) -> None:

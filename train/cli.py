@@ -100,6 +100,54 @@ def diff(a: str, b: str) -> None:
     print("\n".join(differences(Recipe.load(a), Recipe.load(b))) or "no difference")
 
 
+@recipes.command()
+def data(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the data sets, how their files lie, and what they are measured by.
+
+    \b
+    mmoe recipe data
+    """
+    import inspect
+
+    from train.data import data_sets
+
+    rows = []
+    for name in data_sets.names():
+        kind: Any = data_sets.get(name)
+        form = inspect.getdoc(kind).partition("\nArgs:")[0].partition("\nAttributes:")[0].strip()
+        rows.append({"name": name, "fields": list(kind.fields), "task": kind.task, "form": form})
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        print(f"{row['name']}: {', '.join(row['fields'])}; measured by {row['task']}")
+        print("".join(f"    {line}\n" for line in row["form"].splitlines() if line))
+
+
+@recipes.command()
+def table(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs with different seeds.")],
+    metrics: Annotated[list[str] | None, typer.Option("--metric", help="Pattern of names; may be repeated.")] = None,
+    to_yaml: Annotated[Path | None, typer.Option("--yaml", help="Write the entries as a card has them.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Put runs of one recipe together: mean and standard deviation over seeds, stage by stage.
+
+    \b
+    mmoe recipe table runs/seed_0 runs/seed_1 --metric "*R@1"
+    """
+    from train.compare import compare, write_entries
+    from zoo.table import metric_tables
+
+    entries = compare(runs, metrics or ["*"])
+    if to_yaml is not None:
+        write_entries(to_yaml, entries)
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    print("\n\n".join(f"{heading}\n{text}" for heading, text in metric_tables(entries)))
+
+
 def train(
     recipe: Annotated[str, typer.Argument(help="A bundled recipe, a file, or the folder of a run.")],
     overrides: Overrides = None,
@@ -187,12 +235,14 @@ def evaluate(
     mmoe eval runs/clip_moe_router
     mmoe eval runs/mine/model --on pairs:photos --limit 100 --out results.json
     """
-    from train.measure import measure
+    from train.score import measure
 
-    results: dict[str, Any] = measure(model, on, task, limit, out, to_card)
+    results: dict[str, Any] = measure(model, on, task, limit, out=out, to_card=to_card, progress=True)
     if as_json:
         print(json.dumps(results, indent=2))
         return
     width = max(map(len, results["metrics"]))
     for name, value in results["metrics"].items():
         print(f"{name:{width}}  {value:.4f}")
+    for name, wrong in results["broken"].items():
+        print(f"left out: {name}: {wrong}", file=sys.stderr)

@@ -9,7 +9,7 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from train.data.emoji import EmojiSet
-from train.evaluate import image_features, text_features
+from train.emoji_retrieval import image_features, text_features
 
 
 def refine_cells(cells: Tensor, model: Any, emoji: EmojiSet, clusters: tuple[int, int], seed: int) -> Tensor:

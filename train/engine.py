@@ -29,12 +29,12 @@ from train import tune
 from train.checkpoint import WEIGHTS, Checkpoints
 from train.data.base import DataSet
 from train.data.loader import Steps, seed_of
+from train.evaluate import Task
 from train.health import RouterHealth
 from train.log import RunLog
 from train.optim import Optimizers, schedule
 from train.progress import Progress, interrupts_held
 from train.sections import ScaleSection, Stage
-from train.tasks import Task
 from zoo.model import Model
 
 _PROBES = 8  # batches that show which experts are used most
@@ -97,6 +97,7 @@ class StageRun:
         self.steps = stage.run.steps or max(1, round((stage.run.epochs or 1) * self.batches.per_epoch))
         model.to(accelerator.device)
         model.load_report = None  # the weights will no longer be the loaded ones
+        self.parameters = model.num_params()
         if stage.run.checkpointing:
             model.set_grad_checkpointing()
         self.trained, chosen = self._tuned(model)
@@ -303,7 +304,7 @@ class StageRun:
                 self.state.step, state, lambda folder: parallel.save_checkpoint(folder, self.trained, optimizer)
             )
         else:
-            state["model"] = self.trained.state_dict()
+            state["model"] = {k: v for k, v in self.trained.state_dict().items() if k not in self._frozen()}
             state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers.each]
             self.checkpoints.save(self.state.step, state)
 
@@ -321,7 +322,7 @@ class StageRun:
             (optimizer,) = self.optimizers.each
             parallel.load_checkpoint(folder / WEIGHTS, self.trained, optimizer)
         else:
-            self.trained.load_state_dict(state["model"])
+            self._load(state["model"])
             for optimizer, saved in zip(self.optimizers.each, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
         if self.ema is not None:
@@ -333,6 +334,14 @@ class StageRun:
         self.state = State(**state["state"])
         self.log.cut(self.state.step)
 
+    def _frozen(self) -> set[str]:
+        """Parameters that are as they were when the stage began; a checkpoint does without."""
+        return {name for name, parameter in self.trained.named_parameters() if not parameter.requires_grad}
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        found = self.trained.load_state_dict(state, strict=False)
+        assert not found.unexpected_keys and set(found.missing_keys) <= self._frozen(), found
+
     def _finish(self) -> dict[str, Any]:
         """Evaluates and saves the trained model."""
         metrics = self._evaluate()
@@ -341,6 +350,7 @@ class StageRun:
         self._write_model(self.folder / "model")
         return {
             "stage": self.stage.name,
+            "parameters": {"total": self.parameters.total, "active": self.parameters.active},
             "steps": self.steps,
             "seconds": round(self.state.seconds, 1),
             "loss": sum(self.state.losses) / len(self.state.losses),

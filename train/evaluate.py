@@ -1,75 +1,261 @@
-"""Retrieval of emoji by name and of names by emoji, and how a model uses its experts.
+"""What models are measured by: tasks with the standard metrics of their fields.
 
-Shapes: n concepts, C embedding.
+A task takes the samples of a data set, asks the model, and scores what it says. Models answer in their own terms:
+`encode_image` and `encode_text` for retrieval and zero-shot classification, `predict` for everything else.
+Shapes: n samples, C embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmoe.trace import trace
-from train.augment import as_input, on_background
-from train.data.emoji import EmojiSet
-from train.tasks import recall
-from zoo.clip_moe.model import ClipMoE
+from mmoe.errors import BadInput, Refused
+from mmoe.registry import Registry
+from train.data.base import DataSet, Sample
+from train.progress import Progress
+
+RANKS = (1, 5, 10)
+
+tasks = Registry("task", "train.emoji_retrieval", "data.task=retrieval")
+
+
+class Task(ABC):
+    """One way to measure a model.
+
+    Attributes:
+        fields: that a sample of the data has to have.
+        progress: shows a bar.
+    """
+
+    fields: ClassVar[tuple[str, ...]]
+    progress: bool = False
+
+    @abstractmethod
+    def measure(self, model: Any, data: DataSet) -> dict[str, float]:
+        """Metrics by name, of all samples that can be read.
+
+        Args:
+            model: in eval mode.
+            data: samples.
+        """
+
+    def about(self, part: str) -> str:
+        """In words what is measured as "PART/METRIC"."""
+        return part
+
+    def batches(self, data: DataSet, size: int = 64) -> Iterator[list[Sample]]:
+        """Samples in their order, so many in memory at a time.
+
+        Raises:
+            BadInput: none can be read, or more are broken than may be.
+        """
+        found = 0
+        with Progress("evaluating", len(data), unit="samples", quiet=not self.progress) as bar:
+            for first in range(0, len(data), size):
+                last = min(first + size, len(data))
+                samples = data.readable(range(first, last))
+                found += len(samples)
+                if samples:
+                    yield samples
+                bar.update(last)
+        if not found:
+            raise BadInput("measure a model", "the data has no samples to evaluate on", "data.held_out=0.1")
 
 
 @torch.no_grad()
-def image_features(model: ClipMoE, emoji: EmojiSet, style: str, indices: Sequence[int] | None = None) -> Tensor:
-    """Normalised features of the pictures of one style, (n, C)."""
-    pixels = emoji.pixels(style) if indices is None else emoji.pixels(style)[list(indices)]
-    batches = (as_input(model, on_background(part)) for part in pixels.split(256))
-    return torch.cat([model.encode_image(batch, normalize=True).float().cpu() for batch in batches])
+def features(model: Any, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None) -> Tensor:
+    """Normalised features of pictures or of texts, (n, C).
+
+    Raises:
+        Refused: the model compares no pictures with texts.
+    """
+    name = "encode_image" if images is not None else "encode_text"
+    if not hasattr(model, name):
+        wrong = f"it has no {name}"
+        raise Refused(f"compare pictures with texts by {type(model).__name__}", wrong, "mmoe list --task retrieval")
+    given = {"images": images} if images is not None else {"texts": texts}
+    (batch,) = model.preprocess(**given).values()
+    found: Tensor = getattr(model, name)(batch, normalize=True)
+    return found.float().cpu()
 
 
-@torch.no_grad()
-def text_features(model: ClipMoE, texts: Sequence[str]) -> Tensor:
-    """Normalised features of texts, (n, C)."""
-    ids = model.tokenizer(list(texts)).to(model.device)
-    return torch.cat([model.encode_text(part, normalize=True).float().cpu() for part in ids.split(512)])
+@tasks.register("retrieval")
+class Retrieval(Task):
+    """Recall at 1, 5 and 10 of texts for pictures (I2T) and of pictures for texts (T2I), among all samples."""
+
+    fields = ("image", "text")
+
+    def measure(self, model: Any, data: DataSet) -> dict[str, float]:
+        """R@K in both directions, and their mean at 1."""
+        images, texts = [], []
+        for samples in self.batches(data):
+            images.append(features(model, images=[sample["image"] for sample in samples]))
+            texts.append(features(model, texts=[sample["text"] for sample in samples]))
+        return recalls(torch.cat(texts) @ torch.cat(images).t())
 
 
-def retrieval(
-    model: ClipMoE, emoji: EmojiSet, style: str, indices: Sequence[int], template: str = "{}"
-) -> dict[str, dict[str, float]]:
-    """Recall of names for pictures and of pictures for names, among the given concepts.
+def recalls(similarity: Tensor) -> dict[str, float]:
+    """Recalls of square similarities of texts to pictures (n, n)."""
+    found = {f"T2I {name}": value for name, value in recall(similarity).items()}
+    found |= {f"I2T {name}": value for name, value in recall(similarity.t()).items()}
+    return {"R@1": round((found["T2I R@1"] + found["I2T R@1"]) / 2, 4), **found}
+
+
+def recall(similarity: Tensor, ranks: Sequence[int] = RANKS) -> dict[str, float]:
+    """Share of rows whose own column is among the best k, for square similarities (n, n).
+
+    Ties and values that are no numbers count against it.
+
+    Example:
+        >>> recall(torch.tensor([[2.0, 1.0], [3.0, 3.0]]), ranks=(1,))
+        {'R@1': 0.5}
+    """
+    own = similarity.diagonal()[:, None]
+    rank = (~(similarity < own)).sum(1)
+    return {f"R@{k}": round((rank <= k).float().mean().item(), 4) for k in ranks}
+
+
+@tasks.register("zero_shot")
+class ZeroShot(Task):
+    """Share of pictures whose class is the most similar text, or among the five most similar ones.
 
     Args:
-        model: in eval mode.
-        emoji: the data.
-        style: drawing style of the pictures.
-        indices: concepts that make up the gallery; each is a query too.
-        template: sentence around the name.
+        template: sentence around the name of a class.
     """
-    images = image_features(model, emoji, style, indices)
-    texts = text_features(model, [template.format(emoji.concepts[i].name) for i in indices])
-    similarity = texts @ images.t()  # (n texts, n pictures)
-    return {"text_to_image": recall(similarity), "image_to_text": recall(similarity.t())}
+
+    fields = ("image", "label")
+
+    def __init__(self, *, template: str = "a picture of a {}") -> None:
+        self.template = template
+
+    def measure(self, model: Any, data: DataSet) -> dict[str, float]:
+        """Accuracies."""
+        from sklearn.metrics import top_k_accuracy_score
+
+        classes: Sequence[str] = data.classes  # type: ignore[attr-defined]  # data with labels have them
+        texts = features(model, texts=[self.template.format(name.replace("_", " ")) for name in classes])
+        labels, similarities = [], []
+        for samples in self.batches(data):
+            labels += [sample["label"] for sample in samples]
+            similarities.append(features(model, images=[sample["image"] for sample in samples]) @ texts.t())
+        scores = torch.cat(similarities).numpy()
+        if len(classes) == 2:
+            scores = scores[:, 1] - scores[:, 0]
+        found = {}
+        for k in (1, 5):
+            if k == 1 or k < len(classes):
+                value = top_k_accuracy_score(labels, scores, k=k, labels=range(len(classes)))
+                found[f"top-{k} accuracy"] = round(float(value), 4)
+        return found
 
 
-def evaluate(model: ClipMoE, emoji: EmojiSet) -> dict[str, dict[str, dict[str, float]]]:
-    """Retrieval in every style, among the seen concepts and among the held-out ones.
+class _Answers(Task):
+    """Tasks that compare what `predict` says with what is right, sample by sample."""
 
-    Returns:
-        By "seen_STYLE", "held_out_STYLE" and, with names in a sentence, "seen_STYLE_sentence" of the held-out style.
+    def measure(self, model: Any, data: DataSet) -> dict[str, float]:
+        """Metrics of all answers."""
+        pairs = [pair for (sample,) in self.batches(data, 1) for pair in self.answers(model, sample)]
+        said, given = zip(*pairs, strict=True)
+        return {name: round(float(value), 4) for name, value in self.score(said, given).items()}
+
+    def answers(self, model: Any, sample: Sample) -> list[tuple[Any, Any]]:
+        """(what the model says, what is right): of the last field from those before it."""
+        *asked, wanted = self.fields
+        return [(model.predict(**{name: sample[name] for name in asked}), sample[wanted])]
+
+    @abstractmethod
+    def score(self, said: Sequence[Any], given: Sequence[Any]) -> dict[str, float]:
+        """Metrics by name."""
+
+
+@tasks.register("quality")
+class Quality(_Answers):
+    """Rank (SRCC) and linear (PLCC) correlation of predicted scores with opinions of people."""
+
+    fields = ("image", "score")
+
+    def score(self, said: Sequence[Any], given: Sequence[Any]) -> dict[str, float]:
+        """Both correlations, -1 to 1; 0 where all answers are the same."""
+        return correlations([float(one) for one in said], [float(one) for one in given])
+
+
+def correlations(predicted: Sequence[float], given: Sequence[float]) -> dict[str, float]:
+    """SRCC and PLCC, -1 to 1; 0 where one side does not vary.
+
+    >>> correlations([1.0, 2.0, 4.0], [1.0, 2.0, 3.0])["SRCC"]
+    1.0
     """
-    results = {}
-    for style in emoji.styles:
-        results[f"seen_{style}"] = retrieval(model, emoji, style, emoji.seen)
-        results[f"held_out_{style}"] = retrieval(model, emoji, style, emoji.held_out)
-    style = emoji.held_out_style
-    results[f"seen_{style}_sentence"] = retrieval(model, emoji, style, emoji.seen, "a picture of {}")
-    return results
+    from scipy.stats import pearsonr, spearmanr
+
+    if len(set(predicted)) < 2 or len(set(given)) < 2:
+        return {"SRCC": 0.0, "PLCC": 0.0}
+    srcc, plcc = spearmanr(predicted, given).statistic, pearsonr(predicted, given).statistic
+    return {"SRCC": round(float(srcc), 4), "PLCC": round(float(plcc), 4)}
 
 
-@torch.no_grad()
-def expert_use(model: ClipMoE, emoji: EmojiSet) -> list[dict[str, Any]]:
-    """Load, max/mean load, dead experts and entropy of every mixture over all seen concepts in the held-out style."""
-    with trace(model) as routing:
-        image_features(model, emoji, emoji.held_out_style, emoji.seen)
-        text_features(model, [emoji.concepts[i].name for i in emoji.seen])
-    return routing.summary()
+@tasks.register("segmentation")
+class Segmentation(_Answers):
+    """Mean over classes of intersection over union (mIoU), and share of right pixels; 255 counts nothing."""
+
+    fields = ("image", "mask")
+
+    def score(self, said: Sequence[Any], given: Sequence[Any]) -> dict[str, float]:
+        """Over all pixels of all pictures."""
+        predicted, masks = (np.concatenate([np.asarray(one).ravel() for one in part]) for part in (said, given))
+        return overlap(predicted[masks != 255], masks[masks != 255])
+
+
+def overlap(predicted: np.ndarray, given: np.ndarray) -> dict[str, float]:
+    """mIoU over the classes that occur on either side, and accuracy.
+
+    >>> overlap(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]))
+    {'mIoU': 0.5833, 'accuracy': 0.75}
+    """
+    from sklearn.metrics import accuracy_score, jaccard_score
+
+    found = jaccard_score(given, predicted, average="macro", zero_division=0), accuracy_score(given, predicted)
+    return dict(zip(("mIoU", "accuracy"), (round(float(value), 4) for value in found), strict=True))
+
+
+@tasks.register("transcription")
+class Transcription(_Answers):
+    """Errors per word (WER) and per character (CER) of transcripts, in small letters without punctuation."""
+
+    fields = ("audio", "text")
+
+    def score(self, said: Sequence[Any], given: Sequence[Any]) -> dict[str, float]:
+        """Over all words and characters; may exceed 1."""
+        import jiwer
+
+        texts = [_plain(one) for one in given], [_plain(str(one)) for one in said]
+        return {"WER": jiwer.wer(*texts), "CER": jiwer.cer(*texts)}
+
+
+@tasks.register("exact_match")
+class ExactMatch(_Answers):
+    """Share of the questions whose answer is right to the letter, but for case, punctuation and spaces."""
+
+    fields = ("image", "turns")
+
+    def answers(self, model: Any, sample: Sample) -> list[tuple[Any, Any]]:
+        """Of all questions; those before one are part of it with their right answers."""
+        turns, image = sample["turns"], {"image": sample["image"]} if "image" in sample else {}
+        return [
+            (model.predict(turns=turns[: number + 1], **image), turns[number + 1]) for number in range(0, len(turns), 2)
+        ]
+
+    def score(self, said: Sequence[Any], given: Sequence[Any]) -> dict[str, float]:
+        """Of all questions of all samples."""
+        right = [_plain(str(one)) == _plain(other) for one, other in zip(said, given, strict=True)]
+        return {"exact match": sum(right) / len(right)}
+
+
+def _plain(text: str) -> str:
+    kept = "".join(sign if sign.isalnum() else " " for sign in text.casefold().replace("'", ""))
+    return " ".join(kept.split())

@@ -23,12 +23,15 @@ class Progress:
         name: what is being done.
         total: number of steps.
         done: steps that were done before.
+        unit: what a step is.
         quiet: shows nothing.
         every: seconds between lines where there is no terminal.
     """
 
-    def __init__(self, name: str, total: int, done: int = 0, *, quiet: bool = False, every: float = 15.0) -> None:
-        self.name, self.total, self.done, self.every = name, total, done, every
+    def __init__(
+        self, name: str, total: int, done: int = 0, *, unit: str = "steps", quiet: bool = False, every: float = 15.0
+    ) -> None:
+        self.name, self.total, self.done, self.unit, self.every = name, total, done, unit, every
         self.quiet = quiet or os.environ.get("MMOE_QUIET", "") not in ("", "0")
         self._bar: Any = None
         self._started = self._printed = time.monotonic()
@@ -53,13 +56,13 @@ class Progress:
     def update(self, done: int, **values: float) -> None:
         """Sets how many steps are done and the values shown beside."""
         self.done = done
-        note = "  ".join(f"{key} {value:.3f}" for key, value in values.items())
         now = time.monotonic()
+        rate = (done - self._first) / max(1e-9, now - self._started)
+        note = "  ".join([f"{rate:.1f} {self.unit}/s", *(f"{key} {value:.3f}" for key, value in values.items())])
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
         elif not self.quiet and (now - self._printed > self.every or done == self.total):
-            rate = (done - self._first) / max(1e-9, now - self._started)
-            print(f"{self.name}: {done}/{self.total}  {rate:.1f} steps/s  {note}", file=sys.stderr, flush=True)
+            print(f"{self.name}: {done}/{self.total}  {note}", file=sys.stderr, flush=True)
             self._printed = now
 
     def __exit__(

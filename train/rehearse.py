@@ -14,9 +14,9 @@ import zoo
 from mmoe.errors import BadInput, UnknownName, did_you_mean
 from train import tune
 from train.data import build
+from train.evaluate import tasks
 from train.recipe import Recipe
 from train.sections import DataSection, Stage
-from train.tasks import tasks
 from zoo.model import Model
 
 _SAMPLES = 3

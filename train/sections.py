@@ -71,7 +71,7 @@ class DataSection(Section):
     """On which data.
 
     Attributes:
-        name: of a registered data set; `mmoe recipe ls` tells them.
+        name: of a data set; `mmoe recipe data` tells them and how their files lie.
         path: folder or file, for data of one's own.
         batch_size: samples of an optimiser step over all processes and accumulated parts.
         limit: uses so many samples of each split.
@@ -86,7 +86,7 @@ class DataSection(Section):
     path: Path | None = None
     batch_size: Annotated[int, Field(gt=0)] = 32
     limit: Annotated[int, Field(gt=0)] | None = None
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    held_out: Share = 0.1
     task: str | None = None
     max_broken: Annotated[int, Field(ge=0)] = 10
     workers: Annotated[int, Field(ge=0)] = 0

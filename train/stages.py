@@ -10,12 +10,14 @@ runs/NAME/recipe.yaml           the resolved recipe with versions, commit and se
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,15 @@ from accelerate.utils import ProjectConfiguration, set_seed
 import mmoe
 import zoo
 from mmoe.atomic import atomic_path
-from mmoe.errors import BadInput, UnknownName, did_you_mean
+from mmoe.errors import BadInput, MissingExtra, UnknownName, did_you_mean
 from train import tune
 from train.data import build
 from train.engine import StageRun
+from train.evaluate import tasks
 from train.log import RunLog
 from train.recipe import Recipe, differences
 from train.rehearse import check
 from train.sections import Stage
-from train.tasks import tasks
 from zoo.model import Model
 from zoo.state import read_json
 
@@ -70,6 +72,65 @@ def run(
     return Run(recipe, Path(out or Path("runs") / recipe.name), resume, progress).run(stages)
 
 
+class Models:
+    """Models of a run: what a stage begins with, and what it ended with.
+
+    Args:
+        recipe: of the run.
+        out: folder of the run.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.recipe, self.out = recipe, out
+
+    def folder(self, stage: str) -> Path:
+        """Of a stage; of a recipe without stages the run's own."""
+        return self.out / stage if stage else self.out
+
+    def first(self, stage: Stage) -> Model:
+        """The model that a stage begins with."""
+        section, start = stage.model, stage.start
+        options = _options(stage)
+        if isinstance(start, dict):
+            models = [self.last(name) for name in start["assemble"]]
+            model = models[0].assemble(models, {**zoo.card(section.name).config, **section.overrides})
+        elif start is None:
+            model = zoo.load(section.name, section.weights, device="cpu", **options)
+        else:
+            model = self.last(start, options)
+        told = {"balance_coef": stage.moe.balance_coef, "z_coef": stage.moe.z_coef}
+        own = {name: value for name, value in told.items() if value is not None and hasattr(model.config, name)}
+        model.config = replace(model.config, **own)
+        return model
+
+    def last(self, name: str, options: Mapping[str, Any] | None = None) -> Model:
+        """The trained model of a stage, a folder or a card.
+
+        Args:
+            name: of it.
+            options: to load it with; its own when None.
+        """
+        folder = self._where(name)
+        if not (Path(folder) / "adapter_config.json").exists():
+            return zoo.load(folder, device="cpu", **options or {})
+        (stage,) = (stage for stage in self.recipe.stages if stage.name == name)
+        if options is not None and options != _options(stage):
+            asked, wrong = f"change the model of the stage {name!r}", "its adapters fit it as it was trained"
+            raise BadInput(asked, wrong, "model.overrides as that stage has them")
+        model: Model = tune.load_adapters(self.first(stage), folder, merge=True)
+        return model
+
+    def _where(self, name: str) -> str:
+        if name not in {stage.name for stage in self.recipe.stages}:
+            return name
+        folder = self.folder(name)
+        if not (folder / RESULTS).exists():
+            asked = f"use the model of the stage {name!r}" if name else f"use the model of '{self.out}'"
+            fix = f"mmoe train {self.out} --resume" + (f" --stage {name}" if name else "")
+            raise BadInput(asked, f"it is not finished in '{self.out}'" if name else "it is not finished", fix)
+        return str(folder / "model")
+
+
 class Run:
     """One recipe in one folder.
 
@@ -82,8 +143,9 @@ class Run:
 
     def __init__(self, recipe: Recipe, out: Path, resume: bool = False, progress: bool = True) -> None:
         self.recipe, self.out, self.progress = recipe, out, progress
+        self.models = Models(recipe, out)
         self._check_folder(resume)
-        self.accelerator = _accelerator(recipe, out)
+        self.accelerator = make_accelerator(recipe, out)
         _check_scale(recipe, self.accelerator)
 
     def _check_folder(self, resume: bool) -> None:
@@ -116,22 +178,18 @@ class Run:
                 )
         return {stage.name: self._stage(stage) for stage in self.recipe.stages if not only or stage.name in only}
 
-    def folder(self, stage: str) -> Path:
-        """Of a stage; of a recipe without stages the run's own."""
-        return self.out / stage if stage else self.out
-
     def _stage(self, stage: Stage) -> dict[str, Any]:
-        folder = self.folder(stage.name)
+        folder = self.models.folder(stage.name)
         if (folder / RESULTS).exists():
             return read_json(folder / RESULTS, f"rm -r '{folder}'   (the stage begins again)")
         return self.finish(stage, self.start(stage))
 
     def start(self, stage: Stage) -> StageRun:
         """A stage before its first step."""
-        folder, seed = self.folder(stage.name), stage.run.seed
+        folder, seed = self.models.folder(stage.name), stage.run.seed
         set_seed(seed)
-        model = self.model(stage)
-        data = build(stage.data, "train", self.stage_model, seed), build(stage.data, "eval", self.stage_model, seed)
+        model = self.models.first(stage)
+        data = build(stage.data, "train", self.models.last, seed), build(stage.data, "eval", self.models.last, seed)
         task = tasks.build(stage.data.task or data[0].task)
         log = RunLog(folder / "log.jsonl", self.accelerator, stage.name)
         return StageRun(stage, self.recipe.scale, model, data, task, folder, self.accelerator, log, self.progress)
@@ -143,53 +201,12 @@ class Run:
             print(tune.show_table(stage_run.table), file=sys.stderr)
         results = stage_run.run()
         if self.accelerator.is_main_process:
-            with atomic_path(self.folder(stage.name) / RESULTS) as temporary:
+            with atomic_path(self.models.folder(stage.name) / RESULTS) as temporary:
                 temporary.write_text(json.dumps(results, indent=2))
             stage_run.checkpoints.clear()
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()  # it holds on to what it prepared
         return results
-
-    def model(self, stage: Stage) -> Model:
-        """The model that a stage begins with."""
-        section, start = stage.model, stage.start
-        options = _options(stage)
-        if isinstance(start, dict):
-            models = [self.stage_model(name) for name in start["assemble"]]
-            model = models[0].assemble(models, {**zoo.card(section.name).config, **section.overrides})
-        elif start is None:
-            model = zoo.load(section.name, section.weights, device="cpu", **options)
-        else:
-            model = self.stage_model(start, options)
-        told = {"balance_coef": stage.moe.balance_coef, "z_coef": stage.moe.z_coef}
-        own = {name: value for name, value in told.items() if value is not None and hasattr(model.config, name)}
-        model.config = replace(model.config, **own)
-        return model
-
-    def stage_model(self, name: str, options: Mapping[str, Any] | None = None) -> Model:
-        """The trained model of a stage, a folder or a card.
-
-        Args:
-            name: of it.
-            options: to load it with; its own when None.
-        """
-        folder = self._where(name)
-        if not (Path(folder) / "adapter_config.json").exists():
-            return zoo.load(folder, device="cpu", **options or {})
-        (stage,) = (stage for stage in self.recipe.stages if stage.name == name)
-        if options is not None and options != _options(stage):
-            asked, wrong = f"change the model of the stage {name!r}", "its adapters fit it as it was trained"
-            raise BadInput(asked, wrong, "model.overrides as that stage has them")
-        model: Model = tune.load_adapters(self.model(stage), folder, merge=True)
-        return model
-
-    def _where(self, name: str) -> str:
-        if name not in {stage.name for stage in self.recipe.stages}:
-            return name
-        folder = self.folder(name)
-        if not (folder / RESULTS).exists():
-            raise BadInput(f"start from the stage {name!r}", f"it has not run in '{self.out}'", f"--stage {name}")
-        return str(folder / "model")
 
 
 def _options(stage: Stage) -> dict[str, Any]:
@@ -197,7 +214,13 @@ def _options(stage: Stage) -> dict[str, Any]:
     return {"router": stage.model.router, "experts": stage.model.experts, **stage.model.overrides}
 
 
-def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
+def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
+    """The device, the precision and the trackers that a recipe asks for.
+
+    Raises:
+        BadInput: its stages differ in precision, or this machine has none such.
+        MissingExtra: a tracker is not installed.
+    """
     precision, *others = dict.fromkeys(stage.run.precision for stage in recipe.stages)
     if others:
         wrong = f"its stages ask for {precision} and {', '.join(others)}"
@@ -207,6 +230,8 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not gpu:
         raise BadInput("train in fp16", "there is no GPU, and fp16 on a CPU overflows", "run.precision=bf16")
+    if "wandb" in recipe.log and find_spec("wandb") is None:  # accelerate would say nothing
+        raise MissingExtra("log to wandb", "the package 'wandb' is not installed", "pip install 'mmoe[wandb]'")
     AcceleratorState._reset_state()  # of another run in this process, with another precision
     accelerator = Accelerator(
         cpu=not gpu,
@@ -219,7 +244,12 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
 
 
 def _check_scale(recipe: Recipe, accelerator: Accelerator) -> None:
-    """accelerate starts one process where it cannot start several, and says nothing."""
+    """accelerate starts one process where it cannot start several, shards nothing on CPUs, and says nothing."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        wrong = "a recipe says itself what is sharded"
+        raise BadInput(
+            "train with accelerate's FSDP", wrong, "accelerate launch --multi_gpu -m train ... scale.shard=fsdp"
+        )
     wanted, there = recipe.scale.processes, accelerator.num_processes
     if wanted is not None and wanted != there:
         fix = f"mmoe train {recipe.name} --launch {wanted}"

@@ -73,7 +73,7 @@ def load(
     swapped = {key: spec for key, spec in (("router", router), ("experts", experts)) if spec is not None}
     values = _with_one_top_k({**origin.config, **overrides, **swapped}, overrides, swapped)
     config: Any = make_config(origin.model_class.config_class, values, origin.label)
-    device, dtype = _pick_device(device), pick_dtype(dtype)
+    device, dtype = pick_device(device), pick_dtype(dtype)
     if not isinstance(weights, (bool, str, Path)):
         raise BadOverride(f"weights={weights!r}", "it is True, False, a tag or a file", f"zoo.load({str(name)!r})")
     path, source = None, ""
@@ -272,7 +272,7 @@ def _in_our_layout(state: State, label: str, model: Model) -> tuple[State, str]:
     return state, f"{label}, converted from the authors' layout"
 
 
-def _pick_device(device: str | torch.device) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     there |= {"xpu": torch.xpu.is_available(), "meta": True}
     if device == "auto":

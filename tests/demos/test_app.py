@@ -152,7 +152,7 @@ def test_labels_may_be_a_list(client: Client, model: Any) -> None:
 
 
 def test_search_equals_the_python_api(client: Client, model: Any) -> None:
-    from train.evaluate import image_features, text_features
+    from train.emoji_retrieval import image_features, text_features
 
     error, grid, note, found = client.predict(MODEL, "a red  fruit", "twemoji", api_name="/clip_moe_search")
     emoji = clip_moe.emoji_set()
@@ -171,11 +171,11 @@ def test_search_equals_the_python_api(client: Client, model: Any) -> None:
 
 
 def test_pictures_of_emoji_are_encoded_once(server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    import train.evaluate
+    import train.emoji_retrieval
 
     calls = []
-    encode = train.evaluate.image_features
-    monkeypatch.setattr(train.evaluate, "image_features", lambda *a: calls.append(a) or encode(*a))
+    encode = train.emoji_retrieval.image_features
+    monkeypatch.setattr(train.emoji_retrieval, "image_features", lambda *a: calls.append(a) or encode(*a))
     notes: list[tuple[str, float]] = []
     with server.store.use(MODEL) as loaded:
         loaded.derived.pop(("emoji", "noto"), None)

@@ -145,6 +145,13 @@ def test_broken_files_are_left_out_and_named(tmp_path):
     assert "data.max_broken=4" in str(error.value)
 
 
+def test_broken_files_are_left_out_of_an_evaluation(tmp_path):
+    pairs(tmp_path)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    data = load("pairs", tmp_path, "eval", held_out=1.0, max_broken=1)
+    assert len(data) == 10 and len(data.readable(range(10))) == 9
+
+
 def test_nothing_but_broken_files(tmp_path):
     for number in range(3):
         image(tmp_path / f"{number}.png").with_suffix(".txt").write_text("a")
@@ -209,6 +216,16 @@ def test_processes_and_parts_share_a_batch(tmp_path):
 def test_too_few_samples_for_a_batch(tmp_path):
     with pytest.raises(BadInput, match=r"there are 3 samples\n  try: data.batch_size=3"):
         load("pairs", pairs(tmp_path, 3), held_out=0.0).epoch(4, 0)
+    with pytest.raises(BadInput, match=r"there are 0 samples\n  try: data.held_out=0.1"):
+        load("pairs", tmp_path, held_out=1.0).epoch(4, 0)
+
+
+def test_a_batch_that_is_too_small_to_share(tmp_path, monkeypatch):
+    model = zoo.load("clip_moe_tiny", device="cpu")
+    data = load("pairs", pairs(tmp_path, 10), held_out=0.0)
+    monkeypatch.setattr(data, "epoch", lambda size, seed: [[0, 1]])
+    with pytest.raises(BadInput, match=r"step 0 has 2 samples\n  try: data.batch_size=8"):
+        Steps(data, model, 4, (0, "stage"), 0, 2, 2)[0]
 
 
 def test_workers_prepare_the_same_batches(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import train
 import zoo
@@ -54,7 +55,9 @@ def recipe(tmp_path: Path, *overrides: str, **sections) -> Recipe:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return zoo.load(folder / "model", device="cpu").state_dict()
+    """Of a run's model, or its adapters."""
+    adapters = folder / "model" / "adapter_model.safetensors"
+    return load_file(adapters) if adapters.exists() else zoo.load(folder / "model", device="cpu").state_dict()
 
 
 def assert_same(a: Path, b: Path) -> None:
@@ -82,10 +85,11 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIG
         (signal.SIGINT, {}),
         (signal.SIGTERM, {}),
         (signal.SIGINT, {"optim": {"lr": 1e-3, "name": "muon", "muon_lr": 1e-3}}),
-        (signal.SIGINT, {"tune": {"method": "experts", "top_used": 2}}),
-        (signal.SIGINT, {"run": {**EVERY_2, "ema": 0.9, "accumulate": 2, "checkpointing": True}}),
+        (signal.SIGINT, {"tune": {"method": "experts", "top_used": 2}, "run": {**EVERY_2, "checkpointing": True}}),
+        (signal.SIGINT, {"tune": {"method": "router_only"}, "run": {**EVERY_2, "ema": 0.9, "accumulate": 2}}),
+        (signal.SIGINT, {"model": {"name": "clip_moe_tiny"}, "tune": {"method": "lora", "rank": 2}}),
     ],
-    ids=["adamw", "adamw, SIGTERM", "muon", "experts", "ema"],
+    ids=["adamw", "adamw, SIGTERM", "muon", "experts", "routers, ema", "adapters"],
 )
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, interruptible, number, change):
     tiny = recipe(tmp_path, **change)
@@ -137,6 +141,37 @@ def test_a_run_that_is_killed_five_times_ends_with_the_same_bits(tmp_path):
         assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
     train.run(tiny, tmp_path / "b", resume=True, progress=False)
     assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_second_interrupt_does_not_wait(interruptible):
+    with pytest.raises(KeyboardInterrupt), interrupts_held() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_has_what_is_trained(tmp_path):
+    sizes = {}
+    for method in ("full", "router_only"):
+        tiny = recipe(tmp_path, tune={"method": method})
+        stage = Run(tiny, tmp_path / method, progress=False).start(tiny.stages[0])
+        stage.save()
+        _, folder, state = stage.checkpoints.newest()
+        sizes[method] = (folder / "state.pt").stat().st_size
+        assert all(".router." in name for name in state["model"]) == (method == "router_only")
+    assert sizes["router_only"] < sizes["full"] / 10
+
+
+def test_gradients_are_clipped(tmp_path):
+    moved = {}
+    for clip in (1e-9, 1.0):
+        tiny = recipe(tmp_path, "run.steps=1", optim={"lr": 1e-2, "clip": clip, "weight_decay": 0.0})
+        stage = Run(tiny, tmp_path / str(clip), progress=False).start(tiny.stages[0])
+        before = stage.model.clip.token_embedding.weight.detach().clone()
+        stage.train()
+        moved[clip] = float((stage.model.clip.token_embedding.weight.detach() - before).norm())
+    assert 0 < moved[1e-9] < 0.1 * moved[1.0]
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, monkeypatch, interruptible):

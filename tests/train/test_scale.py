@@ -135,6 +135,12 @@ def test_what_cannot_be_sharded(tmp_path, sections, told):
         Run(Recipe.load(recipe(tmp_path, **sections)), tmp_path / "a", progress=False)
 
 
+def test_sharding_by_accelerate_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(BadInput, match=r"train with accelerate's FSDP\n.*\n  try: .*scale.shard=fsdp"):
+        Run(Recipe.load(recipe(tmp_path)), tmp_path / "a", progress=False)
+
+
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "train"]
 

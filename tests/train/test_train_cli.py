@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -54,6 +55,26 @@ def test_recipes_are_listed_shown_and_copied(capsys, folder):
     assert code == 2 and "it is there" in err
 
 
+def test_data_sets_are_listed_with_how_their_files_lie(capsys):
+    code, out, _ = run(capsys, "recipe", "data")
+    assert code == 0 and "pairs: image, text; measured by retrieval" in out and "cat.png beside cat.txt" in out
+    assert "Args:" not in out
+    code, out, _ = run(capsys, "recipe", "data", "--json")
+    assert {row["name"] for row in json.loads(out)} >= {"emoji", "pairs", "classes", "speech", "hub"}
+
+
+def test_seeds_are_put_together(capsys, folder):
+    for seed in ("0", "1"):
+        assert run(capsys, "train", "tiny.yaml", f"run.seed={seed}", "--out", seed)[0] == 0
+    code, out, err = run(capsys, "recipe", "table", "0", "1", "--metric", "R@1", "--yaml", "found.yaml")
+    assert code == 0, err
+    assert "pairs; ours, seeds 0, 1, in %, mean ± standard deviation: mmoe train tiny run.seed=S, S = 0, 1" in out
+    assert out.splitlines()[1].split() == ["model", "active", "/", "total", "R@1"]
+    (entry,) = yaml.safe_load((folder / "found.yaml").read_text())
+    code, out, _ = run(capsys, "recipe", "table", "0", "1", "--metric", "R@1", "--json")
+    assert json.loads(out) == [entry]
+
+
 def test_recipes_are_checked_and_compared(capsys):
     code, out, _ = run(capsys, "recipe", "check", "tiny.yaml")
     assert code == 0 and "train data pairs: 10 samples; image 24x20, text 'picture number" in out
@@ -73,10 +94,17 @@ def test_a_run_from_start_to_card(capsys, folder):
     assert found == json.loads((folder / "found.json").read_text()) and found["samples"] == 2
     assert found["metrics"] == json.loads((folder / "a" / "results.json").read_text())["metrics"]
     assert found["provenance"]["command"] == "mmoe eval a"
-    code, out, _ = run(capsys, "eval", "a/model", "--on", "pairs:photos", "--limit", "4", "--card")
+    code, out, _ = run(capsys, "eval", "a/model", "--on", "pairs:photos", "--card")
     assert code == 0 and "R@1" in out
-    (entry,) = json.loads((folder / "a" / "model" / "card.json").read_text())["metrics"]
-    assert entry["command"] == "mmoe eval a/model --on pairs:photos --limit 4" and "R@1" in entry
+    card = json.loads((folder / "a" / "model" / "card.json").read_text())
+    (entry,) = card["metrics"]
+    assert entry["command"] == "mmoe eval a/model --on pairs:photos" and "R@1" in entry
+    assert card["routing"]["command"] == f"{entry['command']} --card" and len(card["routing"]["layers"]) == 4
+    assert all(sum(layer["load"]) == pytest.approx(1, abs=1e-3) for layer in card["routing"]["layers"])
+    (folder / "photos" / "0.png").write_bytes(b"no picture")
+    code, out, err = run(capsys, "eval", "a/model", "--on", "pairs:photos", "--json")
+    found = json.loads(out)
+    assert found["samples"] == 11 and [name.endswith("0.png") for name in found["broken"]] == [True]
 
 
 def test_the_resolved_recipe_runs_again_to_the_same_weights(capsys, folder):
@@ -167,6 +195,8 @@ WRONG = {
     "scale.processes=2": "1 were started",
     "scale.expert_parallel=2": "there are 1 processes",
     "start=base": "there is no start",
+    "log=[wandb]": "pip install 'mmoe[wandb]'",
+    "log=[wndb]": "should be 'tensorboard' or 'wandb'",
     "stages=[{name: a, start: b}]": "begin the stage 'a' with 'b'",
     "stages=[{name: a}, {name: b, run: {precision: bf16}}]": "its stages ask for auto and bf16",
     "stages=[]": "stages is a list of mappings",
@@ -179,6 +209,7 @@ def test_a_wrong_recipe_starts_nothing(change, capsys, folder, monkeypatch):
     from train.engine import StageRun
 
     monkeypatch.setattr(StageRun, "train", lambda self: pytest.fail("it trains"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
     words = [change] if change in ("nothing.yaml", "clip_moe_ruter") else ["tiny.yaml", change]
     code, out, err = run(capsys, "train", *words)
     assert code == 2 and out == ""

@@ -324,7 +324,7 @@ def test_a_dense_variant_says_that_it_is_dense(tmp_path: Path) -> None:
 
 
 def test_random_and_trained_weights_are_not_called_the_zoos(tmp_path: Path) -> None:
-    from train.contrastive import fine_tune
+    from train import fine_tune
 
     told = "random, or trained since they were loaded"
     assert saved_card(zoo.load("clip_moe_tiny", False, device="cpu"), tmp_path / "a").lineage["weights"] == told

@@ -29,7 +29,7 @@ class DataSet(ABC):
 
     Attributes:
         fields: what a sample holds.
-        task: what evaluation measures by default, a name of `train.tasks`.
+        task: what evaluation measures by default, a name of `train.evaluate`.
         needs_path: it is data of one's own.
         broken: samples that could not be read so far, with what is wrong.
         most_broken: so many are left out; one more is an error that names them all.
@@ -70,9 +70,8 @@ class DataSet(ABC):
             BadInput: there are fewer samples.
         """
         if len(self) < batch_size:
-            raise BadInput(
-                f"make batches of {batch_size}", f"there are {len(self)} samples", f"data.batch_size={len(self)}"
-            )
+            fix = f"data.batch_size={len(self)}" if len(self) else "data.held_out=0.1"
+            raise BadInput(f"make batches of {batch_size}", f"there are {len(self)} samples", fix)
         order = random.Random(seed).sample(range(len(self)), len(self))
         last = len(order) - len(order) % batch_size
         return [order[first : first + batch_size] for first in range(0, last, batch_size)]
@@ -93,16 +92,29 @@ class DataSet(ABC):
         Raises:
             BadInput: more are broken than may be.
         """
-        return [self._readable(index) for index in indices]
+        return [self._standing_in(index) for index in indices]
 
-    def _readable(self, index: int) -> Sample:
+    def readable(self, indices: Sequence[int]) -> list[Sample]:
+        """Samples without those that cannot be read.
+
+        Raises:
+            BadInput: more are broken than may be.
+        """
+        return [sample for sample in map(self._try, indices) if sample is not None]
+
+    def _standing_in(self, index: int) -> Sample:
         for number in range(len(self)):
-            found = (index + number) % len(self)
-            try:
-                return self.read(found)
-            except BadInput as error:
-                self.note_broken({self.name(found): error.wrong})
+            sample = self._try((index + number) % len(self))
+            if sample is not None:
+                return sample
         raise AssertionError("more samples are broken than there are")  # most_broken is less than all
+
+    def _try(self, index: int) -> Sample | None:
+        try:
+            return self.read(index)
+        except BadInput as error:
+            self.note_broken({self.name(index): error.wrong})
+            return None
 
     def note_broken(self, broken: Mapping[str, str]) -> None:
         """Counts samples that cannot be read.

@@ -171,8 +171,8 @@ def _files(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
 class Pairs(Files):
     """Pictures with captions: cat.png beside cat.txt, or a table with the columns image and text.
 
-    A caption is a whole file, or each of its lines is one of several captions, of which one is drawn. Paths of
-    a table are relative to it. A folder may hold the table too, as captions.csv, .tsv or .jsonl.
+    A caption is a whole text file. Paths of a table are relative to it. A folder may hold the table too, as
+    captions.csv, .tsv, .jsonl or .json.
     """
 
     fields = ("image", "text")

@@ -80,6 +80,9 @@ class Steps(Dataset[tuple[list[dict[str, Tensor]], dict[str, str]]]):
         """Parts of this process' batch, and the samples that could not be read so far."""
         indices = self.indices(step)
         size = len(indices) // (self.processes * self.parts)
+        if not size:
+            wrong, fix = f"step {step} has {len(indices)} samples", f"data.batch_size={2 * self.batch_size}"
+            raise BadInput(f"share a batch among {self.processes} processes with {self.parts} parts each", wrong, fix)
         found = []
         for part in range(self.parts):
             first = (part * self.processes + self.rank) * size

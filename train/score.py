@@ -13,47 +13,61 @@ import torch
 import zoo
 from mmoe.atomic import atomic_path
 from mmoe.errors import BadInput
+from mmoe.moe import moe_layers
+from mmoe.trace import trace
 from train.data import build
+from train.evaluate import Task, tasks
 from train.recipe import Recipe
 from train.sections import DataSection
-from train.stages import RECIPE, provenance
-from train.tasks import tasks
-from train.tune import load_adapters
+from train.stages import RECIPE, Models, provenance
+from zoo.loading import pick_device
 from zoo.model import Model
+
+_TRACED = 256  # samples that show how the experts are used
+_USE = ("layer", "load", "max_over_mean", "dead", "entropy")
 
 
 def measure(
-    name: str,
+    model: str | Model,
     on: str | None = None,
     task: str | None = None,
     limit: int | None = None,
+    *,
     out: Path | None = None,
     to_card: bool = False,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Metrics of a model, with provenance.
 
     Args:
-        name: folder of a run, folder of a model, or a name of the zoo.
+        model: folder of a run, folder of a model, a name of the zoo, or a model.
         on: data set, as "NAME" or "NAME:PATH"; that of the run when None.
         task: what is measured; the data set's own when None.
         limit: so many samples.
         out: JSON file for the results.
-        to_card: adds them to the card in the model's folder.
+        to_card: adds them, and how the experts are used, to the card in the model's folder.
+        progress: shows a bar.
+
+    Returns:
+        "metrics" by name, and what was measured on what, when and with which versions.
     """
-    recipe = _recipe_of(Path(name))
+    name = model if isinstance(model, str) else model.card.name if model.card is not None else type(model).__name__
+    recipe = _recipe_of(Path(model)) if isinstance(model, str) else None
     section = _data(on, recipe, limit)
-    model, folder = find_model(name, recipe)
+    measured, folder = find_model(model, recipe) if isinstance(model, str) else (model.eval(), None)
     data = build(section, "eval", seed=0)
     chosen = tasks.build(task or section.task or data.task)
+    chosen.progress = progress
     with torch.no_grad():
-        metrics = chosen.measure(model, data)
+        metrics = chosen.measure(measured, data)
     options = {"--on": on, "--task": task, "--limit": limit}
     command = " ".join(["mmoe eval", name, *(f"{key} {value}" for key, value in options.items() if value is not None)])
     results = {
         "model": name,
         "data": section.name,
         "task": tasks.name_of(chosen),
-        "samples": len(data),
+        "samples": len(data) - len(data.broken),
+        "broken": data.broken,
         "metrics": metrics,
         "provenance": {"command": command, "date": date.today().isoformat(), **provenance()},
     }
@@ -61,7 +75,7 @@ def measure(
         with atomic_path(out) as temporary:
             temporary.write_text(json.dumps(results, indent=2))
     if to_card:
-        _write_card(model, folder, results)
+        _write_card(measured, folder, results, _expert_use(measured, chosen, section))
     return results
 
 
@@ -70,14 +84,9 @@ def find_model(name: str, recipe: Recipe | None) -> tuple[Model, Path | None]:
     folder = Path(name).expanduser()
     if recipe is None:
         return zoo.load(name, device="auto"), folder if (folder / "config.json").exists() else None
-    stage = recipe.stages[-1]
-    at = folder / stage.name if stage.name else folder
-    if not (at / "model").exists():
-        raise BadInput(f"measure the run '{name}'", "it is not finished", f"mmoe train {name} --resume")
-    if (at / "model" / "adapter_config.json").exists():
-        base = zoo.load(stage.model.name, stage.model.weights, device="auto", **stage.model.overrides)
-        return load_adapters(base, at / "model", merge=True), None
-    return zoo.load(at / "model"), at / "model"
+    models, stage = Models(recipe, folder), recipe.stages[-1].name
+    own = models.folder(stage) / "model"
+    return models.last(stage).to(pick_device("auto")), own if (own / "config.json").exists() else None
 
 
 def _recipe_of(folder: Path) -> Recipe | None:
@@ -91,14 +100,26 @@ def _data(on: str | None, recipe: Recipe | None, limit: int | None) -> DataSecti
             raise BadInput("measure a model", "on which data?", "--on emoji")
         return recipe.stages[-1].data.model_copy(update={"limit": limit or recipe.stages[-1].data.limit})
     name, _, path = on.partition(":")
-    return DataSection(name=name, path=Path(path) if path else None, limit=limit, held_out=0.1 if not path else 0.5)
+    return DataSection(name=name, path=Path(path) if path else None, limit=limit, held_out=1.0 if path else 0.1)
 
 
-def _write_card(model: Model, folder: Path | None, results: dict[str, Any]) -> None:
+def _expert_use(model: Model, task: Task, section: DataSection) -> list[dict[str, Any]]:
+    """How the experts of every mixture were used on some of the data."""
+    if not moe_layers(model):
+        return []
+    few = build(section.model_copy(update={"limit": min(section.limit or _TRACED, _TRACED)}), "eval", seed=0)
+    task.progress = False
+    with torch.no_grad(), trace(model) as routing:
+        task.measure(model, few)
+    return [{key: layer[key] for key in _USE} for layer in routing.summary()]
+
+
+def _write_card(model: Model, folder: Path | None, results: dict[str, Any], use: list[dict[str, Any]]) -> None:
     if folder is None or model.card is None:
         raise BadInput("write into a card", "the model has no folder of its own with a card", "--out results.json")
-    about = {"data": results["data"], "provenance": "ours", "command": results["provenance"]["command"]}
-    entry = {**about, **results["metrics"]}
-    card = replace(model.card, metrics=(*model.card.metrics, entry))
+    command = results["provenance"]["command"]
+    entry = {"data": results["data"], "provenance": "ours", "command": command, **results["metrics"]}
+    routing = {"data": f"{results['data']}, {_TRACED} samples at most", "command": f"{command} --card", "layers": use}
+    card = replace(model.card, metrics=(*model.card.metrics, entry), routing=routing if use else {})
     with atomic_path(folder / "card.json") as temporary:
         temporary.write_text(json.dumps(card.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

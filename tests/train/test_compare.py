@@ -1,0 +1,81 @@
+"""Runs with several seeds put together: means, spreads, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from mmoe.errors import BadInput
+from train.compare import compare, write_entries
+from train.recipe import Recipe
+
+STAGES = """\
+name: two
+model: {name: clip_moe_tiny}
+data: {name: emoji}
+optim: {lr: 1.0e-3}
+run: {steps: 1}
+stages: [{name: base}, {name: longer, run: {steps: 2}}]
+"""
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Writes a run as it is when it is done."""
+
+    def write(name, seed, value, *overrides):
+        (tmp_path / "two.yaml").write_text(STAGES)
+        folder = tmp_path / name
+        for stage in ("base", "longer"):
+            (folder / stage).mkdir(parents=True)
+            metrics = {"R@1": value, "held_out_noto/T2I R@1": value / 2}
+            results = {"metrics": metrics, "parameters": {"total": 2000, "active": 1000}}
+            (folder / stage / "results.json").write_text(json.dumps(results))
+        Recipe.load(tmp_path / "two.yaml", f"run.seed={seed}", *overrides).save(folder / "recipe.yaml")
+        return folder
+
+    return write
+
+
+def test_mean_and_spread_over_seeds(finished):
+    entries = compare([finished("a", 0, 0.2), finished("b", 1, 0.4)])
+    assert [(entry["data"], entry["model"]) for entry in entries] == [
+        ("emoji", "base"),
+        ("emoji", "longer"),
+        ("emoji: 300 concepts never trained on, noto", "base"),
+        ("emoji: 300 concepts never trained on, noto", "longer"),
+    ]
+    assert entries[0]["seeds"] == [0, 1] and entries[0]["total"] == 2000
+    assert (entries[0]["R@1"], entries[0]["R@1 sd"]) == pytest.approx((0.3, 0.1414))
+    assert (entries[2]["T2I R@1"], entries[2]["T2I R@1 sd"]) == pytest.approx((0.15, 0.0707))
+    assert entries[0]["command"] == "mmoe train two run.seed=S, S = 0, 1"
+
+
+def test_one_run_has_no_spread(finished):
+    entries = compare([finished("a", 3, 0.2)], ["R@*"])
+    assert len(entries) == 2 and "R@1 sd" not in entries[0]
+    assert entries[0]["command"] == "mmoe train two run.seed=3"
+
+
+def test_entries_for_a_card_read_back(finished, tmp_path):
+    entries = compare([finished("a", 0, 0.2)])
+    write_entries(tmp_path / "metrics.yaml", entries)
+    assert yaml.safe_load((tmp_path / "metrics.yaml").read_text()) == entries
+
+
+def test_runs_that_cannot_be_compared(finished, tmp_path):
+    first = finished("a", 0, 0.2)
+    with pytest.raises(BadInput, match="their seeds are 0, 0"):
+        compare([first, finished("b", 0, 0.1)])
+    with pytest.raises(BadInput, match=r"stages.base.optim.lr: 0.001 -> 0.5"):
+        compare([first, finished("c", 1, 0.1, "optim.lr=0.5")])
+    with pytest.raises(BadInput, match="no run in"):
+        compare([first, tmp_path])
+    with pytest.raises(BadInput, match="did you mean: R@1"):
+        compare([first], ["R1"])
+    unfinished = finished("d", 1, 0.1)
+    (unfinished / "longer" / "results.json").unlink()
+    with pytest.raises(BadInput, match=r"its stage 'longer' is not finished\n  try: mmoe train .*d --resume"):
+        compare([first, unfinished])

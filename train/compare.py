@@ -1,0 +1,111 @@
+"""Finished runs of one recipe with different seeds, put together: mean and spread of every stage.
+
+Names of metrics are "METRIC" or "PART/METRIC"; every part has a table of its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmoe.atomic import atomic_path
+from mmoe.errors import BadInput, did_you_mean
+from train.data.base import data_sets
+from train.evaluate import tasks
+from train.recipe import Recipe, differences
+from train.sections import Stage
+from train.stages import RECIPE, RESULTS
+from zoo.state import read_json
+
+Entry = dict[str, Any]
+
+
+def compare(folders: Sequence[str | Path], patterns: Sequence[str] = ("*",)) -> list[Entry]:
+    """One entry per part and stage, as a card has them: metrics as mean and standard deviation over seeds.
+
+    Args:
+        folders: of finished runs.
+        patterns: of the names of metrics.
+
+    Raises:
+        BadInput: a run is not finished, the recipes differ in more than the seed, or no metric has such a name.
+    """
+    recipes = [_recipe(Path(folder)) for folder in folders]
+    seeds = _check_same(folders, recipes)
+    found: dict[str, list[Entry]] = {}
+    known: dict[str, None] = {}
+    for stage in recipes[0].stages:
+        results = [_results(Path(folder), stage) for folder in folders]
+        for part, metrics in _by_part(results[0]["metrics"], patterns).items():
+            about: Entry = {"data": _data(stage, part), "model": stage.name or recipes[0].name}
+            entry = about | results[0]["parameters"] | {"seeds": seeds}
+            for name, key in metrics.items():
+                values = [result["metrics"][key] for result in results]
+                entry[name] = round(statistics.mean(values), 4)
+                if len(values) > 1:
+                    entry[f"{name} sd"] = round(statistics.stdev(values), 4)
+            found.setdefault(part, []).append({**entry, "provenance": "ours", "command": _command(recipes[0], seeds)})
+        known |= dict.fromkeys(results[0]["metrics"])
+    if not found:
+        raise BadInput(f"compare {', '.join(patterns)}", did_you_mean(patterns[0], list(known)), "--metric '*'")
+    return [entry for entries in found.values() for entry in entries]
+
+
+def write_entries(path: Path, entries: Sequence[Entry]) -> None:
+    """The entries as the `metrics` of a card, one a line."""
+    lines = [yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10**6).strip() for entry in entries]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"- {line}\n" for line in lines), encoding="utf-8")
+
+
+def _recipe(folder: Path) -> Recipe:
+    if not (folder / RECIPE).is_file():
+        raise BadInput(f"no run in '{folder}'", f"it has no {RECIPE}", "a folder of mmoe train")
+    return Recipe.load(folder / RECIPE)
+
+
+def _check_same(folders: Sequence[str | Path], recipes: Sequence[Recipe]) -> list[int]:
+    """Seeds of runs that differ in nothing else."""
+    seeds = [recipe.stages[0].run.seed for recipe in recipes]
+    if len(set(seeds)) < len(seeds):
+        raise BadInput("compare runs", f"their seeds are {', '.join(map(str, seeds))}", "runs with different seeds")
+    for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
+        others = [told for told in differences(recipes[0], recipe) if not told.partition(":")[0].endswith("run.seed")]
+        if others:
+            raise BadInput(f"compare '{folder}' with '{folders[0]}'", "\n".join(others), "runs of one recipe")
+    return seeds
+
+
+def _results(folder: Path, stage: Stage) -> Mapping[str, Any]:
+    path = folder / stage.name / RESULTS
+    if not path.exists():
+        wrong = f"its stage {stage.name!r} is not finished" if stage.name else "it is not finished"
+        raise BadInput(f"compare '{folder}'", wrong, f"mmoe train {folder} --resume")
+    return read_json(path, f"rm '{path}'   (the stage begins again)")
+
+
+def _by_part(metrics: Mapping[str, float], patterns: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Names of metrics, and their keys, by part."""
+    found: dict[str, dict[str, str]] = {}
+    for key in metrics:
+        if any(fnmatchcase(key, pattern) for pattern in patterns):
+            part, _, name = key.rpartition("/")
+            found.setdefault(part, {})[name] = key
+    return found
+
+
+def _data(stage: Stage, part: str) -> str:
+    """What was measured on, in words."""
+    task = tasks.build(stage.data.task or data_sets.get(stage.data.name).task)  # type: ignore[attr-defined]  # a DataSet
+    return f"{stage.data.name}: {task.about(part)}" if part else stage.data.name
+
+
+def _command(recipe: Recipe, seeds: Sequence[int]) -> str:
+    each = f", S = {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
+    seed = "S" if len(seeds) > 1 else str(seeds[0])
+    return f"mmoe train {recipe.name} run.seed={seed}{each}"
