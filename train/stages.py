@@ -147,6 +147,7 @@ class Run:
         self._check_folder(resume)
         self.accelerator = make_accelerator(recipe, out)
         _check_scale(recipe, self.accelerator)
+        self.accelerator.wait_for_everyone()  # all have looked at the folder before one writes into it
 
     def _check_folder(self, resume: bool) -> None:
         """Makes sure that the folder holds no other run."""

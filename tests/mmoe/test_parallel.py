@@ -8,9 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,16 +15,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import mmoe
 import zoo
 from mmoe import parallel
 from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, MmoeError, Refused
+from tests.processes import SECONDS, run
 
 D, F, E, K, ROWS, STEPS = 16, 24, 8, 2, 7, 20
-SECONDS = 240
 
 
 class Block(nn.Module):
@@ -91,38 +87,6 @@ def backward(model: nn.Module, reference: nn.Module, step: int, rank: int, world
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None
         close(ours.grad, theirs.grad, f"gradient of {name}{what}")
-
-
-def run(world: int, job: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
-    """Runs job(rank, world, *args) in new processes; returns what they return, or the error they end with."""
-    meeting = folder / f"meeting_{time.monotonic_ns()}"
-    processes = [
-        mp.get_context("spawn").Process(target=_work, args=(rank, world, meeting, job, args)) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + SECONDS
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
-        process.kill()
-    assert not hung, f"processes {hung} hang"
-    files = [Path(f"{meeting}.{rank}") for rank in range(world)]
-    return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
-
-
-def _work(rank: int, world: int, meeting: Path, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    patience = timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=patience)
-    try:
-        result: Any = job(rank, world, *args)
-    except Exception as error:  # the parent tells it
-        traceback.print_exc()
-        result = error
-    torch.save(result, f"{meeting}.{rank}")
-    os._exit(0)  # without the farewell to processes that may be gone
 
 
 def check(results: list[Any]) -> None:

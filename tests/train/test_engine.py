@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,8 @@ import train
 import zoo
 from mmoe.errors import BadInput, CorruptFile, MmoeError
 from mmoe.moe import moe_layers
+from tests.conftest import THREADS
+from tests.processes import start
 from train import tune
 from train.checkpoint import Checkpoints
 from train.engine import StageRun, Stopped
@@ -43,7 +43,7 @@ def recipe(tmp_path: Path, *overrides: str, **sections) -> Recipe:
     """A tiny model with dropout from random weights, on the emoji."""
     told = {
         "model": {"name": "clip_moe_tiny", "weights": False, "overrides": SIZES},
-        "data": {"name": "emoji", "batch_size": 16},
+        "data": {"name": "emoji", "batch_size": 16, "limit": 128},
         "optim": {"lr": 1e-3},
         "run": EVERY_2,
         "log": [],
@@ -117,28 +117,26 @@ def test_sigterm_is_held_where_ctrl_c_is_ignored(interruptible):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-KILLED = """
-import os, random, signal, sys, threading
-from train.engine import StageRun
-inner, at = StageRun._clip, int(sys.argv[3])
-def clip(self, each):
-    if self.state.step == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return inner(self, each)
-StageRun._clip = clip
-import train
-train.run(train.Recipe.load(sys.argv[1]), sys.argv[2], resume=at > 1, progress=False)
-"""
+def train_and_die(path: Path, out: Path, step: int) -> None:
+    """Trains until a step in whose middle the process is killed."""
+    inner = StageRun._clip
+
+    def clip(self, each):
+        if self.state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(self, each)
+
+    StageRun._clip = clip
+    torch.set_num_threads(THREADS)
+    train.run(Recipe.load(path), out, resume=out.exists(), progress=False)
 
 
 def test_a_run_that_is_killed_five_times_ends_with_the_same_bits(tmp_path):
     tiny = recipe(tmp_path, "run.steps=12", "run.save_every=1", "run.keep_last=3")
     train.run(tiny, tmp_path / "a", progress=False)
     tiny.save(tmp_path / "resolved.yaml")
-    steps = [1, *sorted(torch.randperm(10)[:4].add(2).tolist())]
-    for step in steps:
-        command = [sys.executable, "-c", KILLED, tmp_path / "resolved.yaml", tmp_path / "b", str(step)]
-        assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    for step in [1, *sorted(torch.randperm(10)[:4].add(2).tolist())]:
+        assert start(train_and_die, tmp_path / "resolved.yaml", tmp_path / "b", step) == -signal.SIGKILL
     train.run(tiny, tmp_path / "b", resume=True, progress=False)
     assert_same(tmp_path / "a", tmp_path / "b")
 
@@ -286,6 +284,7 @@ def test_a_router_that_collapses_raises_an_alarm(tmp_path, capsys):
         tmp_path,
         moe={"health": {"on_alarm": "stop"}},
         tune={"method": "modules", "modules": ["*.attn.*"]},
+        data={"name": "emoji", "batch_size": 16},
         run={"steps": 30, "log_every": 1, "save_every": None},
     )
     run = Run(tiny, tmp_path / "a", progress=False)

@@ -1,0 +1,74 @@
+"""New processes for tests, forked from a server that has the libraries in memory, so that each starts in a moment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["mmoe.parallel", "zoo.clip_moe.model", "train.stages", "peft"])
+SECONDS = 240
+
+
+def start(job: Callable[..., Any], *args: Any) -> int | None:
+    """Runs job(*args) in a new process; returns its exit code, or the number of the signal that killed it, negative."""
+    process = CONTEXT.Process(target=job, args=args)
+    process.start()
+    process.join(SECONDS)
+    process.kill()
+    return process.exitcode
+
+
+def run(world: int, job: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """Runs job(rank, world, *args) in processes of one group; returns what they return, or the error they end with.
+
+    Those that died return None.
+    """
+    meeting = folder / f"meeting_{time.monotonic_ns()}"
+    processes = [CONTEXT.Process(target=_work, args=(rank, world, meeting, job, args)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + SECONDS
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not hung, f"processes {hung} hang"
+    import torch
+
+    files = [Path(f"{meeting}.{rank}") for rank in range(world)]
+    return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
+
+
+def _work(rank: int, world: int, meeting: Path, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    patience = timedelta(seconds=SECONDS)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=patience)
+    try:
+        result: Any = job(rank, world, *args)
+    except Exception as error:  # the parent tells it
+        traceback.print_exc()
+        result = error
+    _save(result, Path(f"{meeting}.{rank}"))
+    others = [Path(f"{meeting}.{other}") for other in range(world)]
+    while not isinstance(result, Exception) and not all(file.exists() for file in others):
+        time.sleep(0.01)  # they may still read what this one has sent
+    os._exit(0)  # without the farewell to processes that may be gone
+
+
+def _save(result: Any, file: Path) -> None:
+    import torch
+
+    temporary = file.with_suffix(f"{file.suffix}.tmp")
+    torch.save(result, temporary)
+    temporary.rename(file)
