@@ -106,7 +106,8 @@ class RouterHealth:
         dead = health.dead(limits.dead_share) if limits.dead_share is not None else []
         if dead:
             least = f"less than {limits.dead_share:.1%} of an even load"
-            wrong["dead"] = f"experts {', '.join(map(str, dead))} get {least}; a larger moe.balance_coef spreads it"
+            who = f"expert {dead[0]} gets" if len(dead) == 1 else f"experts {', '.join(map(str, dead))} get"
+            wrong["dead"] = f"{who} {least}; a larger moe.balance_coef spreads it"
         if limits.max_violation is not None and health.violation > limits.max_violation:
             worst = health.load.index(max(health.load))
             times = f"{health.violation + 1:.1f} times an even load"

@@ -22,10 +22,12 @@ class RunLog:
         path: of a JSONL file, one line per logged step.
         accelerator: whose trackers are told too.
         prefix: of the names there: the stage.
+        before: steps of the stages before; trackers count on, as wandb drops what goes back.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, prefix: str = "") -> None:
+    def __init__(self, path: Path, accelerator: Accelerator, prefix: str = "", before: int = 0) -> None:
         self.path, self.accelerator, self.prefix = path, accelerator, f"{prefix}/" if prefix else ""
+        self.before = before
         self._load: dict[str, list[tuple[float, ...]]] = {}
 
     def write(self, step: int, values: Mapping[str, float], health: Mapping[str, LayerHealth]) -> None:
@@ -35,10 +37,11 @@ class RunLog:
         layers = {name: one.as_dict() for name, one in health.items()}
         self._append({"step": step, **values, **({"health": layers} if layers else {})})
         curves = dict(values)
-        for name, told in layers.items():
-            curves |= {f"router/{name}/{key}": value for key, value in told.items() if isinstance(value, float)}
-            self._load.setdefault(name, []).append(told["load"])
-        self.accelerator.log({f"{self.prefix}{name}": value for name, value in curves.items()}, step=step)
+        for name, layer in layers.items():
+            curves |= {f"router/{name}/{key}": value for key, value in layer.items() if isinstance(value, float)}
+            self._load.setdefault(name, []).append(layer["load"])
+        told = {f"{self.prefix}{name}": value for name, value in curves.items()}
+        self.accelerator.log(told, step=self.before + step)
 
     def alarm(self, step: int, text: str) -> None:
         """Tells an alarm."""
@@ -51,7 +54,7 @@ class RunLog:
         pictures = {f"{self.prefix}load/{name}": _picture(rows) for name, rows in self._load.items()}
         for tracker in self.accelerator.trackers if pictures else ():
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images(pictures, step=step, **layout)
+            tracker.log_images(pictures, step=self.before + step, **layout)
 
     def cut(self, step: int) -> None:
         """Forgets what was told after a step that is done again."""

@@ -144,6 +144,7 @@ class Run:
     def __init__(self, recipe: Recipe, out: Path, resume: bool = False, progress: bool = True) -> None:
         self.recipe, self.out, self.progress = recipe, out, progress
         self.models = Models(recipe, out)
+        self._steps = 0  # of stages that are done
         self._check_folder(resume)
         self.accelerator = make_accelerator(recipe, out)
         _check_scale(recipe, self.accelerator)
@@ -177,7 +178,12 @@ class Run:
                 raise UnknownName(
                     f"no stage {name!r} in '{self.recipe.name}'", did_you_mean(name, names), f"--stage {names[0]}"
                 )
-        return {stage.name: self._stage(stage) for stage in self.recipe.stages if not only or stage.name in only}
+        found = {}
+        for stage in self.recipe.stages:
+            if not only or stage.name in only:
+                found[stage.name] = self._stage(stage)
+                self._steps += found[stage.name]["steps"]
+        return found
 
     def _stage(self, stage: Stage) -> dict[str, Any]:
         folder = self.models.folder(stage.name)
@@ -192,7 +198,7 @@ class Run:
         model = self.models.first(stage)
         data = build(stage.data, "train", self.models.last, seed), build(stage.data, "eval", self.models.last, seed)
         task = tasks.build(stage.data.task or data[0].task)
-        log = RunLog(folder / "log.jsonl", self.accelerator, stage.name)
+        log = RunLog(folder / "log.jsonl", self.accelerator, stage.name, self._steps)
         return StageRun(stage, self.recipe.scale, model, data, task, folder, self.accelerator, log, self.progress)
 
     def finish(self, stage: Stage, stage_run: StageRun) -> dict[str, Any]:
@@ -240,7 +246,7 @@ def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
         log_with=list(recipe.log) or None,
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "tensorboard")),
     )
-    accelerator.init_trackers("mmoe")
+    accelerator.init_trackers("mmoe", init_kwargs={"wandb": {"name": recipe.name, "dir": str(out)}})
     return accelerator
 
 
