@@ -55,6 +55,8 @@ def measure(
     recipe = _recipe_of(Path(model)) if isinstance(model, str) else None
     section = _data(on, recipe, limit)
     measured, folder = find_model(model, recipe) if isinstance(model, str) else (model.eval(), None)
+    if to_card and (folder is None or measured.card is None):
+        raise BadInput("write into a card", "the model has no folder of its own with a card", "--out results.json")
     data = build(section, "eval", seed=0)
     chosen = tasks.build(task or section.task or data.task)
     chosen.progress = progress
@@ -74,7 +76,7 @@ def measure(
     if out is not None:
         with atomic_path(out) as temporary:
             temporary.write_text(json.dumps(results, indent=2))
-    if to_card:
+    if to_card and folder is not None:
         _write_card(measured, folder, results, _expert_use(measured, chosen, section))
     return results
 
@@ -114,9 +116,8 @@ def _expert_use(model: Model, task: Task, section: DataSection) -> list[dict[str
     return [{key: layer[key] for key in _USE} for layer in routing.summary()]
 
 
-def _write_card(model: Model, folder: Path | None, results: dict[str, Any], use: list[dict[str, Any]]) -> None:
-    if folder is None or model.card is None:
-        raise BadInput("write into a card", "the model has no folder of its own with a card", "--out results.json")
+def _write_card(model: Model, folder: Path, results: dict[str, Any], use: list[dict[str, Any]]) -> None:
+    assert model.card is not None
     command = results["provenance"]["command"]
     entry = {"data": results["data"], "provenance": "ours", "command": command, **results["metrics"]}
     routing = {"data": f"{results['data']}, {_TRACED} samples at most", "command": f"{command} --card", "layers": use}

@@ -92,8 +92,9 @@ class Models:
         section, start = stage.model, stage.start
         options = _options(stage)
         if isinstance(start, dict):
-            models = [self.last(name) for name in start["assemble"]]
-            model = models[0].assemble(models, {**zoo.card(section.name).config, **section.overrides})
+            models, card = [self.last(name) for name in start["assemble"]], zoo.card(section.name)
+            model = models[0].assemble(models, {**card.config, **section.overrides})
+            model.card = card
         elif start is None:
             model = zoo.load(section.name, section.weights, device="cpu", **options)
         else:

@@ -149,6 +149,8 @@ def test_stages_begin_with_others(capsys, folder):
     code, out, err = run(capsys, "train", "runs/stages", "--resume")
     assert code == 0, err
     assert out.endswith("model: runs/stages/three/model\n")
+    card = json.loads((folder / "runs/stages/three/model/card.json").read_text())
+    assert card["moe"]["experts"] == 4 and card["lineage"]["source"] == "clip_moe_tiny"
 
 
 def test_a_stage_begins_with_adapters_of_another(capsys, folder):
