@@ -27,6 +27,8 @@ from train.sections import ScaleSection, Section, Stage
 
 BUNDLED = Path(__file__).parent / "recipes"
 Key = tuple[str | int, ...]
+_COMMAND_LINE = "on the command line"
+_RIVALS = (["run", "steps"], ["run", "epochs"])  # one on the command line takes the place of the other
 SECTIONS = tuple(name for name in Stage.model_fields if name not in ("name", "start"))
 
 
@@ -173,30 +175,45 @@ class Draft:
             BadInput: it is no option and value, or names no stage of this recipe.
         """
         dotted, equals, value = text.partition("=")
-        keys: list[str | int] = list(dotted.strip().split("."))
-        if not equals or not all(keys):
+        names = dotted.strip().split(".")
+        if not equals or not all(names):
             raise BadInput(f"no override {text!r}", "an override is an option and its value", "optim.lr=1e-4")
         try:
             parsed = yaml.load(value, Loader=yaml.CSafeLoader)
         except yaml.YAMLError as error:
             raise BadInput(f"no override {text!r}", _told(error), "quote it as YAML does") from error
+        key, place = self._key(names, text), f"{text} {_COMMAND_LINE}"
+        self._set(key, parsed, place)
+        if names[-2:] in _RIVALS and parsed is not None:
+            (rival,) = (pair[1] for pair in _RIVALS if pair != names[-2:])
+            other = (*key[:-1], rival)
+            if not self.places.get(other, "").endswith(_COMMAND_LINE):
+                self._set(other, None, place)
+
+    def _stages(self) -> list[dict[str, Any]]:
         stages = self.data.get("stages")
-        stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
-        if keys[0] == "stages" and len(keys) > 1:
-            names = [str(stage.get("name")) for stage in stages]
-            if len(keys) < 3 or keys[1] not in names:
-                wrong = did_you_mean(str(keys[1]), names) if names else "it has no stages"
-                raise BadInput(f"no override {text!r} of '{self.path.name}'", wrong, "optim.lr=1e-4   (of all stages)")
-            keys[1] = names.index(str(keys[1]))
-            _put(stages[keys[1]], keys[2:], parsed)
+        return [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+
+    def _key(self, names: Sequence[str], text: str) -> Key:
+        """The option that an override names, with the number of a stage in place of its name."""
+        if names[0] != "stages" or len(names) == 1:
+            return tuple(names)
+        known = [str(stage.get("name")) for stage in self._stages()]
+        if len(names) < 3 or names[1] not in known:
+            wrong = did_you_mean(names[1], known) if known else "it has no stages"
+            raise BadInput(f"no override {text!r} of '{self.path.name}'", wrong, "optim.lr=1e-4   (of all stages)")
+        return ("stages", known.index(names[1]), *names[2:])
+
+    def _set(self, key: Key, value: Any, place: str) -> None:
+        """Sets an option, of all stages unless the key has the number of one."""
+        if key[0] == "stages" and len(key) > 1:
+            _put(self._stages()[int(key[1])], key[2:], value)
         else:
-            for number, stage in enumerate(stages):
-                _drop(stage, keys)
-                self.places = {
-                    key: line for key, line in self.places.items() if key[2:] != tuple(keys) or key[1] != number
-                }
-            _put(self.data, keys, parsed)
-        self.places[tuple(keys)] = f"{text} on the command line"
+            for stage in self._stages():
+                _drop(stage, key)
+            self.places = {k: told for k, told in self.places.items() if k[:1] != ("stages",) or k[2:] != key}
+            _put(self.data, key, value)
+        self.places[key] = place
 
     def check(self) -> Recipe:
         """The recipe.

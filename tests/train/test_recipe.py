@@ -134,6 +134,15 @@ def test_no_overrides(text, tmp_path):
         Recipe.load(write(tmp_path, GOOD), text)
 
 
+def test_steps_on_the_command_line_take_the_place_of_epochs(tmp_path):
+    path = write(tmp_path, STAGES.replace("run: {steps: 3}", "run: {epochs: 3}"))
+    for recipe in (Recipe.load(path, "run.steps=7"), Recipe.load(path, "stages.one.run.steps=7", "run.seed=1")):
+        assert (recipe.stages[0].run.steps, recipe.stages[0].run.epochs) == (7, None)
+    assert [s.run.epochs for s in Recipe.load(path, "run.epochs=2").stages] == [2, 2]
+    with pytest.raises(BadInput, match="give either steps or epochs"):
+        Recipe.load(path, "run.epochs=2", "run.steps=7")
+
+
 def test_a_stage_takes_what_all_stages_say_and_changes_it(tmp_path):
     one, two = Recipe.load(write(tmp_path, STAGES)).stages
     assert (one.optim.lr, one.run.steps, two.optim.lr, two.run.steps) == (1e-3, 3, 3e-4, 5)

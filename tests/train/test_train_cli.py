@@ -192,7 +192,7 @@ WRONG = {
     "optim.schedule=cosin": "should be 'cosine', 'linear' or 'constant'",
     "run.precision=fp16": "there is no GPU",
     "run.accumulate=3": "data.batch_size=9",
-    "run.epochs=1": "give either steps or epochs",
+    "run={steps: 1, epochs: 1}": "give either steps or epochs",
     "run.stepps=1": "did you mean run.steps?",
     "scale.processes=2": "1 were started",
     "scale.expert_parallel=2": "there are 1 processes",
