@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmoe import parallel
 from mmoe.errors import BadInput, MmoeError, did_you_mean
 from mmoe.losses import balance_loss, z_loss
 from mmoe.trace import Trace, trace, update_routers
 from train import tune
+from train.average import MovingAverage
 from train.checkpoint import WEIGHTS, Checkpoints
 from train.data.base import DataSet
 from train.data.loader import Steps, seed_of
@@ -111,7 +111,7 @@ class StageRun:
         self.checkpoints = Checkpoints(
             folder / "checkpoints", stage.run.keep_last, accelerator.is_main_process, accelerator.wait_for_everyone
         )
-        self.ema = self._moving_average()
+        self.ema = None if stage.run.ema is None else MovingAverage(self.trained, stage.run.ema)
 
     def _tuned(self, model: Model) -> tuple[nn.Module, tune.Chosen]:
         """Freezes what the recipe leaves out, or adds adapters."""
@@ -124,12 +124,6 @@ class StageRun:
             batches = (send_to_device(part, model.device) for step in steps for part in self.batches[step][0])
             used = tune.expert_use(model.eval(), batches)
         return model, tune.freeze(model, self.stage.tune, used)
-
-    def _moving_average(self) -> AveragedModel | None:
-        if self.stage.run.ema is None:
-            return None
-        average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(self.stage.run.ema))
-        return average.requires_grad_(False)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, evaluates, saves, and tells what came out."""
@@ -210,7 +204,7 @@ class StageRun:
         update_routers(self.model, routing)
         self.model.constrain()
         if self.ema is not None:
-            self.ema.update_parameters(self.trained)
+            self.ema.update()
         if not logs:
             return total, {}
         return total, {**found, "grad_norm": norm, "health": self.health.measure(routing.detach())}
@@ -260,13 +254,12 @@ class StageRun:
         """Measures the model, or its moving average, and keeps the best."""
         if self.eval_data is None:
             return {}
-        model = self.model if self.ema is None else self._averaged()
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
-            metrics = self.task.measure(model, self.eval_data)
+        self.model.eval()
+        with self._shown(), torch.no_grad(), torch.random.fork_rng():
+            metrics = self.task.measure(self.model, self.eval_data)
+            self._keep_best(metrics)
         self.model.train()
         self.log.write(self.state.step, {f"eval/{name}": value for name, value in metrics.items()}, {})
-        self._keep_best(metrics)
         return metrics
 
     def _keep_best(self, metrics: Mapping[str, float]) -> None:
@@ -281,11 +274,9 @@ class StageRun:
             self.state.best = value, self.state.step
             self._write_model(self.folder / "best")
 
-    def _averaged(self) -> Model:
-        """A model with the moving average of the weights."""
-        assert self.ema is not None
-        module = self.ema.module
-        return module if isinstance(module, Model) else module.get_base_model()
+    def _shown(self) -> AbstractContextManager[None]:
+        """The model has the weights that are evaluated and saved."""
+        return nullcontext() if self.ema is None else self.ema.in_place()
 
     def save(self) -> None:
         """Writes a checkpoint, from which `run` goes on."""
@@ -347,7 +338,8 @@ class StageRun:
         metrics = self._evaluate()
         self.log.heatmap(self.state.step)
         self.model.eval()
-        self._write_model(self.folder / "model")
+        with self._shown():
+            self._write_model(self.folder / "model")
         return {
             "stage": self.stage.name,
             "parameters": {"total": self.parameters.total, "active": self.parameters.active},
@@ -361,7 +353,7 @@ class StageRun:
 
     def _write_model(self, folder: Path) -> None:
         """A folder that `zoo.load` reads, or adapters as peft writes them."""
-        model: Any = self.trained if self.ema is None else self.ema.module
+        model: Any = self.trained
         if self.sharded:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             whole = get_model_state_dict(model, options=options)

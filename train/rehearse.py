@@ -140,7 +140,7 @@ def _short(stage: Stage) -> Stage:
 
 
 def _memory(model: torch.nn.Module, stage: Stage) -> int:
-    """Bytes of weights, gradients, optimiser and moving average."""
+    """Bytes of weights, gradients, optimiser and moving average, with the weights that it stands in for."""
     whole = sum(p.nbytes for p in model.parameters())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return whole * (2 if stage.run.ema else 1) + trained * (1 + _OPTIMISER_STATE[stage.optim.name])
+    return whole + trained * (1 + _OPTIMISER_STATE[stage.optim.name] + (2 if stage.run.ema else 0))

@@ -87,9 +87,16 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIG
         (signal.SIGINT, {"optim": {"lr": 1e-3, "name": "muon", "muon_lr": 1e-3}}),
         (signal.SIGINT, {"tune": {"method": "experts", "top_used": 2}, "run": {**EVERY_2, "checkpointing": True}}),
         (signal.SIGINT, {"tune": {"method": "router_only"}, "run": {**EVERY_2, "ema": 0.9, "accumulate": 2}}),
-        (signal.SIGINT, {"model": {"name": "clip_moe_tiny"}, "tune": {"method": "lora", "rank": 2}}),
+        (
+            signal.SIGINT,
+            {
+                "model": {"name": "clip_moe_tiny"},
+                "tune": {"method": "lora", "rank": 2},
+                "run": {**EVERY_2, "ema": 0.9},
+            },
+        ),
     ],
-    ids=["adamw", "adamw, SIGTERM", "muon", "experts", "routers, ema", "adapters"],
+    ids=["adamw", "adamw, SIGTERM", "muon", "experts", "routers, ema", "adapters, ema"],
 )
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, interruptible, number, change):
     tiny = recipe(tmp_path, **change)
@@ -147,6 +154,26 @@ def test_a_second_interrupt_does_not_wait(interruptible):
         assert interrupted()
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_moving_average_is_saved_and_the_weights_train_on(tmp_path, monkeypatch):
+    seen = []
+    inner = StageRun._clip
+    monkeypatch.setattr(StageRun, "_clip", lambda self, each: seen.append(scale(self)) or inner(self, each))
+
+    def scale(stage):
+        return stage.model.clip.visual.proj.detach().clone()
+
+    tiny = recipe(tmp_path, "run.ema=0.75", "run.steps=4", "run.eval_every=1", "run.best=R@1")
+    run = Run(tiny, tmp_path / "a", progress=False)
+    stage = run.start(tiny.stages[0])
+    run.finish(tiny.stages[0], stage)
+    average = seen[0]
+    for weights_then in [*seen[1:], scale(stage)]:
+        average = 0.75 * average + 0.25 * weights_then
+    torch.testing.assert_close(weights(tmp_path / "a")["clip.visual.proj"], average)
+    train.run(recipe(tmp_path, "run.steps=4"), tmp_path / "b", progress=False)
+    assert torch.equal(scale(stage), weights(tmp_path / "b")["clip.visual.proj"]), "it changes nothing of the training"
 
 
 def test_a_checkpoint_has_what_is_trained(tmp_path):

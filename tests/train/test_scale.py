@@ -96,7 +96,7 @@ def test_two_processes_train_as_one(tmp_path, scale):
 
 @pytest.mark.parametrize("scale", [{}, {"shard": "fsdp"}], ids=["ddp", "fsdp"])
 def test_a_checkpoint_goes_from_two_processes_to_one_and_back(tmp_path, scale):
-    sections = {"optim": {"lr": 1e-3}, "run": {"steps": 6, "log_every": 1, "save_every": None}}
+    sections = {"optim": {"lr": 1e-3}, "run": {"steps": 6, "log_every": 1, "save_every": None, "ema": 0.5}}
     train.run(Recipe.load(recipe(tmp_path, **sections)), tmp_path / "whole", progress=False)
     path, out = recipe(tmp_path, scale=scale, **sections), tmp_path / "mixed"
     for processes, stop in ((2, 2), (1, 4), (2, 0)):
