@@ -167,12 +167,16 @@ def train(
     """
     from train.recipe import Recipe
 
-    if launch is not None and "RANK" not in os.environ:
-        raise typer.Exit(_launch(launch))
     folder = Path(recipe).expanduser()
     if (folder / "recipe.yaml").is_file():
         recipe, out = str(folder / "recipe.yaml"), out or folder
     loaded = Recipe.load(recipe, *overrides or [])
+    if launch is not None and "RANK" not in os.environ:
+        from train.rehearse import check as check_recipe
+
+        for _ in check_recipe(loaded):
+            pass  # what is wrong is told once, not by every process
+        raise typer.Exit(_launch(launch))
     import torch
 
     from train.engine import Stopped
@@ -190,7 +194,8 @@ def train(
     try:
         results = run(loaded, out, resume=resume, stages=stages or ())
     except Stopped:
-        print(f"stopped; go on with: mmoe train {out} --resume", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped; go on with: mmoe train {out} --resume", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if os.environ.get("RANK", "0") != "0":  # the first process tells
         return
@@ -205,12 +210,27 @@ def _model_folder(out: Path, stage: str) -> Path:
 
 
 def _launch(processes: int) -> int:
-    """The same command in several processes."""
-    import subprocess
+    """The same command in several processes, by torchrun's launcher; returns the exit code of the first that failed."""
+    import logging
+    import uuid
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("agent.server.api", "multiprocessing.api"):  # the processes tell what is wrong
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     own = [word for number, word in enumerate(sys.argv[1:]) if not _is_launch(sys.argv[1:], number)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run([*command, "-m", "mmoe", *own], check=False).returncode
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0, **where)
+    try:
+        elastic_launch(config, sys.executable)("-m", "mmoe", *own)
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)
+    except SignalException:
+        return INTERRUPTED
+    return 0
 
 
 def _is_launch(words: list[str], number: int) -> bool:

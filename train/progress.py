@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+_AT_ONCE = 2.0  # seconds
+
 
 class Progress:
     """Counts steps of a task.
@@ -76,18 +78,19 @@ class Progress:
 def interrupts_held() -> Iterator[Callable[[], bool]]:
     """Holds Ctrl-C and SIGTERM back until the caller asks for them, so that they never stop half of a step.
 
-    A second Ctrl-C does not wait.
+    Another Ctrl-C does not wait, unless it comes at once: launchers send one more to their processes.
 
     >>> with interrupts_held() as interrupted:
     ...     interrupted()
     False
     """
-    held = []
+    held: list[float] = []
 
     def hold(number: int, frame: object) -> None:
-        if held and number == signal.SIGINT:
+        now = time.monotonic()
+        if held and number == signal.SIGINT and now - held[0] > _AT_ONCE:
             raise KeyboardInterrupt
-        held.append(number)
+        held.append(now)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

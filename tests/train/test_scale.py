@@ -150,6 +150,16 @@ def test_launchers_start_as_many_processes_as_were_asked_for(tmp_path, launcher)
     assert (tmp_path / "a" / "results.json").exists()
 
 
+def test_a_launch_ends_with_what_its_processes_say(tmp_path):
+    path = recipe(tmp_path, optim={"lr": 1e30, "clip": None}, run={"steps": 9})
+    command = [sys.executable, "-m", "mmoe", "train", "--launch", "2", str(path), "--out", str(tmp_path / "a")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert "the loss of step" in ended.stderr and "Traceback" not in ended.stderr
+    ended = subprocess.run([*command, "optim.lr=-1"], capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 2 and ended.stderr.count("error: ") == 1
+
+
 def test_one_process_that_launchers_start_in_place_of_two_is_told(tmp_path):
     path = recipe(tmp_path, scale={"processes": 2})
     words = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "train", str(path)]
