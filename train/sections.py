@@ -39,15 +39,16 @@ class TuneSection(Section):
     """What of it is trained.
 
     Attributes:
-        method: full; router_only; modules (those of `modules`); experts (those of `experts` or `top_used`, and nothing
-            else of their layers); lora (by peft, on `modules` and the experts' packed weights).
+        method: full; router_only; adapters (what the model's family adds to a frozen backbone); modules (those of
+            `modules`); experts (those of `experts` or `top_used`, and nothing else of their layers); lora (by peft, on
+            `modules` and the experts' packed weights).
         modules: patterns of parameter names.
         experts: numbers of experts.
         top_used: as many experts per layer, those that the data uses most.
         rank, alpha: of LoRA.
     """
 
-    method: Literal["full", "router_only", "modules", "experts", "lora"] = "full"
+    method: Literal["full", "router_only", "adapters", "modules", "experts", "lora"] = "full"
     modules: tuple[str, ...] = ()
     experts: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     top_used: Annotated[int, Field(gt=0)] | None = None

@@ -35,9 +35,13 @@ def freeze(model: nn.Module, section: TuneSection, used: Mapping[str, Tensor] | 
     if section.method == "experts":
         return _choose_experts(model, section, used or {})
     routers = {id(p) for layer in layers.values() for p in layer.router.parameters()}
+    patterns = {"full": ("*",), "adapters": getattr(model, "adapters", ())}.get(section.method, section.modules)
+    if not patterns and section.method == "adapters":
+        wrong, fix = "its family adds none to a frozen backbone", "tune.method=lora"
+        raise BadInput(f"train the adapters of {type(model).__name__}", wrong, fix)
     for name, parameter in model.named_parameters():
-        wanted = section.method == "full" or any(fnmatchcase(name, pattern) for pattern in section.modules)
-        parameter.requires_grad_(id(parameter) in routers if section.method == "router_only" else wanted)
+        named = any(fnmatchcase(name, pattern) for pattern in patterns)
+        parameter.requires_grad_(id(parameter) in routers if section.method == "router_only" else named)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         names = [name for name, _ in model.named_parameters()]
         near = nearest(section.modules[0].strip("*."), names) if section.modules else []

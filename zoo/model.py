@@ -74,6 +74,7 @@ class Model(nn.Module):
         family: folder of the family in the zoo.
         config_class: frozen dataclass of options.
         layer_methods: methods besides `forward` that run the layers.
+        adapters: patterns of the parameters that the family trains on a backbone that stays frozen.
         card: what is known about the model, or None for one built by hand.
         config: the options it was built with.
     """
@@ -81,6 +82,7 @@ class Model(nn.Module):
     family: ClassVar[str]
     config_class: ClassVar[type]
     layer_methods: ClassVar[tuple[str, ...]] = ()
+    adapters: ClassVar[tuple[str, ...]] = ()
     card: Card | None = None
     _report: LoadReport | None = None
     _loaded: Mapping[str, _Mark] = MappingProxyType({})

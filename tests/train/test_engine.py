@@ -24,6 +24,7 @@ from train.engine import StageRun, Stopped
 from train.progress import interrupts_held
 from train.recipe import Recipe
 from train.stages import Run
+from zoo.clip_moe.model import ClipMoE
 from zoo.model import Model
 
 SIZES = {"vision_width": 32, "vision_layers": 2, "text_width": 32, "text_layers": 2, "embed_dim": 16}
@@ -259,14 +260,21 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
         train.run(tiny, tmp_path / "none", resume=True, progress=False)
 
 
-def test_only_the_routers_move(tmp_path):
-    tiny = recipe(tmp_path, tune={"method": "router_only"})
+@pytest.mark.parametrize(("method", "part"), [("router_only", ".router."), ("adapters", ".ln_post.")])
+def test_only_what_the_method_names_moves(tmp_path, monkeypatch, method, part):
+    monkeypatch.setattr(ClipMoE, "adapters", ("*.ln_post.*",))
+    tiny = recipe(tmp_path, tune={"method": method})
     run = Run(tiny, tmp_path / "a", progress=False)
     stage = run.start(tiny.stages[0])
     before = {name: value.clone() for name, value in stage.model.state_dict().items()}
     run.finish(tiny.stages[0], stage)
     moved = {name for name, value in weights(tmp_path / "a").items() if not torch.equal(value, before[name])}
-    assert moved == {name for name in before if ".router." in name}
+    assert moved == {name for name in before if part in name}
+
+
+def test_a_family_without_adapters_says_so(tmp_path):
+    with pytest.raises(BadInput, match=r"adapters of ClipMoE\n  its family adds none to a frozen backbone"):
+        train.run(recipe(tmp_path, tune={"method": "adapters"}), tmp_path / "a", progress=False)
 
 
 def test_only_the_chosen_experts_move(tmp_path):
