@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -254,6 +255,23 @@ def _report(raised: BaseException, error: MmoeError, args: list[str]) -> int:
             raise
         except OSError:  # it may be the output that failed
             _drop_output()
+    if not _first_to_tell(str(error)):
+        return 2
     colour = None if "NO_COLOR" not in os.environ else False
     typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True, color=colour)
     return 2
+
+
+def _first_to_tell(text: str) -> bool:
+    """Of several processes that a launcher started, one tells what all would."""
+    folder = os.environ.get("MMOE_ERRORS")
+    if folder is None:
+        return True
+    name = hashlib.sha256(text.encode()).hexdigest()
+    try:
+        os.close(os.open(os.path.join(folder, name), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -16,10 +16,11 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mmoe.errors import BadInput
-from mmoe.routing import Routing, first_choice
+from mmoe.routing import Routing, first_choice, over_processes
 
 Routings = Routing | Iterable[Routing]
 
@@ -54,6 +55,7 @@ def balance_loss(
     choices: Literal["all", "first"] = "all",
     pool: bool = False,
     per_slot: bool = False,
+    all_processes: bool = False,
 ) -> Tensor:
     """Load-balancing loss.
 
@@ -64,6 +66,8 @@ def balance_loss(
         pool: True takes the means over the rows of all layers together, so that one layer can make up for another
             (Mixtral, CLIP-MoE); False averages the losses of the layers.
         per_slot: divides by the mean number of slots per row, so that balance gives 1 (DeepSeek) instead of K.
+        all_processes: f_e counts the rows of all processes; the mean of their losses is then that of one process with
+            all rows, and so is the mean of their gradients.
 
     Returns:
         Scalar; with uniform probabilities and balanced load it is K for all slots, 1 for the first or `per_slot`.
@@ -80,7 +84,10 @@ def balance_loss(
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for routing in _as_list(routings):
-        parts.append((*_hits(routing, choices), routing.used_probs().sum(0)))
+        hits, rows = _hits(routing, choices)
+        if all_processes:
+            hits, rows = over_processes(hits), over_processes(rows)
+        parts.append((hits, rows, routing.used_probs().sum(0)))
     if pool:
         widths = sorted({len(hits) for hits, _, _ in parts})
         if len(widths) > 1:
@@ -91,7 +98,12 @@ def balance_loss(
             )
         hits, rows, probs = (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
         parts = [(hits, rows, probs)]
-    return torch.stack([_balance(*part, per_slot=per_slot) for part in parts]).mean()
+    each = _processes() if all_processes else 1
+    return each * torch.stack([_balance(*part, per_slot=per_slot) for part in parts]).mean()
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _balance(hits: Tensor, rows: Tensor, probs: Tensor, per_slot: bool) -> Tensor:
@@ -100,8 +112,12 @@ def _balance(hits: Tensor, rows: Tensor, probs: Tensor, per_slot: bool) -> Tenso
     return len(hits) * (share * (probs / rows)).sum()
 
 
-def z_loss(routings: Routings) -> Tensor:
+def z_loss(routings: Routings, *, all_processes: bool = False) -> Tensor:
     """Router z-loss: mean over rows of logsumexp(logits)^2, averaged over layers; keeps logits small.
+
+    Args:
+        routings: one routing or those of several layers.
+        all_processes: the mean of the losses of all processes is that of one process with all rows.
 
     Example:
         >>> routing = Routing(
@@ -118,7 +134,12 @@ def z_loss(routings: Routings) -> Tensor:
         if routing.logits is None:
             raise BadInput("a z-loss of a router without logits", "it has no scores to keep small", "use a topk router")
         logits = routing.logits if routing.valid is None else routing.logits[routing.valid]
-        losses.append(_mean(logits.logsumexp(-1).square()))
+        squares = logits.logsumexp(-1).square()
+        if all_processes:
+            rows = over_processes(torch.tensor(len(squares), device=squares.device)).clamp(min=1)
+            losses.append(_processes() * squares.sum() / rows)
+        else:
+            losses.append(_mean(squares))
     return torch.stack(losses).mean()
 
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from mmoe.errors import BadInput, BadOverride, MmoeError, Refused
@@ -149,6 +149,16 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, methods: Iterable[str] = ())
     for method in methods:
         register_fsdp_forward_method(model, method)
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Gives every process its part of the weights again, which a forward without backward leaves whole.
+
+    Without it the next backward adds to gradients of before, and weights that are set in between are lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _keep_whole(parameter: nn.Parameter, mesh: DeviceMesh, hook: Callable[[Tensor], Tensor]) -> nn.Parameter:

@@ -8,6 +8,7 @@ Names are contracts: `logits` are raw scores before any softmax, `probs` are wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -183,6 +184,38 @@ def _detached(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _detached(item) for key, item in value.items()}
     return type(value)(map(_detached, value)) if type(value) in (list, tuple) else value
+
+
+def concatenate(routings: Sequence[Routing]) -> Routing:
+    """The rows of several routings of one router as one; of their contexts, what counts as valid is kept.
+
+    >>> ids, weights = torch.tensor([[0], [1]]), torch.ones(2, 1)
+    >>> one = Routing(experts=ids, weights=weights, num_experts=2)
+    >>> concatenate([one, one]).counts().tolist()
+    [2, 2]
+    """
+    first = routings[0]
+    if len(routings) == 1:
+        return first
+
+    def rows(name: str) -> Any:
+        found = [getattr(routing, name) for routing in routings]
+        return None if any(value is None for value in found) else torch.cat(found)
+
+    valid = None
+    if any(routing.valid is not None for routing in routings):
+        masks = [routing.valid for routing in routings]
+        all_rows = [len(routing.experts) for routing in routings]
+        full = [first.experts.new_ones(count, dtype=torch.bool) for count in all_rows]
+        valid = torch.cat([whole if mask is None else mask for mask, whole in zip(masks, full, strict=True)])
+    before = [routing.undropped for routing in routings]
+    return Routing(
+        **{name: rows(name) for name in ("experts", "weights", "logits", "probs")},
+        num_experts=first.num_experts,
+        context=None if valid is None else Context(valid=valid),
+        all_used=all(routing.all_used for routing in routings),
+        undropped=None if None in before else concatenate([one for one in before if one is not None]),
+    )
 
 
 def first_choice(routing: Routing) -> Tensor:

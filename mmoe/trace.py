@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmoe.errors import UnknownName, did_you_mean
 from mmoe.moe import MoE, moe_layers
-from mmoe.routing import Routing
+from mmoe.routing import Routing, concatenate
 
 
 class Trace(Sequence[Routing]):
@@ -66,6 +66,18 @@ class Trace(Sequence[Routing]):
     def detach(self) -> Trace:
         """The same routings without their graphs."""
         return Trace(list(self.names), [routing.detach() for routing in self._routings])
+
+    def extend(self, other: Trace) -> None:
+        """Appends the routings of another trace."""
+        for name, routing in zip(other.names, other, strict=True):
+            self.add(name, routing)
+
+    def joined(self) -> Trace:
+        """One routing for each layer, with the rows of all its runs."""
+        found = Trace()
+        for name in self.layers:
+            found.add(name, concatenate(list(self.select(name))))
+        return found
 
     def counts(self) -> Tensor:
         """Slots per layer and expert, (L, E) int64; layers with fewer experts are filled with 0."""

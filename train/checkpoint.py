@@ -66,7 +66,8 @@ class Checkpoints:
             if sharded is not None:
                 sharded(temporary / WEIGHTS)
             if self.is_main:
-                torch.save(state, temporary / STATE)
+                with (temporary / STATE).open("wb") as file:  # told a path, torch hides why it could not write
+                    torch.save(state, file)
                 _close(temporary)
                 shutil.rmtree(target, ignore_errors=True)
                 temporary.rename(target)
@@ -74,8 +75,8 @@ class Checkpoints:
                 self._remove_old()
         except (OSError, RuntimeError) as error:  # torch's zip writer hides the file's own error
             shutil.rmtree(temporary, ignore_errors=True)
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
+            cause = _cause(error)
+            if cause is None:
                 raise
             kept = ", ".join(map(str, self.steps())) or "none"
             wrong = f"{cause.strerror or cause}; checkpoints that are there: {kept}"
@@ -120,6 +121,13 @@ class Checkpoints:
             shutil.rmtree(self._path(step), ignore_errors=True)
 
 
+def _cause(error: BaseException | None) -> OSError | None:
+    """What the system said, behind the errors of torch's zip writer."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
 def _close(folder: Path) -> None:
     """Writes the manifest, and everything to the disk."""
     files = {str(path.relative_to(folder)): [path.stat().st_size, _digest(path)] for path in _files(folder)}
@@ -137,11 +145,13 @@ def check(folder: Path) -> None:
     fix = f"rm -r '{folder}'"
     try:
         files = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(files, dict) or STATE not in files:
+            raise CorruptFile(f"cannot use the checkpoint '{folder}'", f"{MANIFEST} is damaged", fix)
         for name, (size, digest) in files.items():
             path = folder / name
             if path.stat().st_size != size or _digest(path) != digest:
                 raise CorruptFile(f"cannot use the checkpoint '{folder}'", f"{name} is damaged", fix)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CorruptFile(f"cannot use the checkpoint '{folder}'", f"it is not whole: {error}", fix) from error
 
 

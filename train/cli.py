@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,8 @@ import typer
 from mmoe.errors import BadInput
 
 recipes = typer.Typer(help="List, show, copy, check and compare recipes.", no_args_is_help=True)
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Options to change.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Options to change.")]
+Name = Annotated[str, typer.Argument(help="A bundled recipe, a file, or the folder of a run.")]
 INTERRUPTED = 130
 
 
@@ -41,7 +44,7 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
 
 
 @recipes.command()
-def show(name: str, overrides: Overrides = None) -> None:
+def show(name: Name, overrides: Overrides = None) -> None:
     """Print a recipe as it is written, or resolved where options are changed.
 
     \b
@@ -54,11 +57,12 @@ def show(name: str, overrides: Overrides = None) -> None:
 
         print(yaml.safe_dump(Recipe.load(name, *overrides).as_dict(), sort_keys=False), end="")
     else:
+        Recipe.load(name)  # it says what is wrong with the file
         print(find(name).read_text(encoding="utf-8"), end="")
 
 
 @recipes.command("cp")
-def copy(name: str, file: Path) -> None:
+def copy(name: Name, file: Annotated[Path, typer.Argument(help="The copy.")]) -> None:
     """Copy a recipe to a file of yours.
 
     \b
@@ -75,7 +79,7 @@ def copy(name: str, file: Path) -> None:
 
 
 @recipes.command()
-def check(name: str, overrides: Overrides = None) -> None:
+def check(name: Name, overrides: Overrides = None) -> None:
     """Check a recipe: its options, its model, and three samples of its data.
 
     \b
@@ -89,7 +93,7 @@ def check(name: str, overrides: Overrides = None) -> None:
 
 
 @recipes.command()
-def diff(a: str, b: str) -> None:
+def diff(a: Name, b: Name) -> None:
     """Compare two recipes, every default written out.
 
     \b
@@ -98,6 +102,29 @@ def diff(a: str, b: str) -> None:
     from train.recipe import Recipe, differences
 
     print("\n".join(differences(Recipe.load(a), Recipe.load(b))) or "no difference")
+
+
+@recipes.command("options")
+def list_options(section: Annotated[str, typer.Argument(help="Only this section.")] = "") -> None:
+    """Tell the options of a recipe, section by section.
+
+    \b
+    mmoe recipe options
+    mmoe recipe options optim
+    """
+    import inspect
+
+    from mmoe.errors import UnknownName, did_you_mean
+    from train.sections import Stage, section_of
+
+    known = {name: section_of(field.annotation) for name, field in Stage.model_fields.items()}
+    known = {name: kind for name, kind in known.items() if kind is not None}
+    if section and section not in known:
+        raise UnknownName(f"no section {section!r}", did_you_mean(section, known), "mmoe recipe options optim")
+    for name, kind in known.items():
+        if section in ("", name):
+            about, _, options = (inspect.getdoc(kind) or "").partition("\n\nAttributes:\n")
+            print(f"{name}: {about}\n{options}\n")
 
 
 @recipes.command()
@@ -149,14 +176,14 @@ def table(
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A bundled recipe, a file, or the folder of a run.")],
+    recipe: Name,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="One step and one evaluation, nothing kept.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME by default.")] = None,
     stages: Annotated[list[str] | None, typer.Option("--stage", help="Only this stage; may be repeated.")] = None,
-    launch: Annotated[int | None, typer.Option(min=1, help="Start so many processes.")] = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of a process; 0 leaves them.")] = 0,
+    launch: Annotated[int | None, typer.Option(min=1, max=1024, help="Start so many processes.")] = None,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads of a process; 0 leaves them.")] = 0,
 ) -> None:
     """Train by a recipe.
 
@@ -165,11 +192,20 @@ def train(
     mmoe train clip_moe_router run.steps=20 optim.lr=1e-3 --out runs/short
     mmoe train runs/short --resume
     """
-    from train.recipe import Recipe
+    from train.recipe import RECIPE, Recipe
 
+    unused = {"--out": out, "--resume": resume or None, "--stage": stages, "--launch": launch}
+    if rehearse and any(value is not None for value in unused.values()):
+        given = next(name for name, value in unused.items() if value is not None)
+        raise BadInput(f"rehearse with {given}", "a rehearsal is short, of all stages, and keeps nothing", "--rehearse")
     folder = Path(recipe).expanduser()
-    if (folder / "recipe.yaml").is_file():
-        recipe, out = str(folder / "recipe.yaml"), out or folder
+    if out is not None and not out.name:
+        raise BadInput(f"train in '{out}'", "it names no folder of its own", "--out runs/NAME")
+    if out is None and (folder / RECIPE).is_file():
+        out = folder
+    if resume and len(folder.parts) > 1 and folder.suffix not in (".yaml", ".yml") and not folder.exists():
+        fix = f"mmoe train NAME --out {folder}"
+        raise BadInput(f"go on with '{folder}'", f"there is no such folder in {Path.cwd()}", fix)
     loaded = Recipe.load(recipe, *overrides or [])
     if launch is not None and "RANK" not in os.environ:
         from train.rehearse import check as check_recipe
@@ -195,18 +231,17 @@ def train(
         results = run(loaded, out, resume=resume, stages=stages or ())
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped; go on with: mmoe train {out} --resume", file=sys.stderr)
+            print(f"stopped; go on with: mmoe train {shlex.quote(str(out))} --resume", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if os.environ.get("RANK", "0") != "0":  # the first process tells
         return
     for name, result in results.items():
         metrics = "  ".join(f"{metric} {value:.4f}" for metric, value in list(result["metrics"].items())[:4])
         print(f"{name or loaded.name}: {result['steps']} steps, loss {result['loss']:.4f}  {metrics}")
-    print(f"model: {_model_folder(out, list(results)[-1])}")
-
-
-def _model_folder(out: Path, stage: str) -> Path:
-    return out / stage / "model" if stage else out / "model"
+    last, result = list(results.items())[-1]
+    print(f"model: {out / last / 'model'}")
+    if result["best"] is not None:
+        print(f"best:  {out / last / 'best'}   (step {result['best']['step']}, {result['best']['value']:.4f})")
 
 
 def _launch(processes: int) -> int:
@@ -224,12 +259,14 @@ def _launch(processes: int) -> int:
     own = [word for number, word in enumerate(sys.argv[1:]) if not _is_launch(sys.argv[1:], number)]
     where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0, **where)
-    try:
-        elastic_launch(config, sys.executable)("-m", "mmoe", *own)
-    except ChildFailedError as error:
-        return max(1, error.get_first_failure()[1].exitcode)
-    except SignalException:
-        return INTERRUPTED
+    with tempfile.TemporaryDirectory() as told:
+        os.environ["MMOE_ERRORS"] = told  # what all processes would say is said once
+        try:
+            elastic_launch(config, sys.executable)("-m", "mmoe", *own)
+        except ChildFailedError as error:
+            return max(1, error.get_first_failure()[1].exitcode)
+        except SignalException:
+            return INTERRUPTED
     return 0
 
 

@@ -17,9 +17,9 @@ from mmoe.atomic import atomic_path
 from mmoe.errors import BadInput, did_you_mean
 from train.data.base import data_sets
 from train.evaluate import tasks
-from train.recipe import Recipe, differences
+from train.recipe import RECIPE, Recipe, differences
 from train.sections import Stage
-from train.stages import RECIPE, RESULTS
+from train.stages import RESULTS
 from zoo.state import read_json
 
 Entry = dict[str, Any]

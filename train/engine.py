@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mmoe import parallel
-from mmoe.errors import BadInput, MmoeError, did_you_mean
-from mmoe.losses import balance_loss, z_loss
+from mmoe.errors import BadInput, MmoeError
 from mmoe.trace import Trace, trace, update_routers
 from train import tune
 from train.average import MovingAverage
@@ -32,12 +30,17 @@ from train.data.loader import Steps, seed_of
 from train.evaluate import Task
 from train.health import RouterHealth
 from train.log import RunLog
+from train.mixture_loss import mixture_loss
 from train.optim import Optimizers, schedule
-from train.progress import Progress, interrupts_held
+from train.outcome import write_model
+from train.progress import Progress, interrupts_held, interrupts_raise
+from train.recipe import course
 from train.sections import ScaleSection, Stage
 from zoo.model import Model
 
+CHECKPOINTS = "checkpoints"
 _PROBES = 8  # batches that show which experts are used most
+_ALARM = "moe.health.on_alarm is stop; its state is saved", "the same command with --resume"
 
 
 class Stopped(KeyboardInterrupt):
@@ -94,7 +97,10 @@ class StageRun:
         self.sharded = scale.shard == "fsdp" or scale.expert_parallel > 1
         rank, processes = accelerator.process_index, accelerator.num_processes
         self.batches = Steps(self.data, model, stage.data.batch_size, self.key, rank, processes, stage.run.accumulate)
-        self.steps = stage.run.steps or max(1, round((stage.run.epochs or 1) * self.batches.per_epoch))
+        self.steps = stage.run.steps or round((stage.run.epochs or 1) * self.batches.per_epoch)
+        if not self.steps:
+            asked, wrong = f"train for {stage.run.epochs:g} epochs", f"one has {self.batches.per_epoch} steps"
+            raise BadInput(asked, wrong, "run.steps=1")
         model.to(accelerator.device)
         model.load_report = None  # the weights will no longer be the loaded ones
         self.parameters = model.num_params()
@@ -109,9 +115,10 @@ class StageRun:
         self.health = RouterHealth(model, stage.moe.health)
         self.state = State()
         self.checkpoints = Checkpoints(
-            folder / "checkpoints", stage.run.keep_last, accelerator.is_main_process, accelerator.wait_for_everyone
+            folder / CHECKPOINTS, stage.run.keep_last, accelerator.is_main_process, accelerator.wait_for_everyone
         )
         self.ema = None if stage.run.ema is None else MovingAverage(self.trained, stage.run.ema)
+        self._told: set[str] = set()  # names of broken samples
 
     def _tuned(self, model: Model) -> tuple[nn.Module, tune.Chosen]:
         """Freezes what the recipe leaves out, or adds adapters."""
@@ -123,18 +130,22 @@ class StageRun:
             steps = range(min(_PROBES, self.batches.per_epoch))
             batches = (send_to_device(part, model.device) for step in steps for part in self.batches[step][0])
             used = tune.expert_use(model.eval(), batches)
+            used = {name: self.accelerator.reduce(counts, "sum") for name, counts in used.items()}
         return model, tune.freeze(model, self.stage.tune, used)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, evaluates, saves, and tells what came out."""
         self.train()
-        return self._finish()
+        self.save()
+        with interrupts_raise(Stopped):
+            return self._finish()
 
     def train(self) -> list[float]:
         """Trains to the end, from the newest checkpoint where there is one; returns the losses since the last log."""
         self._resume()
         accelerator, run = self.accelerator, self.stage.run
-        model = self.trained if self.sharded else accelerator.prepare(self.trained)
+        # It lies on the device; moved once more, its memory would no longer be that of the optimisers' views.
+        model = self.trained if self.sharded else accelerator.prepare_model(self.trained, device_placement=False)
         if run.compile:
             model = torch.compile(model)
         each = [accelerator.prepare(optimizer) for optimizer in self.optimizers.each]
@@ -145,6 +156,7 @@ class StageRun:
             with bar, interrupts_held() as interrupted:
                 for parts, broken in self.batches.from_step(self.state.step, self.steps, self.stage.data.workers):
                     self.data.note_broken(broken)
+                    self._tell_broken()
                     logs = (self.state.step + 1) % run.log_every == 0 or self.state.step + 1 == self.steps
                     loss, told = self._step(model, each, parts, logs)
                     loss, stop = self._agree(loss, interrupted())
@@ -153,13 +165,16 @@ class StageRun:
                     self.state.step += 1
                     self.state.seconds = before + time.monotonic() - begun
                     bar.update(self.state.step, loss=sum(self.state.losses) / len(self.state.losses))
-                    if logs:
-                        self._log(told)
+                    alarm = self._log(told) if logs else None
                     if _due(self.state.step, run.eval_every) and self.state.step < self.steps:
                         self._evaluate()
-                    if stop or (_due(self.state.step, run.save_every) and self.state.step < self.steps):
+                    if self.state.step == self.steps:
+                        break
+                    if stop or alarm or _due(self.state.step, run.save_every):
                         self.save()
-                    if stop and self.state.step < self.steps:
+                    if alarm:
+                        raise MmoeError(f"stopped at step {self.state.step}: {alarm}", *_ALARM)
+                    if stop:
                         raise Stopped
         finally:
             self.model.eval()
@@ -185,39 +200,31 @@ class StageRun:
         set_seed(seed_of(*self.key, "step", self.state.step), device_specific=True)
         self.optimizers.set_rate(schedule(self.state.step, self.steps, self.stage.optim))
         self.trained.zero_grad()
-        total, found, routing = 0.0, dict[str, float](), Trace()
+        total, found, whole = 0.0, dict[str, float](), Trace()
         for number, batch in enumerate(parts, 1):
             last = number == len(parts)
             with nullcontext() if last or self.sharded else self.accelerator.no_sync(model):
                 with trace(self.model) as routing, self.accelerator.autocast():
                     out = model(**send_to_device(batch, self.accelerator.device))
-                    loss = out.loss + self._mixture_loss(routing)
+                    loss = out.loss + mixture_loss(self.stage.moe, self.model.config, routing)
                 self.accelerator.backward(loss / len(parts))
+            whole.extend(routing.detach())
             total += float(loss.detach()) / len(parts)
             if logs:
-                losses = {f"loss/{name}": value.detach() for name, value in out.losses.items()}
-                found = {name: float(value) for name, value in self.accelerator.reduce(losses, "mean").items()}
+                losses = {f"loss/{name}": value.detach() / len(parts) for name, value in out.losses.items()}
+                for name, value in self.accelerator.reduce(losses, "mean").items():
+                    found[name] = found.get(name, 0.0) + float(value)
         self.optimizers.parts.take_gradients()
         norm = self._clip(each)
         for optimizer in each:
             optimizer.step()
-        update_routers(self.model, routing)
+        update_routers(self.model, whole if len(parts) == 1 else whole.joined())
         self.model.constrain()
         if self.ema is not None:
             self.ema.update()
         if not logs:
             return total, {}
-        return total, {**found, "grad_norm": norm, "health": self.health.measure(routing.detach())}
-
-    def _mixture_loss(self, routing: Trace) -> Tensor | float:
-        """Losses of the recipe that are not the model's own."""
-        section = self.stage.moe
-        total: Tensor | float = 0.0
-        if section.balance_coef and not hasattr(self.model.config, "balance_coef"):
-            total = total + section.balance_coef * balance_loss(routing)
-        if section.z_coef and not hasattr(self.model.config, "z_coef"):
-            total = total + section.z_coef * z_loss(routing)
-        return total
+        return total, {**found, "grad_norm": norm, "health": self.health.measure(whole)}
 
     def _clip(self, each: list[Any]) -> float:
         """Norm of the gradient before it is cut."""
@@ -231,10 +238,12 @@ class StageRun:
     def _check_loss(self, loss: float) -> None:
         if not math.isfinite(loss):
             wrong = f"the loss of step {self.state.step + 1} is {loss}"
-            fix = f"optim.lr={self.stage.optim.lr / 3:.1g}, or optim.clip=1.0"
-            raise BadInput(f"go on with the stage {self.stage.name!r}", wrong, fix)
+            clip = "" if self.stage.optim.clip else " optim.clip=1.0"
+            fix = f"optim.lr={min(1e-3, self.stage.optim.lr / 10):.1g}{clip}, into another folder by --out"
+            raise BadInput(f"go on with {self._name}", wrong, fix)
 
-    def _log(self, told: dict[str, Any]) -> None:
+    def _log(self, told: dict[str, Any]) -> str | None:
+        """Tells the numbers of a step and its alarms; returns one that stops the run."""
         state = self.state
         health = told.pop("health")
         values = {
@@ -244,11 +253,13 @@ class StageRun:
             **told,
         }
         self.log.write(state.step, values, health)
-        for alarm in self.health.alarms():
+        alarms = self.health.alarms()
+        for alarm in alarms:
             self.log.alarm(state.step, alarm)
-            if self.stage.moe.health.on_alarm == "stop":
-                self.save()
-                raise MmoeError(f"stopped at step {state.step}: {alarm}", "moe.health.on_alarm is stop", "--resume")
+        if self.stage.moe.health.on_alarm == "warn":
+            return None
+        _, any_process = self._agree(0.0, bool(alarms))
+        return next(iter(alarms), "a router of another process is ill") if any_process else None
 
     def _evaluate(self) -> dict[str, float]:
         """Measures the model, or its moving average, and keeps the best."""
@@ -257,6 +268,8 @@ class StageRun:
         self.model.eval()
         with self._shown(), torch.no_grad(), torch.random.fork_rng():
             metrics = self.task.measure(self.model, self.eval_data)
+            parallel.reshard(self.trained)
+            self._tell_broken()
             self._keep_best(metrics)
         self.model.train()
         self.log.write(self.state.step, {f"eval/{name}": value for name, value in metrics.items()}, {})
@@ -267,12 +280,10 @@ class StageRun:
         if name is None:
             return
         sign, name = (-1.0, name[1:]) if name.startswith("-") else (1.0, name)
-        if name not in metrics:
-            raise BadInput(f"keep the model with the best {name!r}", did_you_mean(name, metrics), "run.best=null")
         value = sign * metrics[name]
-        if self.state.best is None or value > self.state.best[0]:
+        if math.isfinite(value) and (self.state.best is None or value > self.state.best[0]):
             self.state.best = value, self.state.step
-            self._write_model(self.folder / "best")
+            write_model(self, self.folder / "best")
 
     def _shown(self) -> AbstractContextManager[None]:
         """The model has the weights that are evaluated and saved."""
@@ -282,8 +293,9 @@ class StageRun:
         """Writes a checkpoint, from which `run` goes on."""
         state: dict[str, Any] = {
             "state": vars(self.state),
-            "stage": self.stage.model_dump(mode="json"),
-            "processes": self.accelerator.num_processes,
+            "stage": course(self.stage),
+            "data": self.data.fingerprint(),
+            "log": self.log.lines,
             "health": self.health.state_dict(),
             "broken": self.data.broken,
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
@@ -295,20 +307,24 @@ class StageRun:
                 self.state.step, state, lambda folder: parallel.save_checkpoint(folder, self.trained, optimizer)
             )
         else:
-            state["model"] = {k: v for k, v in self.trained.state_dict().items() if k not in self._frozen()}
+            frozen = self._frozen()
+            state["model"] = {k: v for k, v in self.trained.state_dict().items() if k not in frozen}
             state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers.each]
             self.checkpoints.save(self.state.step, state)
 
     def _resume(self) -> None:
         found = self.checkpoints.newest()
         if found is None:
+            if self.log.cut(0):
+                self.log.note(f"{self._name}: no checkpoint was written before it stopped; it begins anew")
             return
-        _, folder, state = found
-        if state["stage"] != self.stage.model_dump(mode="json"):
-            wrong = "its checkpoint was written by another recipe"
-            raise BadInput(
-                f"go on with the stage '{self.folder}'", wrong, "the recipe.yaml of its run, or another --out"
-            )
+        step, folder, state = found
+        if state["stage"] != course(self.stage):
+            wrong, fix = "its checkpoint was written by another recipe", "the recipe.yaml of its run, or another --out"
+            raise BadInput(f"go on with '{self.folder}'", wrong, fix)
+        self.log.note(f"{self._name}: goes on from step {step:,} of {self.steps:,}")
+        if state["data"] != self.data.fingerprint():
+            self.log.note("its data are not those that it began with: samples came, went or have other names")
         if (folder / WEIGHTS).exists():
             (optimizer,) = self.optimizers.each
             parallel.load_checkpoint(folder / WEIGHTS, self.trained, optimizer)
@@ -323,7 +339,33 @@ class StageRun:
         self.health.load_state_dict(state["health"])
         self.data.broken.update(state["broken"])
         self.state = State(**state["state"])
-        self.log.cut(self.state.step)
+        self.log.cut(state["log"])
+
+    @property
+    def _name(self) -> str:
+        return f"the stage {self.stage.name!r}" if self.stage.name else "the run"
+
+    def _tell_broken(self) -> None:
+        """Names samples that could not be read, once."""
+        known = self._unread()
+        for name in known.keys() - self._told:
+            self.log.note(f"left out: {name}: {known[name].splitlines()[0]}")
+        self._told |= known.keys()
+
+    def _best(self) -> dict[str, float] | None:
+        """Value of the metric whose best checkpoint was kept, and its step."""
+        if self.state.best is None:
+            return None
+        value, step = self.state.best
+        return {"value": -value if str(self.stage.run.best).startswith("-") else value, "step": step}
+
+    def _unread(self) -> dict[str, str]:
+        return {**self.data.broken, **(self.eval_data.broken if self.eval_data is not None else {})}
+
+    def _broken(self) -> dict[str, str]:
+        """Samples that any process could not read."""
+        found = gather_object([self._unread()]) if self.accelerator.num_processes > 1 else [self._unread()]
+        return {name: wrong for one in found for name, wrong in one.items()}
 
     def _frozen(self) -> set[str]:
         """Parameters that are as they were when the stage began; a checkpoint does without."""
@@ -334,12 +376,12 @@ class StageRun:
         assert not found.unexpected_keys and set(found.missing_keys) <= self._frozen(), found
 
     def _finish(self) -> dict[str, Any]:
-        """Evaluates and saves the trained model."""
-        metrics = self._evaluate()
-        self.log.heatmap(self.state.step)
+        """Saves the trained model and evaluates it."""
         self.model.eval()
         with self._shown():
-            self._write_model(self.folder / "model")
+            write_model(self, self.folder / "model")
+        metrics = self._evaluate()
+        self.log.heatmap(self.state.step)
         return {
             "stage": self.stage.name,
             "parameters": {"total": self.parameters.total, "active": self.parameters.active},
@@ -347,26 +389,9 @@ class StageRun:
             "seconds": round(self.state.seconds, 1),
             "loss": sum(self.state.losses) / len(self.state.losses),
             "metrics": metrics,
-            "best": None if self.state.best is None else {"value": abs(self.state.best[0]), "step": self.state.best[1]},
-            "broken": self.data.broken,
+            "best": self._best(),
+            "broken": self._broken(),
         }
-
-    def _write_model(self, folder: Path) -> None:
-        """A folder that `zoo.load` reads, or adapters as peft writes them."""
-        model: Any = self.trained
-        if self.sharded:
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            whole = get_model_state_dict(model, options=options)
-        if self.accelerator.is_main_process:
-            if self.sharded:
-                model = type(self.model)(self.model.config)
-                model.card, model.preprocessing = self.model.card, self.model.preprocessing
-                model.load_state_dict(whole)
-            if self.stage.tune.method == "lora":
-                tune.save_adapters(model, folder)
-            else:
-                model.save(folder)
-        self.accelerator.wait_for_everyone()
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -7,6 +7,7 @@ Shapes: n samples, C embedding.
 
 from __future__ import annotations
 
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from mmoe.errors import BadInput, Refused
 from mmoe.registry import Registry
-from train.data.base import DataSet, Sample
+from train.data.base import DataSet, Sample, data_sets
 from train.progress import Progress
 
 RANKS = (1, 5, 10)
@@ -55,6 +56,11 @@ class Task(ABC):
         Raises:
             BadInput: none can be read, or more are broken than may be.
         """
+        for numbered in self.numbered(data, size):
+            yield [sample for _, sample in numbered]
+
+    def numbered(self, data: DataSet, size: int = 64) -> Iterator[list[tuple[int, Sample]]]:
+        """As `batches`, with the number of each sample in the data."""
         found = 0
         with Progress("evaluating", len(data), unit="samples", quiet=not self.progress) as bar:
             for first in range(0, len(data), size):
@@ -66,6 +72,24 @@ class Task(ABC):
                 bar.update(last)
         if not found:
             raise BadInput("measure a model", "the data has no samples to evaluate on", "data.held_out=0.1")
+
+
+def check_fields(task: Task, data: DataSet, option: str) -> None:
+    """Makes sure that samples have what a task measures by.
+
+    Args:
+        task: that measures.
+        data: samples.
+        option: how a task is chosen, "data.task" or "--task".
+
+    Raises:
+        BadInput: they have not.
+    """
+    missing = [field for field in task.fields if field not in data.fields]
+    if missing:
+        asked = f"measure {tasks.name_of(task)} on the data {data_sets.name_of(data)!r}"
+        fix = f"{option}{' ' if option.startswith('-') else '='}{data.task}"
+        raise BadInput(asked, f"its samples have no {' and no '.join(missing)}", fix)
 
 
 @torch.no_grad()
@@ -87,37 +111,60 @@ def features(model: Any, images: Sequence[Any] | None = None, texts: Sequence[st
 
 @tasks.register("retrieval")
 class Retrieval(Task):
-    """Recall at 1, 5 and 10 of texts for pictures (I2T) and of pictures for texts (T2I), among all samples."""
+    """Recall at 1, 5 and 10 of texts for pictures (I2T) and of pictures for texts (T2I), among all samples.
+
+    Samples of one name share a picture: it stands once in the gallery, and any of its texts is right for it.
+    """
 
     fields = ("image", "text")
 
     def measure(self, model: Any, data: DataSet) -> dict[str, float]:
         """R@K in both directions, and their mean at 1."""
-        images, texts = [], []
-        for samples in self.batches(data):
-            images.append(features(model, images=[sample["image"] for sample in samples]))
-            texts.append(features(model, texts=[sample["text"] for sample in samples]))
-        return recalls(torch.cat(texts) @ torch.cat(images).t())
+        images, texts, owners = dict[str, Tensor](), list[Tensor](), list[str]()
+        for numbered in self.numbered(data):
+            named = [(data.name(index), sample) for index, sample in numbered]
+            new = {name: sample["image"] for name, sample in named if name not in images}
+            if new:
+                images |= dict(zip(new, features(model, images=list(new.values())), strict=True))
+            texts.append(features(model, texts=[sample["text"] for _, sample in numbered]))
+            owners += [name for name, _ in named]
+        place = {name: number for number, name in enumerate(images)}
+        own = torch.tensor([place[name] for name in owners])
+        return recalls(torch.cat(texts) @ torch.stack(list(images.values())).t(), own)
 
 
-def recalls(similarity: Tensor) -> dict[str, float]:
-    """Recalls of square similarities of texts to pictures (n, n)."""
-    found = {f"T2I {name}": value for name, value in recall(similarity).items()}
-    found |= {f"I2T {name}": value for name, value in recall(similarity.t()).items()}
+def recalls(similarity: Tensor, own: Tensor | None = None) -> dict[str, float]:
+    """Recalls of similarities of texts to pictures (texts, pictures).
+
+    Args:
+        similarity: (texts, pictures); square where each has one.
+        own: (texts,) number of the picture of each text; the same number as the text when None.
+    """
+    own = torch.arange(len(similarity)) if own is None else own
+    right = own[:, None] == torch.arange(similarity.shape[1])  # (texts, pictures)
+    found = {f"T2I {name}": value for name, value in recall(similarity, right).items()}
+    found |= {f"I2T {name}": value for name, value in recall(similarity.t(), right.t()).items()}
     return {"R@1": round((found["T2I R@1"] + found["I2T R@1"]) / 2, 4), **found}
 
 
-def recall(similarity: Tensor, ranks: Sequence[int] = RANKS) -> dict[str, float]:
-    """Share of rows whose own column is among the best k, for square similarities (n, n).
+def recall(similarity: Tensor, right: Tensor | None = None, ranks: Sequence[int] = RANKS) -> dict[str, float]:
+    """Share of rows that have one of their right columns among the best k.
 
     Ties and values that are no numbers count against it.
+
+    Args:
+        similarity: (rows, columns).
+        right: (rows, columns) bool; the diagonal when None.
+        ranks: values of k.
 
     Example:
         >>> recall(torch.tensor([[2.0, 1.0], [3.0, 3.0]]), ranks=(1,))
         {'R@1': 0.5}
     """
-    own = similarity.diagonal()[:, None]
-    rank = (~(similarity < own)).sum(1)
+    right = torch.eye(len(similarity), dtype=torch.bool) if right is None else right
+    best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # NaN stays
+    rank = 1 + (~right & ~(similarity < best)).sum(1)
+    rank = torch.where(best.squeeze(1).isnan(), similarity.shape[1] + 1, rank)
     return {f"R@{k}": round((rank <= k).float().mean().item(), 4) for k in ranks}
 
 
@@ -139,6 +186,8 @@ class ZeroShot(Task):
         from sklearn.metrics import top_k_accuracy_score
 
         classes: Sequence[str] = data.classes  # type: ignore[attr-defined]  # data with labels have them
+        if len(classes) < 2:
+            raise BadInput("tell classes apart", f"the data has {len(classes)}", "a folder for each class")
         texts = features(model, texts=[self.template.format(name.replace("_", " ")) for name in classes])
         labels, similarities = [], []
         for samples in self.batches(data):
@@ -193,6 +242,8 @@ def correlations(predicted: Sequence[float], given: Sequence[float]) -> dict[str
     """
     from scipy.stats import pearsonr, spearmanr
 
+    if not np.isfinite([*predicted, *given]).all():
+        raise BadInput("correlate scores", "some are no numbers", "a model whose training did not diverge")
     if len(set(predicted)) < 2 or len(set(given)) < 2:
         return {"SRCC": 0.0, "PLCC": 0.0}
     srcc, plcc = spearmanr(predicted, given).statistic, pearsonr(predicted, given).statistic
@@ -205,9 +256,19 @@ class Segmentation(_Answers):
 
     fields = ("image", "mask")
 
+    def answers(self, model: Any, sample: Sample) -> list[tuple[Any, Any]]:
+        """The mask that the model draws, and the right one."""
+        drawn, right = np.asarray(model.predict(sample["image"])), np.asarray(sample["mask"])
+        if drawn.shape != right.shape:
+            wrong = f"the mask has {right.shape}, the model draws {drawn.shape}"
+            raise BadInput("compare masks of different sizes", wrong, "a mask of the size of its picture")
+        return [(drawn, right)]
+
     def score(self, said: Sequence[Any], given: Sequence[Any]) -> dict[str, float]:
         """Over all pixels of all pictures."""
-        predicted, masks = (np.concatenate([np.asarray(one).ravel() for one in part]) for part in (said, given))
+        predicted, masks = (np.concatenate([one.ravel() for one in part]) for part in (said, given))
+        if (masks == 255).all():
+            raise BadInput("compare masks", "every pixel is 255, which is left out", "masks with numbers of classes")
         return overlap(predicted[masks != 255], masks[masks != 255])
 
 
@@ -252,10 +313,21 @@ class ExactMatch(_Answers):
 
     def score(self, said: Sequence[Any], given: Sequence[Any]) -> dict[str, float]:
         """Of all questions of all samples."""
-        right = [_plain(str(one)) == _plain(other) for one, other in zip(said, given, strict=True)]
+        right = [_same(str(one), other) for one, other in zip(said, given, strict=True)]
         return {"exact match": sum(right) / len(right)}
 
 
+def _same(said: str, given: str) -> bool:
+    """Alike but for case, spaces, and punctuation around."""
+
+    def bare(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .,;:!?\"'")
+
+    return bare(said) == bare(given) and bool(said.strip()) == bool(given.strip())
+
+
 def _plain(text: str) -> str:
-    kept = "".join(sign if sign.isalnum() else " " for sign in text.casefold().replace("'", ""))
+    """Small letters, digits and the marks on them, with a space between words; apostrophes join theirs."""
+    text = unicodedata.normalize("NFC", text.casefold().replace("’", "'")).replace("'", "")
+    kept = "".join(sign if unicodedata.category(sign)[0] in "LNM" else " " for sign in text)
     return " ".join(kept.split())

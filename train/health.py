@@ -20,7 +20,7 @@ from mmoe.moe import moe_layers
 from mmoe.trace import Trace
 from train.sections import HealthSection
 
-WINDOW = 10  # logged steps
+WINDOW = 5  # logged steps
 
 
 @dataclass(frozen=True, kw_only=True)

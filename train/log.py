@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from mmoe.atomic import atomic_path
+from mmoe.errors import BadInput
 from train.health import LayerHealth
 
 
@@ -27,8 +28,8 @@ class RunLog:
 
     def __init__(self, path: Path, accelerator: Accelerator, prefix: str = "", before: int = 0) -> None:
         self.path, self.accelerator, self.prefix = path, accelerator, f"{prefix}/" if prefix else ""
-        self.before = before
-        self._load: dict[str, list[tuple[float, ...]]] = {}
+        self.before, self.lines = before, 0
+        self._load: dict[str, list[tuple[int, tuple[float, ...]]]] = {}
 
     def write(self, step: int, values: Mapping[str, float], health: Mapping[str, LayerHealth]) -> None:
         """Tells the numbers of a step and of its routers."""
@@ -39,47 +40,76 @@ class RunLog:
         curves = dict(values)
         for name, layer in layers.items():
             curves |= {f"router/{name}/{key}": value for key, value in layer.items() if isinstance(value, float)}
-            self._load.setdefault(name, []).append(layer["load"])
+            self._load.setdefault(name, []).append((step, layer["load"]))
         told = {f"{self.prefix}{name}": value for name, value in curves.items()}
         self.accelerator.log(told, step=self.before + step)
+
+    def note(self, text: str) -> None:
+        """Tells a person something, once for all processes."""
+        if self.accelerator.is_main_process:
+            print(text, file=sys.stderr, flush=True)
 
     def alarm(self, step: int, text: str) -> None:
         """Tells an alarm."""
         if self.accelerator.is_main_process:
             self._append({"step": step, "alarm": text})
-            print(f"alarm at step {step}: {text}", file=sys.stderr, flush=True)
+            self.note(f"alarm at step {step}: {text}")
 
     def heatmap(self, step: int) -> None:
-        """Draws the load of every layer over time, experts downwards, for the trackers."""
-        pictures = {f"{self.prefix}load/{name}": _picture(rows) for name, rows in self._load.items()}
+        """Draws the load of every layer over time for the trackers."""
+        pictures = {f"{self.prefix}load/{name}": _picture(name, rows) for name, rows in self._load.items()}
         for tracker in self.accelerator.trackers if pictures else ():
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images(pictures, step=self.before + step, **layout)
 
-    def cut(self, step: int) -> None:
-        """Forgets what was told after a step that is done again."""
-        self._load = {}
-        if not self.path.exists() or not self.accelerator.is_main_process:
-            return
-        lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if line["step"] <= step]
+    def cut(self, lines: int) -> bool:
+        """Forgets what was told after so many lines, as it is done again; returns whether there was anything."""
+        self._load, self.lines = {}, lines
+        if not self.path.exists():
+            return False
+        told = self.path.read_text().splitlines()
+        kept = [line for line in map(_whole, told[:lines]) if line is not None]
         for line in kept:
-            for name, told in line.get("health", {}).items():
-                self._load.setdefault(name, []).append(tuple(told["load"]))
-        with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            for name, layer in line.get("health", {}).items():
+                self._load.setdefault(name, []).append((line["step"], tuple(layer["load"])))
+        if self.accelerator.is_main_process:
+            with atomic_path(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        return bool(told)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.lines += 1
+        except OSError as error:
+            wrong, fix = error.strerror or str(error), "free space, then the same command with --resume"
+            raise BadInput(f"cannot write '{self.path}'", wrong, fix) from error
 
 
-def _picture(rows: list[tuple[float, ...]]) -> np.ndarray:
-    """Loads of one layer, a column per step, as a picture (1, 12 E, steps * w, 3) uint8; an even load is grey."""
-    from matplotlib import colormaps
+def _whole(line: str) -> dict[str, Any] | None:
+    """A line that was written to its end."""
+    try:
+        read: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return read
 
-    share = np.array(rows).T  # (E, steps)
-    colours = colormaps["viridis"](np.clip(share * len(share) / 2, 0, 1))[..., :3]
-    wide = max(1, 240 // share.shape[1])
-    return (255 * colours).astype(np.uint8).repeat(12, 0).repeat(wide, 1)[None]
+
+def _picture(layer: str, rows: Sequence[tuple[int, tuple[float, ...]]]) -> np.ndarray:
+    """Loads of one layer by logged step, as a picture (1, H, W, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps, load = [step for step, _ in rows], np.array([shares for _, shares in rows]).T  # (E, steps)
+    figure = Figure(figsize=(6.4, 1.4 + 0.25 * len(load)), dpi=100, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    drawn = axes.imshow(load * len(load), aspect="auto", interpolation="nearest", vmin=0, vmax=2, cmap="viridis")
+    axes.set(title=layer, ylabel="expert", xlabel="step", yticks=range(len(load)))
+    shown = sorted({round(place) for place in np.linspace(0, len(steps) - 1, 6)})
+    axes.set_xticks(shown, [str(steps[place]) for place in shown])
+    axes.title.set_fontsize(8)
+    figure.colorbar(drawn, label="times an even load", extend="max")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[None, ..., :3].copy()

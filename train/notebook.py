@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
+from mmoe.errors import BadInput
 from mmoe.options import check_float, check_int
 from train.data import build
+from train.devices import make_accelerator
 from train.engine import StageRun
 from train.evaluate import tasks
 from train.log import RunLog
 from train.recipe import Recipe
 from train.sections import DataSection, ModelSection, OptimSection, RunSection, Stage, TuneSection
-from train.stages import make_accelerator
 from zoo.model import Model
 
 
@@ -45,6 +46,9 @@ def fine_tune(
     Raises:
         BadOverride: no steps, no learning rate or no batch. BadInput: no parameter has such a name, or no such data.
     """
+    if not isinstance(model, Model):
+        asked, fix = f"fine-tune a {type(model).__name__}", "train.fine_tune(zoo.load('clip_moe_tiny'))"
+        raise BadInput(asked, "it is no model of the zoo", fix)
     check_int("steps", steps, 1)
     check_float("lr", lr, above=0, usual=3e-3)
     check_int("batch_size", batch_size, 1)

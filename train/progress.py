@@ -75,6 +75,34 @@ class Progress:
 
 
 @contextmanager
+def interrupts_raise(error: type[BaseException]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise an error: for work after which nothing is lost, as the state is on the disk."""
+
+    def stop(number: int, frame: object) -> None:
+        raise error
+
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to a function, except where shells start background jobs with Ctrl-C ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
 def interrupts_held() -> Iterator[Callable[[], bool]]:
     """Holds Ctrl-C and SIGTERM back until the caller asks for them, so that they never stop half of a step.
 
@@ -92,15 +120,5 @@ def interrupts_held() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         held.append(now)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in before:  # shells start background jobs with Ctrl-C ignored
-        signal.signal(number, hold)
-    try:
+    with _handled(hold):
         yield lambda: bool(held)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 import zoo
-from mmoe.errors import BadInput, UnknownName, did_you_mean
+from mmoe.errors import UnknownName, did_you_mean
+from mmoe.moe import moe_layers
 from train import tune
 from train.data import build
-from train.evaluate import tasks
+from train.data.base import SPLITS
+from train.evaluate import check_fields, tasks
 from train.recipe import Recipe
 from train.sections import DataSection, Stage
-from zoo.model import Model
 
 _SAMPLES = 3
+_EVALUATED = 16  # samples of a rehearsal's evaluation
 _OPTIMISER_STATE = {"adamw": 2, "sgd": 1, "muon": 1}  # values per trained parameter
 
 
@@ -27,7 +29,7 @@ def check(recipe: Recipe) -> Iterator[str]:
     """Makes sure that models, data and tasks of a recipe are there, and opens three samples of each.
 
     Yields:
-        A line for each thing that is well.
+        A line for each thing that is well, or that a person should know.
 
     Raises:
         MmoeError: something is not.
@@ -36,24 +38,19 @@ def check(recipe: Recipe) -> Iterator[str]:
     for stage in recipe.stages:
         name = f"{stage.name}: " if stage.name else ""
         _check_start(stage, earlier)
-        model = _blank(stage)
-        if stage.tune.method == "lora":
-            tune.add_adapters(model, stage.tune)
-        elif stage.tune.top_used is None:
-            tune.freeze(model, stage.tune)
-        yield f"{name}model {stage.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters"
-        data = {split: build(_without_models(stage.data), split) for split in ("train", "eval")}
+        model, _ = _blank(stage)
+        yield f"{name}model {stage.model.name}, {_count(model):,} parameters"
+        data = {split: build(_without_models(stage.data), split) for split in SPLITS}
         for split, samples in data.items():
             found = samples.samples(range(min(_SAMPLES, len(samples))))
             shown = ", ".join(f"{key} {_told(value)}" for key, value in found[0].items()) if found else "none"
             yield f"{name}{split} data {stage.data.name}: {len(samples):,} samples; {shown}"
+            yield from (f"{name}{split} data cannot read {one}: {why}" for one, why in samples.broken.items())
+        yield from (f"{name}data {note}" for note in data["train"].notes)
         data["train"].epoch(stage.data.batch_size, 0)
         task = tasks.build(stage.data.task or data["eval"].task)
-        missing = [field for field in task.fields if field not in data["eval"].fields]
-        if missing:
-            asked = f"measure {stage.data.task} on the data {stage.data.name!r}"
-            raise BadInput(asked, f"its samples have no {', '.join(missing)}", f"data.task={data['eval'].task}")
-        yield f"{name}task {tasks.name_of(task)}"
+        check_fields(task, data["eval"], "data.task")
+        yield f"{name}task {tasks.name_of(task)}" if len(data["eval"]) else f"{name}nothing is measured"
         earlier.append(stage.name)
 
 
@@ -77,10 +74,19 @@ def _without_models(section: DataSection) -> DataSection:
     return section.model_copy(update={"options": {k: v for k, v in section.options.items() if k != "clusters"}})
 
 
-def _blank(stage: Stage) -> Model:
-    """The model's shapes."""
+def _blank(stage: Stage) -> tuple[Any, tune.Chosen]:
+    """The model's shapes, with what is trained; of the most used experts the first ones stand for them."""
     options = {"router": stage.model.router, "experts": stage.model.experts, **stage.model.overrides}
-    return zoo.load(stage.model.name, False, device="meta", **options)
+    model = zoo.load(stage.model.name, False, device="meta", **options)
+    tune.check_patterns("change the rate of", stage.optim.factors, model, "optim.factors={'*.router.*': 10}")
+    if stage.tune.method == "lora":
+        return tune.add_adapters(model, stage.tune), {}
+    used = {name: -torch.arange(layer.num_experts) for name, layer in moe_layers(model).items()}
+    return model, tune.freeze(model, stage.tune, used)
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _told(value: Any) -> str:
@@ -108,14 +114,18 @@ def rehearse(recipe: Recipe) -> Iterator[str]:
         run = Run(recipe.model_copy(update={"stages": twins}), Path(folder) / "run", progress=False)
         for stage, twin in zip(recipe.stages, twins, strict=True):
             name = f"{stage.name}: " if stage.name else ""
+            whole, chosen = _blank(stage)
+            yield f"{name}what is trained"
+            yield tune.show_table(tune.table(whole, chosen))
+            yield f"{name}memory: at least {_memory(whole, stage) / 2**20:,.0f} MB besides activations"
             if twin.model.name != stage.model.name:
-                yield f"{name}tried on {twin.model.name}"
+                yield f"{name}tried on {twin.model.name} in place of {stage.model.name}"
             trial = run.start(twin)
             parts, _ = trial.batches[0]
             shapes = (f"{key} {tuple(value.shape)}" for key, value in parts[0].items() if isinstance(value, Tensor))
-            yield f"{name}batch {', '.join(shapes)}"
-            yield tune.show_table(trial.table)
-            yield f"{name}memory: at least {_memory(trial.trained, stage) / 2**20:,.0f} MB besides activations"
+            yield f"{name}batch: {', '.join(shapes)}"
+            few = twin.data.model_copy(update={"limit": _EVALUATED})
+            trial.eval_data = build(_without_models(few), "eval") if trial.eval_data is not None else None
             trial.train()
             trial.save()
             step, _, _ = trial.checkpoints.newest() or (None, None, None)

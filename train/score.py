@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -12,14 +13,14 @@ import torch
 
 import zoo
 from mmoe.atomic import atomic_path
-from mmoe.errors import BadInput
+from mmoe.errors import BadInput, MmoeError, UnknownName
 from mmoe.moe import moe_layers
 from mmoe.trace import trace
-from train.data import build
-from train.evaluate import Task, tasks
-from train.recipe import Recipe
+from train.data import DataSet, build
+from train.evaluate import Task, check_fields, tasks
+from train.recipe import RECIPE, Recipe
 from train.sections import DataSection
-from train.stages import RECIPE, Models, provenance
+from train.stages import RESULTS, Models, provenance
 from zoo.loading import pick_device
 from zoo.model import Model
 
@@ -28,7 +29,7 @@ _USE = ("layer", "load", "max_over_mean", "dead", "entropy")
 
 
 def measure(
-    model: str | Model,
+    model: str | Path | Model,
     on: str | None = None,
     task: str | None = None,
     limit: int | None = None,
@@ -51,19 +52,23 @@ def measure(
     Returns:
         "metrics" by name, and what was measured on what, when and with which versions.
     """
+    model = str(model) if isinstance(model, Path) else model
+    if not isinstance(model, str | Model):
+        asked, wrong = f"measure a {type(model).__name__}", "it is no model of the zoo, and no name or folder of one"
+        raise BadInput(asked, wrong, "train.measure('clip_moe_tiny', on='emoji')")
     name = model if isinstance(model, str) else model.card.name if model.card is not None else type(model).__name__
     recipe = _recipe_of(Path(model)) if isinstance(model, str) else None
     section = _data(on, recipe, limit)
     measured, folder = find_model(model, recipe) if isinstance(model, str) else (model.eval(), None)
     if to_card and (folder is None or measured.card is None):
         raise BadInput("write into a card", "the model has no folder of its own with a card", "--out results.json")
-    data = build(section, "eval", seed=0)
-    chosen = tasks.build(task or section.task or data.task)
+    chosen, data = _built(section, task)
     chosen.progress = progress
     with torch.no_grad():
         metrics = chosen.measure(measured, data)
     options = {"--on": on, "--task": task, "--limit": limit}
-    command = " ".join(["mmoe eval", name, *(f"{key} {value}" for key, value in options.items() if value is not None)])
+    told = [word for key, value in options.items() if value is not None for word in (key, str(value))]
+    command = shlex.join(["mmoe", "eval", name, *told])
     results = {
         "model": name,
         "data": section.name,
@@ -74,6 +79,8 @@ def measure(
         "provenance": {"command": command, "date": date.today().isoformat(), **provenance()},
     }
     if out is not None:
+        if out.name == RESULTS and (out.parent / "log.jsonl").exists():
+            raise BadInput(f"write to '{out}'", "it is a file of the run itself", "--out another name")
         with atomic_path(out) as temporary:
             temporary.write_text(json.dumps(results, indent=2))
     if to_card and folder is not None:
@@ -81,9 +88,30 @@ def measure(
     return results
 
 
+def _built(section: DataSection, task: str | None) -> tuple[Task, DataSet]:
+    """The task and the data; what is wrong is told in the options of `mmoe eval`.
+
+    Raises:
+        MmoeError: there are no such, or they do not fit.
+    """
+    try:
+        data = build(section, "eval", seed=0)
+    except MmoeError as error:
+        raise type(error)(error.asked, error.wrong, "--on NAME, or --on NAME:PATH; mmoe recipe data") from error
+    try:
+        chosen = tasks.build(task or section.task or data.task)
+    except UnknownName as error:
+        raise UnknownName(error.asked, error.wrong, f"--task {data.task}") from error
+    check_fields(chosen, data, "--task")
+    return chosen, data
+
+
 def find_model(name: str, recipe: Recipe | None) -> tuple[Model, Path | None]:
     """The trained model of a run, or one by name, and its folder."""
     folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        asked, wrong = f"measure '{name}'", "it holds adapters without the model that they belong to"
+        raise BadInput(asked, wrong, f"mmoe eval {shlex.quote(str(folder.parent))}   (the folder of their run)")
     if recipe is None:
         return zoo.load(name, device="auto"), folder if (folder / "config.json").exists() else None
     models, stage = Models(recipe, folder), recipe.stages[-1].name
@@ -92,14 +120,23 @@ def find_model(name: str, recipe: Recipe | None) -> tuple[Model, Path | None]:
 
 
 def _recipe_of(folder: Path) -> Recipe | None:
-    path = folder.expanduser() / RECIPE
-    return Recipe.load(path) if path.is_file() else None
+    """The recipe of a run's folder; None where it is a model or a name.
+
+    Raises:
+        BadInput: it looks like a folder and is not there.
+    """
+    folder = folder.expanduser()
+    if len(folder.parts) > 1 and not folder.exists() and not str(folder).startswith("hf-hub:"):
+        raise BadInput(
+            f"measure '{folder}'", f"there is no such folder in {Path.cwd()}", "mmoe eval clip_moe_tiny --on emoji"
+        )
+    return Recipe.load(folder / RECIPE) if (folder / RECIPE).is_file() else None
 
 
 def _data(on: str | None, recipe: Recipe | None, limit: int | None) -> DataSection:
     if on is None:
         if recipe is None:
-            raise BadInput("measure a model", "on which data?", "--on emoji")
+            raise BadInput("measure a model", "it is not told on which data", "--on emoji, or --on pairs:FOLDER")
         return recipe.stages[-1].data.model_copy(update={"limit": limit or recipe.stages[-1].data.limit})
     name, _, path = on.partition(":")
     return DataSection(name=name, path=Path(path) if path else None, limit=limit, held_out=1.0 if path else 0.1)
@@ -121,6 +158,7 @@ def _write_card(model: Model, folder: Path, results: dict[str, Any], use: list[d
     command = results["provenance"]["command"]
     entry = {"data": results["data"], "provenance": "ours", "command": command, **results["metrics"]}
     routing = {"data": f"{results['data']}, {_TRACED} samples at most", "command": f"{command} --card", "layers": use}
-    card = replace(model.card, metrics=(*model.card.metrics, entry), routing=routing if use else {})
+    others = [one for one in model.card.metrics if (one["data"], one.get("command")) != (entry["data"], command)]
+    card = replace(model.card, metrics=(*others, entry), routing=routing if use else {})
     with atomic_path(folder / "card.json") as temporary:
         temporary.write_text(json.dumps(card.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,14 +47,17 @@ class TuneSection(Section):
         experts: numbers of experts.
         top_used: as many experts per layer, those that the data uses most.
         rank, alpha: of LoRA.
+        merge: saves the model with LoRA's adapters added to its weights, so that it loads alone, and them in its folder
+            "adapters"; else the adapters alone.
     """
 
     method: Literal["full", "router_only", "adapters", "modules", "experts", "lora"] = "full"
     modules: tuple[str, ...] = ()
-    experts: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    experts: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     top_used: Annotated[int, Field(gt=0)] | None = None
     rank: Annotated[int, Field(gt=0)] = 8
     alpha: Positive = 16.0
+    merge: bool = True
 
     @model_validator(mode="after")
     def _fits(self) -> TuneSection:
@@ -76,10 +80,11 @@ class DataSection(Section):
         path: folder or file, for data of one's own.
         batch_size: samples of an optimiser step over all processes and accumulated parts.
         limit: uses so many samples of each split.
-        held_out: share of one's own samples that is evaluated on and not trained on.
+        held_out: share of one's own samples that is evaluated on and not trained on; 0 trains on all and measures
+            nothing.
         task: what evaluation measures; the data set's own when null.
         max_broken: samples that cannot be read are skipped up to so many; one more stops the run with their list.
-        workers: processes that prepare batches ahead.
+        workers: processes that prepare batches ahead, each with a copy of the model.
         options: of the data set.
     """
 
@@ -90,7 +95,7 @@ class DataSection(Section):
     held_out: Share = 0.1
     task: str | None = None
     max_broken: Annotated[int, Field(ge=0)] = 10
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=64)] = 0
     options: dict[str, Any] = {}
 
 
@@ -106,7 +111,7 @@ class OptimSection(Section):
         factors: pattern of parameter names -> multiple of the learning rate.
         schedule: cosine, linear or constant, after a linear warm-up.
         warmup: share of the steps.
-        end: share of the peak at the last step.
+        end: share of the peak that the rate comes down to behind the last step.
         clip: largest norm of the gradient; null leaves it.
     """
 
@@ -169,7 +174,8 @@ class RunSection(Section):
         steps: optimiser steps; or `epochs` passes over the data.
         seed: of everything random.
         precision: fp32, bf16, fp16; auto is bf16 on GPUs that have it, else fp32.
-        accumulate: parts that a batch is computed in.
+        accumulate: parts that a batch is computed in; losses that compare samples with each other, such as CLIP's, see
+            those of a part only.
         checkpointing: computes activations again in backward instead of keeping them.
         compile: uses torch.compile.
         ema: decay of a moving average of the weights, which is evaluated and saved in their place; null has none.
@@ -178,8 +184,8 @@ class RunSection(Section):
         best: metric whose best checkpoint is kept, with "-" in front where less is better.
     """
 
-    steps: Annotated[int, Field(gt=0)] | None = None
-    epochs: Positive | None = None
+    steps: Annotated[int, Field(gt=0, le=10**9)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulate: Annotated[int, Field(gt=0)] = 1
@@ -231,3 +237,11 @@ class Stage(Section):
     optim: OptimSection
     moe: MoeSection = MoeSection()
     run: RunSection
+
+
+def section_of(annotation: Any) -> Any:
+    """The section class in an annotation, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [section_of(part) for part in typing.get_args(annotation)]
+    return next((section for section in found if section is not None), None)

@@ -10,42 +10,43 @@ runs/NAME/recipe.yaml           the resolved recipe with versions, commit and se
 from __future__ import annotations
 
 import json
-import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 
 import mmoe
 import zoo
 from mmoe.atomic import atomic_path
-from mmoe.errors import BadInput, MissingExtra, UnknownName, did_you_mean
+from mmoe.errors import BadInput, UnknownName, did_you_mean
 from train import tune
-from train.data import build
-from train.engine import StageRun
-from train.evaluate import tasks
+from train.checkpoint import Checkpoints
+from train.data import DataSet, build
+from train.data.base import SPLITS
+from train.devices import check_scale, make_accelerator
+from train.engine import CHECKPOINTS, StageRun
+from train.evaluate import Task, tasks
 from train.log import RunLog
-from train.recipe import Recipe, differences
+from train.recipe import RECIPE, Recipe, detours
 from train.rehearse import check
 from train.sections import Stage
 from zoo.model import Model
 from zoo.state import read_json
 
-RECIPE, RESULTS = "recipe.yaml", "results.json"
+RESULTS = "results.json"
+_PROBES = 4  # samples that show which metrics a task has
 
 
 def run(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     out: str | Path | None = None,
     *,
     resume: bool = False,
@@ -55,7 +56,7 @@ def run(
     """Runs a recipe.
 
     Args:
-        recipe: of `Recipe.load`.
+        recipe: of `Recipe.load`, or what it takes.
         out: folder of the run; runs/NAME when None.
         resume: goes on with the run in that folder.
         stages: runs only these; what they start from has to be there.
@@ -67,6 +68,7 @@ def run(
     Raises:
         BadInput: the folder holds another run, or one without `resume`.
     """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     for _ in check(recipe):
         pass  # what is wrong with a later stage is told now
     return Run(recipe, Path(out or Path("runs") / recipe.name), resume, progress).run(stages)
@@ -143,32 +145,45 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe, out: Path, resume: bool = False, progress: bool = True) -> None:
-        self.recipe, self.out, self.progress = recipe, out, progress
-        self.models = Models(recipe, out)
+        self.recipe, self.out, self.progress = recipe.located(), out, progress
+        self.models = Models(self.recipe, out)
         self._steps = 0  # of stages that are done
+        self._lock: Any = None
         self._check_folder(resume)
         self.accelerator = make_accelerator(recipe, out)
-        _check_scale(recipe, self.accelerator)
+        check_scale(recipe, self.accelerator)
         self.accelerator.wait_for_everyone()  # all have looked at the folder before one writes into it
 
     def _check_folder(self, resume: bool) -> None:
         """Makes sure that the folder holds no other run."""
-        path = self.out / RECIPE
+        path, told = self.out / RECIPE, shlex.quote(str(self.out))
+        if (self.out / "config.json").exists():
+            raise BadInput(f"train in '{self.out}'", "it is the folder of a model", "--out runs/NAME")
         if path.exists():
             if not resume:
-                fix = f"--resume goes on with it; --out {self.out}_2 begins anew"
-                raise BadInput(f"train in '{self.out}'", "it holds a run", fix)
-            before = Recipe.load(path)
-            if before != self.recipe:
-                told = "\n".join(differences(before, self.recipe))
-                raise BadInput(f"go on with '{self.out}'", told, f"mmoe train {self.out} --resume")
-        elif resume and not self.out.exists():
-            raise BadInput(f"go on with '{self.out}'", "there is no such folder", "the same command without --resume")
+                wrong = "it holds a run; --resume goes on with it, another --out begins anew"
+                raise BadInput(f"train in '{self.out}'", wrong, f"mmoe train {told} --resume")
+            changed = detours(Recipe.load(path), self.recipe)
+            if changed:
+                wrong = "\n".join([*changed, "its weights would not be those of one run; another --out begins anew"])
+                raise BadInput(f"go on with '{self.out}'", wrong, f"mmoe train {told} --resume")
+        elif resume:
+            wrong = f"it has no {RECIPE}" if self.out.exists() else "there is no such folder"
+            raise BadInput(f"go on with '{self.out}'", wrong, "the same command without --resume")
 
-    def _claim(self) -> None:
-        """Writes the resolved recipe into the folder."""
-        if self.accelerator.is_main_process and not (self.out / RECIPE).exists():
+    def _claim(self, step: int) -> None:
+        """Takes the folder for this process, writes the resolved recipe into it, and starts the trackers.
+
+        Args:
+            step: of all stages that it goes on from.
+        """
+        if self._lock is not None:
+            return
+        self._lock = _Lock(self.out if self.accelerator.is_main_process else None)
+        if self.accelerator.is_main_process:
             self.recipe.save(self.out / RECIPE, provenance())
+        options = {"wandb": {"name": self.recipe.name, "dir": str(self.out)}, "tensorboard": {"purge_step": step + 1}}
+        self.accelerator.init_trackers("mmoe", init_kwargs=options)
         self.accelerator.wait_for_everyone()
 
     def run(self, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -176,19 +191,27 @@ class Run:
         names = [stage.name for stage in self.recipe.stages]
         for name in only:
             if name not in names:
-                raise UnknownName(
-                    f"no stage {name!r} in '{self.recipe.name}'", did_you_mean(name, names), f"--stage {names[0]}"
-                )
+                wrong = did_you_mean(name, names) if names[0] else "it has no stages"
+                fix = f"--stage {names[0]}" if names[0] else "the same command without --stage"
+                raise UnknownName(f"no stage {name!r} in '{self.recipe.name}'", wrong, fix)
         found = {}
-        for stage in self.recipe.stages:
-            if not only or stage.name in only:
-                found[stage.name] = self._stage(stage)
-                self._steps += found[stage.name]["steps"]
+        try:
+            for stage in self.recipe.stages:
+                if not only or stage.name in only:
+                    found[stage.name] = self._stage(stage)
+                    self._steps += found[stage.name]["steps"]
+        finally:
+            if self._lock is not None:
+                self._lock.release()
         return found
 
     def _stage(self, stage: Stage) -> dict[str, Any]:
         folder = self.models.folder(stage.name)
         if (folder / RESULTS).exists():
+            if self.accelerator.is_main_process:
+                Checkpoints(folder / CHECKPOINTS).clear()
+            if self.progress and self.accelerator.is_main_process:
+                print(f"{folder}: it was finished before", file=sys.stderr)
             return read_json(folder / RESULTS, f"rm -r '{folder}'   (the stage begins again)")
         return self.finish(stage, self.start(stage))
 
@@ -197,14 +220,20 @@ class Run:
         folder, seed = self.models.folder(stage.name), stage.run.seed
         set_seed(seed)
         model = self.models.first(stage)
-        data = build(stage.data, "train", self.models.last, seed), build(stage.data, "eval", self.models.last, seed)
-        task = tasks.build(stage.data.task or data[0].task)
+        train, held = (build(stage.data, split, self.models.last, seed) for split in SPLITS)
+        task = tasks.build(stage.data.task or train.task)
         log = RunLog(folder / "log.jsonl", self.accelerator, stage.name, self._steps)
+        for note in train.notes:
+            log.note(note)
+        if stage.run.best is not None:
+            few = stage.data.model_copy(update={"limit": _PROBES})
+            check_metric(stage.run.best, task, model, build(few, "eval", self.models.last, seed))
+        data = train, held if len(held) else None
         return StageRun(stage, self.recipe.scale, model, data, task, folder, self.accelerator, log, self.progress)
 
     def finish(self, stage: Stage, stage_run: StageRun) -> dict[str, Any]:
         """Runs a stage to its end."""
-        self._claim()
+        self._claim(self._steps + next(iter(stage_run.checkpoints.steps()), 0))
         if stage_run.shows:
             print(tune.show_table(stage_run.table), file=sys.stderr)
         results = stage_run.run()
@@ -217,58 +246,56 @@ class Run:
         return results
 
 
+class _Lock:
+    """Keeps other processes from training in a folder, until this object or its process ends.
+
+    Args:
+        folder: None locks nothing.
+
+    Raises:
+        BadInput: another process trains there.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._lock: Any = None
+        if folder is None:
+            return
+        from filelock import FileLock, Timeout
+
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / ".lock")
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            wrong, fix = "another process trains there now", "wait for it, or another --out"
+            raise BadInput(f"train in '{folder}'", wrong, fix) from error
+        except OSError as error:
+            raise BadInput(f"train in '{folder}'", error.strerror or str(error), "--out runs/NAME") from error
+
+    def release(self) -> None:
+        """Lets others train there."""
+        if self._lock is not None:
+            self._lock.release()
+
+
+def check_metric(name: str, task: Task, model: Model, data: DataSet) -> None:
+    """Makes sure that a task has the metric whose best checkpoint is kept.
+
+    Raises:
+        BadInput: it has not, or there is nothing to measure on.
+    """
+    asked, plain = f"keep the model with the best {name!r}", name.removeprefix("-")
+    if not len(data):
+        raise BadInput(asked, "data.held_out is 0: nothing is measured", "run.best=null")
+    with torch.random.fork_rng():
+        metrics = task.measure(model.eval(), data)
+    if plain not in metrics:
+        raise BadInput(asked, did_you_mean(plain, metrics), f"run.best={next(iter(metrics))}")
+
+
 def _options(stage: Stage) -> dict[str, Any]:
     """What `zoo.load` is told besides name and weights."""
     return {"router": stage.model.router, "experts": stage.model.experts, **stage.model.overrides}
-
-
-def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
-    """The device, the precision and the trackers that a recipe asks for.
-
-    Raises:
-        BadInput: its stages differ in precision, or this machine has none such.
-        MissingExtra: a tracker is not installed.
-    """
-    precision, *others = dict.fromkeys(stage.run.precision for stage in recipe.stages)
-    if others:
-        wrong = f"its stages ask for {precision} and {', '.join(others)}"
-        raise BadInput(f"run '{recipe.name}' in one go", wrong, f"run.precision={precision}")
-    gpu = torch.cuda.is_available()
-    if precision == "auto":
-        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp16" and not gpu:
-        raise BadInput("train in fp16", "there is no GPU, and fp16 on a CPU overflows", "run.precision=bf16")
-    if "wandb" in recipe.log and find_spec("wandb") is None:  # accelerate would say nothing
-        raise MissingExtra("log to wandb", "the package 'wandb' is not installed", "pip install 'mmoe[wandb]'")
-    AcceleratorState._reset_state()  # of another run in this process, with another precision
-    accelerator = Accelerator(
-        cpu=not gpu,
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with=list(recipe.log) or None,
-        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "tensorboard")),
-    )
-    accelerator.init_trackers("mmoe", init_kwargs={"wandb": {"name": recipe.name, "dir": str(out)}})
-    return accelerator
-
-
-def _check_scale(recipe: Recipe, accelerator: Accelerator) -> None:
-    """accelerate starts one process where it cannot start several, shards nothing on CPUs, and says nothing."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
-        wrong = "a recipe says itself what is sharded"
-        raise BadInput(
-            "train with accelerate's FSDP", wrong, "accelerate launch --multi_gpu -m train ... scale.shard=fsdp"
-        )
-    wanted, there = recipe.scale.processes, accelerator.num_processes
-    if wanted is not None and wanted != there:
-        fix = f"mmoe train {recipe.name} --launch {wanted}"
-        raise BadInput(f"train with {wanted} processes", f"{there} were started", fix)
-    parallel = recipe.scale.expert_parallel
-    if there % parallel:
-        raise BadInput(f"expert_parallel: {parallel}", f"there are {there} processes", "scale.expert_parallel=1")
-    if (recipe.scale.shard == "fsdp" or parallel > 1) and any(stage.optim.name == "muon" for stage in recipe.stages):
-        raise BadInput(
-            "shard a model that Muon trains", "Muon needs whole matrices", "optim.name=adamw optim.muon_lr=null"
-        )
 
 
 def provenance() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -42,13 +43,25 @@ def freeze(model: nn.Module, section: TuneSection, used: Mapping[str, Tensor] | 
     for name, parameter in model.named_parameters():
         named = any(fnmatchcase(name, pattern) for pattern in patterns)
         parameter.requires_grad_(id(parameter) in routers if section.method == "router_only" else named)
+    if section.method in ("modules", "adapters"):
+        check_patterns("train", patterns, model, "tune.modules=['*.mlp.*']")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        names = [name for name, _ in model.named_parameters()]
-        near = nearest(section.modules[0].strip("*."), names) if section.modules else []
-        wrong = "no parameter has such a name" + (f"; one is {near[0]}" if near else "")
-        asked = f"train {', '.join(section.modules)}" if section.modules else f"train with method: {section.method}"
-        raise BadInput(asked, wrong, "tune.modules=['*.mlp.*']")
+        raise BadInput(f"train with method: {section.method}", "no parameter is left to train", "tune.method=full")
     return {}
+
+
+def check_patterns(verb: str, patterns: Iterable[str], model: nn.Module, fix: str) -> None:
+    """Makes sure that every pattern names a parameter.
+
+    Raises:
+        BadInput: one names none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = nearest(pattern.strip("*."), names)
+            wrong = "no parameter has such a name" + (f"; one is {near[0]}" if near else "")
+            raise BadInput(f"{verb} {pattern!r}", wrong, fix)
 
 
 def _choose_experts(model: nn.Module, section: TuneSection, used: Mapping[str, Tensor]) -> Chosen:
@@ -58,8 +71,11 @@ def _choose_experts(model: nn.Module, section: TuneSection, used: Mapping[str, T
         count = layer.router.num_experts
         if section.top_used is None:
             numbers = section.experts or ()
+        elif section.top_used > count:
+            asked, wrong = f"train the {section.top_used} most used experts of '{name}'", f"it has {count}"
+            raise BadInput(asked, wrong, f"tune.top_used={count}")
         else:
-            numbers = tuple(sorted(used[name].topk(min(section.top_used, count)).indices.tolist()))
+            numbers = tuple(sorted(used[name].topk(section.top_used).indices.tolist()))
         beyond = [number for number in numbers if number >= count]
         if beyond:
             raise BadInput(
@@ -85,21 +101,23 @@ def add_adapters(model: nn.Module, section: TuneSection) -> Any:
     def named(name: str) -> bool:
         return any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in section.modules)
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    unused = nn.modules.linear.NonDynamicallyQuantizableLinear  # nn.MultiheadAttention reads its weight alone
+    kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = [name for name, kind in kinds.items() if not issubclass(kind, unused)]
     packed = {f"{name}.experts" for name in moe_layers(model)}
     others = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.ndim in (2, 3) and name.removesuffix(".weight") not in linear
+        if parameter.ndim in (2, 3) and name.removesuffix(".weight") not in kinds
     ]
     adapted = [name for name in others if name.rpartition(".")[0] in packed and not name.endswith("_bias")]
     more = [name for name in others if named(name) and name not in adapted]
     wanted = [name for name in linear if named(name)]
     if section.modules and not wanted + more:
-        asked, fix = f"adapt {', '.join(section.modules)}", f"tune.modules=['{linear[0]}']"
-        raise BadInput(asked, "no linear layer, router or other matrix has such a name", fix)
+        asked, wrong = f"adapt {', '.join(section.modules)}", "no linear layer, router or other matrix has such a name"
+        raise BadInput(asked, wrong, f"tune.modules=['{[*linear, *others][0]}']")
     if not wanted + more + adapted:
-        raise BadInput("train with method: lora", "the model has no mixtures", f"tune.modules=['{linear[0]}']")
+        raise BadInput("train with method: lora", "the model has no mixtures", "tune.modules=['*.attn.*']")
     config = LoraConfig(
         r=section.rank, lora_alpha=section.alpha, target_modules=wanted, target_parameters=adapted + more
     )
@@ -150,9 +168,24 @@ def show_table(rows: list[tuple[str, int, int]]) -> str:
     return "\n".join([*lines, f"{'all':{width}}  {trained:>12,}  {total:>12,}  {trained / max(total, 1):.2%}"])
 
 
-def save_adapters(model: Any, folder: Path) -> None:
-    """Writes adapters as peft does: adapter_config.json and adapter_model.safetensors."""
-    model.save_pretrained(folder)
+ADAPTERS = "adapters"  # folder of adapters inside that of the model that has them in its weights
+
+
+def save_adapters(model: Any, folder: Path, base: str, *, merge: bool) -> None:
+    """Writes adapters as peft does: adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        model: a `peft.PeftModel`.
+        folder: of the merged model, whose folder "adapters" they go into; or of the adapters.
+        base: name of the model that they were trained on.
+        merge: writes the model with the adapters added to its weights too.
+    """
+    model.peft_config["default"].base_model_name_or_path = base
+    target = folder / ADAPTERS if merge else folder
+    model.save_pretrained(target, save_embedding_layers=False)  # peft would ask the hub whether the base has others
+    (target / "README.md").unlink(missing_ok=True)  # an empty form
+    if merge:
+        copy.deepcopy(model).merge_and_unload().save(folder)
 
 
 def load_adapters(model: nn.Module, folder: str | Path, *, merge: bool = False) -> Any:
@@ -164,6 +197,6 @@ def load_adapters(model: nn.Module, folder: str | Path, *, merge: bool = False) 
     from peft import PeftModel
 
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise BadInput(f"no adapters in '{folder}'", "it has no adapter_config.json", "RUN/adapter")
+        raise BadInput(f"no adapters in '{folder}'", "it has no adapter_config.json", f"RUN/model/{ADAPTERS}")
     adapted = PeftModel.from_pretrained(model, str(folder))
     return adapted.merge_and_unload() if merge else adapted

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import resource
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import train
 import zoo
 from mmoe.errors import BadInput, CorruptFile, MmoeError
+from mmoe.losses import z_loss
 from mmoe.moe import moe_layers
+from mmoe.trace import trace
 from tests.conftest import THREADS
 from tests.processes import start
 from train import progress, tune
 from train.checkpoint import Checkpoints
 from train.engine import StageRun, Stopped
+from train.health import LayerHealth
 from train.progress import interrupts_held
 from train.recipe import Recipe
 from train.stages import Run
-from zoo.clip_moe.model import ClipMoE
+from zoo.clip_moe.model import ClipMoE, ClipOutput
 from zoo.model import Model
 
 SIZES = {"vision_width": 32, "vision_layers": 2, "text_width": 32, "text_layers": 2, "embed_dim": 16}
@@ -57,7 +63,7 @@ def recipe(tmp_path: Path, *overrides: str, **sections) -> Recipe:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Of a run's model, or its adapters."""
-    adapters = folder / "model" / "adapter_model.safetensors"
+    adapters = folder / "model" / "adapters" / "adapter_model.safetensors"
     return load_file(adapters) if adapters.exists() else zoo.load(folder / "model", device="cpu").state_dict()
 
 
@@ -110,7 +116,9 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, interrupti
     assert_same(tmp_path / "a", tmp_path / "b")
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in "ab"]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
-    assert [line.get("loss") for line in logs[0]] == [line.get("loss") for line in logs[1]]
+    for line in (*logs[0], *logs[1]):
+        line.pop("samples_per_second", None)  # all else is the same: losses, norms, health, metrics
+    assert logs[0] == logs[1]
     assert not (tmp_path / "b" / "checkpoints").exists(), "the stage is done"
 
 
@@ -233,19 +241,30 @@ def test_the_last_checkpoints_stay(tmp_path):
     assert checkpoints.newest()[2] == {"step": 30}
 
 
-def test_a_full_disk_leaves_the_old_checkpoints(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
+    """The system refuses to write past a limit, as it does past the end of a disk."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"step": 1})
-
-    def full(value, path):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(BadInput, match="No space left on device; checkpoints that are there: 1"):
-        checkpoints.save(2, {"step": 2})
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, before[1][1]))
+    try:
+        with pytest.raises(BadInput, match=r"File too large; checkpoints that are there: 1\n  try: free space"):
+            checkpoints.save(2, {"step": 2, "a": torch.randn(10**6)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[1])
+        signal.signal(signal.SIGXFSZ, before[0])
     assert checkpoints.steps() == [1] and checkpoints.newest()[2] == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"state.pt": 3}'])
+def test_a_manifest_that_is_none_is_a_damaged_checkpoint(tmp_path, text):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    for step in (1, 2):
+        checkpoints.save(step, {"step": step})
+    (tmp_path / "step_00000002" / "manifest.json").write_text(text)
+    with pytest.warns(UserWarning, match="going on from step 1"):
+        assert checkpoints.newest()[0] == 1
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
@@ -311,9 +330,16 @@ def test_adapters_reload_and_merge_exactly(tmp_path):
     run = Run(tiny, tmp_path / "a", progress=False)
     stage = run.start(tiny.stages[0])
     run.finish(tiny.stages[0], stage)
-    files = {path.name for path in (tmp_path / "a" / "model").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
-    check_adapters(stage.trained.eval(), tmp_path / "a" / "model")
+    folder = tmp_path / "a" / "model"
+    assert {path.name for path in (folder / "adapters").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    check_adapters(stage.trained.eval(), folder / "adapters")
+    image = stage.model.preprocess(images="assets/examples/fox.png")["image"]
+    with torch.no_grad():
+        merged, adapted = zoo.load(folder, device="cpu").encode_image(image), stage.trained.encode_image(image)
+    torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_router_that_collapses_raises_an_alarm(tmp_path, capsys):
@@ -347,13 +373,6 @@ def test_the_balance_loss_changes_the_gradient_where_its_coefficient_is_above_0(
         return next(iter(moe_layers(stage.model).values())).router.weight.grad.clone()
 
     assert torch.equal(gradient(0.0), gradient(coef)) == (coef == 0.0)
-
-
-def test_parts_of_a_batch_add_up_to_the_whole_where_the_loss_is_a_mean(tmp_path):
-    tiny = recipe(tmp_path, "run.accumulate=2", "run.steps=1")
-    stage = Run(tiny, tmp_path / "a", progress=False).start(tiny.stages[0])
-    parts, _ = stage.batches[0]
-    assert [len(part["text"]) for part in parts] == [8, 8]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
@@ -398,3 +417,274 @@ def test_numbers_and_loads_are_written_for_tensorboard(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     health = lines[0]["health"][layer]
     assert sum(health["load"]) == pytest.approx(1) and health["violation"] == pytest.approx(4 * max(health["load"]) - 1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_z_loss_of_a_recipe_counts_once(tmp_path, monkeypatch, checkpointing):
+    def gradient(value: float) -> torch.Tensor:
+        changes = f"moe.z_coef={value}", "moe.balance_coef=0", "model.overrides.expert_dropout=0.0"
+        tiny = recipe(tmp_path, *changes, f"run.checkpointing={str(checkpointing).lower()}")
+        stage = Run(tiny, tmp_path / str(value), progress=False).start(tiny.stages[0])
+        parts, _ = stage.batches[0]
+        stage._step(stage.trained.train(), stage.optimizers.each, parts, False)
+        return next(iter(moe_layers(stage.model).values())).router.weight.grad.clone()
+
+    def alone() -> torch.Tensor:
+        tiny = recipe(tmp_path, "model.overrides.expert_dropout=0.0")
+        stage = Run(tiny, tmp_path / "alone", progress=False).start(tiny.stages[0])
+        parts, _ = stage.batches[0]
+        with trace(stage.model) as routing:
+            stage.model.train()(**parts[0])
+        z_loss(routing).backward()
+        return next(iter(moe_layers(stage.model).values())).router.weight.grad
+
+    monkeypatch.setattr(StageRun, "_clip", lambda self, each: 0.0)
+    added = gradient(0.5) - gradient(0.0)
+    torch.testing.assert_close(added, 0.5 * alone(), atol=1e-6, rtol=1e-3)
+
+
+def mean_loss(model: ClipMoE, image: torch.Tensor, **rest: object) -> ClipOutput:
+    """A loss that is a mean over samples, unlike a contrastive one."""
+    features = model.encode_image(image)
+    loss = features.square().mean()
+    return ClipOutput(image_features=features, text_features=features, logits_per_image=features, loss=loss)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole_where_the_loss_is_a_mean(tmp_path, monkeypatch):
+    monkeypatch.setattr(ClipMoE, "forward", mean_loss)
+    found = {}
+    for parts in (1, 2, 4):
+        changes = f"run.accumulate={parts}", "run.steps=3", "model.overrides.expert_dropout=0.0"
+        tiny = recipe(tmp_path, *changes, optim={"name": "sgd", "lr": 0.1})
+        stage = Run(tiny, tmp_path / str(parts), progress=False).start(tiny.stages[0])
+        monkeypatch.setattr(stage.data, "batch", one_style(stage.data))
+        found[parts] = stage.train(), stage.model.clip.visual.proj.detach().clone()
+    for parts in (2, 4):
+        assert found[parts][0] == pytest.approx(found[1][0], rel=1e-5)
+        torch.testing.assert_close(found[parts][1], found[1][1], atol=1e-6, rtol=1e-5)
+
+
+def one_style(data):
+    """Pictures of one drawing style, so that parts of a batch are parts of its pictures, and the same in each."""
+
+    def batch(indices, model, seeds):
+        return model.training_batch([data.read(index) for index in indices])
+
+    return batch
+
+
+def test_every_pass_has_its_own_order_and_its_own_crops(tmp_path):
+    stage = Run(recipe(tmp_path), tmp_path / "a", progress=False).start(recipe(tmp_path).stages[0])
+    per_epoch = stage.batches.per_epoch
+    passes = [[stage.batches.indices(step) for step in range(n * per_epoch, (n + 1) * per_epoch)] for n in (0, 1)]
+    assert passes[0] != passes[1]
+    assert sorted(i % 1641 for batch in passes[0] for i in batch) == sorted(
+        i % 1641 for batch in passes[1] for i in batch
+    )
+    index = stage.batches.indices(0)
+    first, second = (stage.data.batch(index, stage.model, [seed] * len(index))["image"] for seed in (1, 2))
+    assert not torch.equal(first, second)
+
+
+def test_checkpointing_runs_the_blocks_again(tmp_path):
+    calls = {}
+    for told in ("false", "true"):
+        tiny = recipe(tmp_path, f"run.checkpointing={told}", "run.steps=1")
+        stage = Run(tiny, tmp_path / told, progress=False).start(tiny.stages[0])
+        seen: list[int] = []
+        stage.model.clip.visual.transformer.resblocks[0].ln_1.register_forward_hook(
+            lambda *_, seen=seen: seen.append(1)
+        )
+        stage.train()
+        calls[told] = len(seen)
+    assert calls["true"] == 2 * calls["false"]
+
+
+def test_the_temperature_stays_in_its_range(tmp_path):
+    tiny = recipe(tmp_path, "run.steps=1", "model.overrides.init_logit_scale=4.7", "optim.lr=1e-9")
+    stage = Run(tiny, tmp_path / "a", progress=False).start(tiny.stages[0])
+    stage.train()
+    assert stage.model.clip.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_the_best_model_is_that_of_the_best_evaluation(tmp_path):
+    name = "held_out_noto/T2I R@10"
+    tiny = recipe(tmp_path, "run.eval_every=1", f"run.best={name}", "run.steps=12", optim={"lr": 3e-3})
+    result = train.run(tiny, tmp_path / "a", progress=False)[""]
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    told = {line["step"]: line[f"eval/{name}"] for line in lines if f"eval/{name}" in line}
+    step = max(told, key=lambda step: (told[step], -step))
+    assert len(set(told.values())) > 1 and result["best"] == {"value": told[step], "step": step}
+    again = train.measure(str(tmp_path / "a" / "best"), on="emoji", limit=128)["metrics"]
+    assert again[name] == told[step]
+
+
+def test_a_metric_where_less_is_better(tmp_path):
+    result = train.run(recipe(tmp_path, "run.eval_every=2", "run.best=-R@1"), tmp_path / "a", progress=False)[""]
+    assert result["best"]["value"] >= 0 and result["best"]["step"] in (2, 4, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["run.best=R@2"], "did you mean: R@1"),
+        (["run.best=R@1", "data.held_out=0"], "nothing is measured"),
+        (["run.steps=null", "run.epochs=0.001"], "one has 8 steps"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_told_at_the_start(tmp_path, monkeypatch, changes, told):
+    monkeypatch.setattr(StageRun, "train", lambda self: pytest.fail("it trains"))
+    data = {"name": "emoji", "batch_size": 16, "limit": 128}
+    if "data.held_out=0" in changes:
+        for number in range(16):
+            Image.new("RGB", (64, 64), (9 * number, 0, 0)).save(tmp_path / f"{number}.png")
+            (tmp_path / f"{number}.txt").write_text(f"number {number}")
+        data = {"name": "pairs", "path": str(tmp_path), "batch_size": 16}
+    with pytest.raises(BadInput, match=told):
+        train.run(recipe(tmp_path, *changes, data=data), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists(), "the same command works when it is mended"
+
+
+def test_training_on_everything_measures_nothing(tmp_path):
+    for number in range(16):
+        Image.new("RGB", (64, 64), (9 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"number {number}")
+    data = {"name": "pairs", "path": str(tmp_path), "batch_size": 8, "held_out": 0}
+    result = train.run(recipe(tmp_path, "run.steps=2", data=data), tmp_path / "out", progress=False)[""]
+    assert result["metrics"] == {} and (tmp_path / "out" / "model" / "config.json").exists()
+
+
+def test_an_evaluation_that_fails_at_the_end_loses_nothing(tmp_path, monkeypatch):
+    def fails(task, model, data):
+        raise ValueError("odd")
+
+    tiny = recipe(tmp_path, "run.save_every=null")
+    train.run(tiny, tmp_path / "a", progress=False)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="odd"):
+        patch.setattr("train.emoji_retrieval.EmojiRetrieval.measure", fails)
+        train.run(tiny, tmp_path / "b", progress=False)
+    assert_same(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr(StageRun, "_step", lambda *_: pytest.fail("it trains again"))
+    result = train.run(tiny, tmp_path / "b", resume=True, progress=False)[""]
+    assert result["metrics"]["R@1"] >= 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_of_the_last_evaluation_keeps_the_training(tmp_path, monkeypatch, interruptible, number):
+    tiny = recipe(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("train.emoji_retrieval.EmojiRetrieval.measure", lambda *_: os.kill(os.getpid(), number))
+        train.run(tiny, tmp_path / "a", progress=False)
+    monkeypatch.setattr(StageRun, "_step", lambda *_: pytest.fail("it trains again"))
+    train.run(tiny, tmp_path / "a", resume=True, progress=False)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 8, 8]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_tells_nothing_twice(tmp_path, capsys):
+    tiny = recipe(tmp_path, "run.save_every=null")
+    tiny.save(tmp_path / "resolved.yaml")
+    assert start(train_and_die, tmp_path / "resolved.yaml", tmp_path / "a", 5) == -signal.SIGKILL
+    with (tmp_path / "a" / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "health": {"x": {"load": [1.0]}')  # torn
+    train.run(tiny, tmp_path / "a", resume=True, progress=False)
+    assert "no checkpoint was written before it stopped; it begins anew" in capsys.readouterr().err
+    steps = [json.loads(line)["step"] for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 8, 8]
+
+
+def test_two_runs_do_not_train_in_one_folder(tmp_path):
+    tiny = recipe(tmp_path)
+    first = Run(tiny, tmp_path / "a", progress=False)
+    stage = first.start(tiny.stages[0])
+    first._claim(0)
+    with pytest.raises(BadInput, match="another process trains there now"):
+        train.run(tiny, tmp_path / "a", resume=True, progress=False)
+    first.finish(tiny.stages[0], stage)
+
+
+def test_a_run_goes_on_with_other_options_that_change_no_weights(tmp_path, monkeypatch, interruptible, capsys):
+    tiny = recipe(tmp_path)
+    train.run(tiny, tmp_path / "a", progress=False)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 4)
+        train.run(tiny, tmp_path / "b", progress=False)
+    other = recipe(tmp_path, "run.save_every=1", "run.log_every=4", "run.best=R@1", "moe.health.max_drop=null")
+    train.run(other, tmp_path / "b", resume=True, progress=False)
+    assert "the run: goes on from step 5 of 8" in capsys.readouterr().err
+    assert_same(tmp_path / "a", tmp_path / "b")
+    assert Recipe.load(tmp_path / "b").stages[0].run.save_every == 1
+
+
+def test_alarms_are_told_anew_once_a_router_was_well(tmp_path):
+    tiny = recipe(tmp_path)
+    stage = Run(tiny, tmp_path / "a", progress=False).start(tiny.stages[0])
+    health = stage.health
+    name = next(iter(health._layers))
+    ill, well = ((1.0, 0.0, 0.0, 0.0), (0.25,) * 4)
+
+    def told(load: tuple[float, ...], steps: int) -> int:
+        found = 0
+        for _ in range(steps):
+            health._recent[name].append(LayerHealth(load=load, entropy=1.0, drop_rate=0.0, drift=0.0))
+            found += len(health.alarms())
+        return found
+
+    assert [told(ill, 5), told(ill, 5), told(well, 9), told(ill, 9)] == [1, 0, 0, 1]
+
+
+def test_an_alarm_that_stops_a_run_lets_it_go_on(tmp_path):
+    moe = {"health": {"on_alarm": "stop", "max_violation": 0.0, "dead_share": None}}
+    change = {"run": {"steps": 8, "log_every": 1, "save_every": None, "eval_every": 5}}
+    tiny = recipe(tmp_path, moe=moe, **change)
+    with pytest.raises(MmoeError, match=r"stopped at step 5: .*\n.*its state is saved"):
+        train.run(tiny, tmp_path / "a", progress=False)
+    train.run(tiny, tmp_path / "a", resume=True, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/R@1" in line] == [5, 8]
+    layers = len(lines[0]["health"])
+    assert sum("alarm" in line for line in lines) == layers, "all are told, each once"
+
+
+def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    synced: list[str] = []
+    inner, rename = os.fsync, Path.rename
+    names = {}
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        inner(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", lambda self, target: names.update(synced=list(synced)) or rename(self, target))
+    Checkpoints(tmp_path).save(1, {"a": torch.ones(2)})
+    assert {Path(name).name for name in names["synced"]} >= {"state.pt", "manifest.json", ".step_00000001.tmp"}
+    assert synced[-1] == str(tmp_path), "the folder with the new name too"
+
+
+def test_adapters_have_the_scale_that_the_recipe_says(tmp_path):
+    tiny = recipe(tmp_path, model={"name": "clip_moe_tiny"}, tune={"method": "lora", "rank": 2, "alpha": 3.0})
+    stage = Run(tiny, tmp_path / "a", progress=False).start(tiny.stages[0])
+    scales = {value for module in stage.trained.modules() for value in getattr(module, "scaling", {}).values()}
+    assert scales == {1.5}
+
+
+def test_every_adapter_that_is_counted_has_a_gradient(tmp_path):
+    tune_ = {"method": "lora", "rank": 2, "modules": ["*.attn.*", "*.router"]}
+    tiny = recipe(tmp_path, "run.steps=2", model={"name": "clip_moe_tiny"}, tune=tune_)
+    stage = Run(tiny, tmp_path / "a", progress=False).start(tiny.stages[0])
+    stage.train()
+    dead = [name for name, p in stage.trained.named_parameters() if "lora_B" in name and not p.detach().any()]
+    assert dead == []
+
+
+def test_adapters_without_the_merged_model(tmp_path):
+    tiny = recipe(tmp_path, "tune.merge=false", model={"name": "clip_moe_tiny"}, tune={"method": "lora", "rank": 2})
+    train.run(tiny, tmp_path / "a", progress=False)
+    files = {path.name for path in (tmp_path / "a" / "model").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    told = json.loads((tmp_path / "a" / "model" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == "clip_moe_tiny"
+    assert train.measure(str(tmp_path / "a"), limit=64)["metrics"]["R@1"] > 0
+    with pytest.raises(BadInput, match="it holds adapters without the model"):
+        train.measure(str(tmp_path / "a" / "model"), on="emoji")

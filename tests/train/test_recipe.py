@@ -97,15 +97,24 @@ def test_all_mistakes_at_once(tmp_path):
         assert told in message
 
 
-@pytest.mark.parametrize("text", ["", "- 1\n- 2\n", "just words"])
-def test_a_file_that_is_no_mapping(text, tmp_path):
-    assert "it holds no mapping" in mistakes(tmp_path, text)
+@pytest.mark.parametrize(
+    ("text", "told"),
+    {
+        "": "it is empty, not sections",
+        "- 1\n- 2\n": "it holds a list",
+        "just words": "it holds a str",
+        "model:\n\tname: x\n": "indented with spaces, not tabs",
+        "a: 1\n---\nb: 2\n": "a second document begins",
+    }.items(),
+)
+def test_a_file_that_holds_no_sections(text, told, tmp_path):
+    assert told in mistakes(tmp_path, text)
 
 
 def test_a_file_that_is_no_text(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(BadInput, match="it is no text in UTF-8"):
+    with pytest.raises(BadInput, match="it is not UTF-8"):
         Recipe.load(path)
 
 

@@ -16,14 +16,16 @@ from torch.distributed.tensor import DTensor
 
 import train
 import zoo
-from mmoe.errors import BadInput
+from mmoe.errors import BadInput, MmoeError
 from tests.processes import run
 from train.engine import StageRun, Stopped
+from train.health import RouterHealth
 from train.recipe import Recipe
 from train.stages import Run
 
 SIZES = {"vision_width": 32, "vision_layers": 2, "text_width": 32, "text_layers": 2, "embed_dim": 16}
-SIZES |= {"vision_heads": 2, "text_heads": 2, "moe_layers": 2, "init_logit_scale": 2.6, "balance_coef": 0.0}
+SIZES |= {"vision_heads": 2, "text_heads": 2, "moe_layers": 2, "init_logit_scale": 2.6}
+SIZES |= {"balance_coef": 0.1, "balance_over_ranks": False}
 
 
 def recipe(tmp_path: Path, **sections) -> Path:
@@ -76,22 +78,59 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return zoo.load(out / "model", device="cpu").state_dict()
 
 
-@pytest.mark.parametrize(
-    "scale",
-    [{}, {"shard": "fsdp"}, {"expert_parallel": 2}],
-    ids=["ddp", "fsdp", "experts"],
-)
-def test_two_processes_train_as_one(tmp_path, scale):
-    train.run(Recipe.load(recipe(tmp_path)), tmp_path / "one", progress=False)
-    shares = launch(tmp_path, recipe(tmp_path, scale=scale), tmp_path / "two", 2)
+FSDP, EVALUATED = {"scale": {"shard": "fsdp"}}, {"steps": 5, "log_every": 1, "save_every": None, "eval_every": 2}
+MUON = {"name": "muon", "lr": 1e-3, "muon_lr": 1e-2}
+CASES = {
+    "ddp": {},
+    "ddp, router losses": {"moe": {"balance_coef": 1.0, "z_coef": 0.5}},
+    "ddp, muon": {"optim": MUON},
+    "ddp, experts": {"tune": {"method": "experts", "experts": [0, 3]}},
+    "ddp, most used experts": {"tune": {"method": "experts", "top_used": 1}},
+    "ddp, parts, average": {"run": {**EVALUATED, "accumulate": 2, "ema": 0.5}},
+    "fsdp": FSDP,
+    "fsdp, evaluated": {**FSDP, "run": EVALUATED},
+    "fsdp, evaluated, average": {**FSDP, "run": {**EVALUATED, "ema": 0.5}},
+    "experts": {"scale": {"expert_parallel": 2}},
+    "experts, evaluated": {"scale": {"expert_parallel": 2}, "run": EVALUATED},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(tmp_path, case):
+    sections, scale = CASES[case], CASES[case].get("scale", {})
+    one = recipe(tmp_path, **{name: told for name, told in sections.items() if name != "scale"})
+    begun = (
+        Run(Recipe.load(one), tmp_path / "start", progress=False).start(Recipe.load(one).stages[0]).model.state_dict()
+    )
+    begun = {name: value.clone() for name, value in begun.items()}
+    train.run(Recipe.load(one), tmp_path / "one", progress=False)
+    shares = launch(tmp_path, recipe(tmp_path, **sections), tmp_path / "two", 2)
     for name, value in weights(tmp_path / "one").items():
-        torch.testing.assert_close(weights(tmp_path / "two")[name], value, atol=2e-5, rtol=1e-4, msg=name)
-    whole = sum(p.numel() for p in zoo.load("clip_moe_tiny", False, device="meta", **SIZES).parameters())
+        moved, gap = (value - begun[name]).norm(), (weights(tmp_path / "two")[name] - value).norm()
+        most = 0.1 if "muon" in case else 1e-3  # Muon computes in bf16
+        assert gap <= most * moved + 1e-5, f"{name} moved by {moved:.2g} and differs by {gap:.2g}"
+    whole = sum(value.numel() for value in begun.values())
     if scale:
         assert all(sharded > 10 and local < 0.6 * whole for sharded, local in shares)
     else:
         assert shares == [(0, whole)] * 2
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3 if "muon" in case else 1e-5)
+
+
+def alarmed(rank: int, world: int, path: Path, out: Path) -> str:
+    """A run in which one process alone sees a router that is ill."""
+    RouterHealth.alarms = lambda self: ["a router is ill"] if rank == 1 else []
+    try:
+        job(rank, world, path, out, False, 0)
+    except MmoeError as error:
+        return str(error)
+    return "it went on"
+
+
+def test_an_alarm_of_one_process_stops_all(tmp_path):
+    path = recipe(tmp_path, moe={"health": {"on_alarm": "stop"}})
+    told = run(2, alarmed, tmp_path, path, tmp_path / "a")
+    assert ["stopped at step 1: a router" in text for text in told] == [True, True], told
 
 
 @pytest.mark.parametrize("scale", [{}, {"shard": "fsdp"}], ids=["ddp", "fsdp"])
@@ -108,14 +147,16 @@ def test_a_checkpoint_goes_from_two_processes_to_one_and_back(tmp_path, scale):
 
 def test_the_number_of_processes_is_checked(tmp_path):
     path = recipe(tmp_path, scale={"processes": 2})
-    with pytest.raises(BadInput, match="train with 2 processes\n  1 were started\n  try: mmoe train tiny --launch 2"):
+    with pytest.raises(BadInput, match=r"train with 2 processes\n  1 was started\n  try: mmoe train ... --launch 2"):
         Run(Recipe.load(path), tmp_path / "a", progress=False)
 
 
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
-        ({"scale": {"expert_parallel": 3}}, "expert_parallel: 3"),
+        ({"scale": {"expert_parallel": 3}}, "one process was started, without a group"),
+        ({**FSDP, "tune": {"method": "experts", "experts": [0]}}, "some experts train"),
+        ({"scale": {"expert_parallel": 2}, "tune": {"method": "lora"}}, "peft adapts whole weights"),
         (
             {"scale": {"shard": "fsdp"}, "optim": {"name": "muon", "lr": 1e-3, "muon_lr": 1e-3}},
             "Muon needs whole matrices",
@@ -167,4 +208,4 @@ def test_one_process_that_launchers_start_in_place_of_two_is_told(tmp_path):
         [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
     )
     assert ended.returncode != 0
-    assert "train with 2 processes\n  1 were started\n  try: mmoe train tiny --launch 2" in ended.stderr
+    assert "train with 2 processes\n  1 was started\n  try: mmoe train ... --launch 2" in ended.stderr

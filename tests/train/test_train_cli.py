@@ -87,6 +87,7 @@ def test_a_run_from_start_to_card(capsys, folder):
     assert code == 0 and "tiny: 3 steps, loss" in out and "model: a/model" in out
     assert "experts" in err and "100.00%" in err, "what is trained is told before the first step"
     assert {path.name for path in (folder / "a").iterdir()} == {
+        ".lock",
         "recipe.yaml", "log.jsonl", "model", "best", "results.json",
     }  # fmt: skip
     code, out, _ = run(capsys, "eval", "a", "--json", "--out", "found.json")
@@ -125,7 +126,7 @@ def test_a_rehearsal_leaves_nothing(capsys, folder):
     code, out, _ = run(capsys, "train", "tiny.yaml", "--rehearse")
     assert code == 0 and out.endswith("ready\n")
     for told in (
-        "batch image (8, 3, 64, 64)",
+        "batch: image (8, 3, 64, 64)",
         "100.00%",
         "memory: at least",
         "the checkpoint of step 1 was read",
@@ -145,7 +146,7 @@ def test_stages_begin_with_others(capsys, folder):
     (folder / "stages.yaml").write_text(yaml.safe_dump({**TINY, "stages": stages}))
     code, out, err = run(capsys, "train", "stages.yaml", "--stage", "one", "--stage", "two")
     assert code == 0, err
-    assert {path.name for path in (folder / "runs" / "stages").iterdir()} == {"recipe.yaml", "one", "two"}
+    assert {path.name for path in (folder / "runs" / "stages").iterdir()} == {".lock", "recipe.yaml", "one", "two"}
     code, out, err = run(capsys, "train", "runs/stages", "--resume")
     assert code == 0, err
     assert out.endswith("model: runs/stages/three/model\n")
@@ -158,9 +159,10 @@ def test_a_stage_begins_with_adapters_of_another(capsys, folder):
     (folder / "stages.yaml").write_text(yaml.safe_dump({**TINY, "stages": stages}))
     code, _, err = run(capsys, "train", "stages.yaml")
     assert code == 0, err
-    assert (folder / "runs/stages/one/model/adapter_config.json").exists()
+    assert (folder / "runs/stages/one/model/adapters/adapter_config.json").exists()
     code, out, _ = run(capsys, "eval", "runs/stages", "--json")
     assert json.loads(out)["metrics"] == json.loads((folder / "runs/stages/two/results.json").read_text())["metrics"]
+    stages[0]["tune"]["merge"] = False
     stages[1]["model"] = {"overrides": {"top_k": 1}}
     (folder / "other.yaml").write_text(yaml.safe_dump({**TINY, "stages": stages}))
     code, _, err = run(capsys, "train", "other.yaml")
@@ -194,8 +196,18 @@ WRONG = {
     "run.accumulate=3": "data.batch_size=9",
     "run={steps: 1, epochs: 1}": "give either steps or epochs",
     "run.stepps=1": "did you mean run.steps?",
-    "scale.processes=2": "1 were started",
-    "scale.expert_parallel=2": "there are 1 processes",
+    "scale.processes=2": "1 was started",
+    "scale.expert_parallel=2": "one process was started",
+    "scale.shard=fsdp": "one process was started, without a group",
+    "tune={method: experts, top_used: 9}": "most used experts",
+    "tune={method: experts, experts: []}": "a list with one value at least",
+    "tune={method: modules, modules: ['*.mlp.*', '*.foo.*']}": "train '*.foo.*'",
+    "tune.method=adapters": "its family adds none",
+    "optim.factors={'*nothing*': 3}": "change the rate of '*nothing*'",
+    "run.best=R@2": "did you mean: R@1",
+    "data.workers=1000": "should be less than or equal to 64",
+    "data=null": "should be a mapping",
+    "run.steps=1e20": "should be",
     "start=base": "there is no start",
     "log=[wandb]": "pip install 'mmoe[wandb]'",
     "log=[wndb]": "should be 'tensorboard' or 'wandb'",
@@ -223,12 +235,18 @@ def test_a_wrong_recipe_starts_nothing(change, capsys, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "told"),
     {
-        ("eval", "clip_moe_tiny"): "on which data?",
+        ("eval", "clip_moe_tiny"): "it is not told on which data",
+        ("eval", "runs/nowhere"): "there is no such folder",
+        ("eval", "clip_moe_tiny", "--on", "emoji", "--task", "zero_shot"): "try: --task emoji_retrieval",
+        ("train", "runs/nowhere", "--resume"): "there is no such folder",
+        ("train", "tiny.yaml", "--out", ""): "it names no folder of its own",
+        ("train", "tiny.yaml", "--rehearse", "--out", "a"): "rehearse with --out",
+        ("recipe", "options", "optm"): "did you mean: optim",
         ("eval", "clip_moe_tny", "--on", "emoji"): "no model named",
         ("eval", "clip_moe_tiny", "--on", "emojy"): "did you mean: emoji",
         ("eval", "clip_moe_tiny", "--on", "pairs:none"): "there is no such file or folder",
         ("eval", "clip_moe_tiny", "--on", "pairs:photos", "--card"): "no folder of its own",
-        ("train", "tiny.yaml", "--stage", "one"): "no stage 'one'",
+        ("train", "tiny.yaml", "--stage", "one"): "it has no stages",
         ("recipe", "check", "tiny.yaml", "run.steps=0"): "should be greater than 0",
     }.items(),
 )

@@ -7,10 +7,11 @@ by `fields`, and a model turns those that it trains on into tensors (`Model.trai
 
 from __future__ import annotations
 
+import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from mmoe.registry import Registry
 from zoo.model import Model
 
 Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 Sample = Mapping[str, Any]
 
 data_sets = Registry("data set", "train.data", "data.name=emoji")
@@ -33,6 +35,7 @@ class DataSet(ABC):
         needs_path: it is data of one's own.
         broken: samples that could not be read so far, with what is wrong.
         most_broken: so many are left out; one more is an error that names them all.
+        notes: what a person should know about the data before they are used.
     """
 
     fields: ClassVar[tuple[str, ...]]
@@ -42,6 +45,7 @@ class DataSet(ABC):
     def __init__(self) -> None:
         self.broken: dict[str, str] = {}
         self.most_broken = 0
+        self.notes: list[str] = []
 
     @abstractmethod
     def __len__(self) -> int:
@@ -50,6 +54,11 @@ class DataSet(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """What a sample is called in messages: its file, mostly."""
+
+    def fingerprint(self) -> str:
+        """Changes where samples come, go or are renamed."""
+        names = "\n".join(self.name(index) for index in range(len(self)))
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
 
     @abstractmethod
     def read(self, index: int) -> Sample:
@@ -94,13 +103,14 @@ class DataSet(ABC):
         """
         return [self._standing_in(index) for index in indices]
 
-    def readable(self, indices: Sequence[int]) -> list[Sample]:
-        """Samples without those that cannot be read.
+    def readable(self, indices: Sequence[int]) -> list[tuple[int, Sample]]:
+        """Samples with their numbers, without those that cannot be read.
 
         Raises:
             BadInput: more are broken than may be.
         """
-        return [sample for sample in map(self._try, indices) if sample is not None]
+        found = ((index, self._try(index)) for index in indices)
+        return [(index, sample) for index, sample in found if sample is not None]
 
     def _standing_in(self, index: int) -> Sample:
         for number in range(len(self)):

@@ -1,14 +1,17 @@
 """Data of one's own: pictures with captions, pictures by class, speech with transcripts, conversations, segmentation.
 
-Each class says in its docstring how the files lie. `held_out` of the samples, chosen by their names, is evaluated on
-and never trained on, so the split stays when files are added.
+Each class says in its docstring how the files lie. `held_out` of the samples is evaluated on and never trained on. They
+are chosen by the names of their files inside the folder, so the split stays when the folder moves, and all samples of
+one file are on one side. Where files are added a few change sides, as the share of each side stays.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ class Files(DataSet):
 
     Attributes:
         records: of the split, each with the fields of a sample; files as paths.
+        notes: what was left out before any file was opened.
     """
 
     def __init__(self, split: Split, *, path: Path, held_out: float = 0.1, limit: int | None = None) -> None:
@@ -45,13 +49,15 @@ class Files(DataSet):
             raise BadInput(
                 f"no data in '{path}'", f"there is no such file or folder in {Path.cwd()}", "data.path=FOLDER"
             )
+        self.root = self.path if self.path.is_dir() else self.path.parent
         records = list(self._records())
         if not records:
             raise BadInput(f"no data in '{path}'", f"wanted: {self._form()}", "data.path=FOLDER")
-        self.records = [records[i] for i in chosen([str(one["name"]) for one in records], split, held_out, limit)]
+        keys = [str(one.pop("key", one["name"])) for one in records]
+        self.records = [records[i] for i in chosen(keys, split, held_out, limit)]
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        """All records, with a "name" each."""
+        """All records, with a "name" each, and a "key" where another name decides on the split."""
         raise NotImplementedError
 
     def _form(self) -> str:
@@ -67,21 +73,53 @@ class Files(DataSet):
 
     def read(self, index: int) -> Sample:
         """One sample, its files opened."""
+        if "wrong" in self.records[index]:
+            raise BadInput(f"cannot use {self.name(index)}", self.records[index]["wrong"], "mend or remove it")
         return {name: _read(name, value) for name, value in self.records[index].items() if name != "name"}
 
-    def _table(self, path: Path, needed: Sequence[str]) -> Iterator[dict[str, str]]:
-        """Rows of a CSV, TSV, JSON or JSONL file, and where each stands."""
+    def _inside(self, path: Path) -> str:
+        """A file's name inside the folder of the data, or its whole path where it lies elsewhere."""
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+
+    def _table(self, path: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Rows of a CSV, TSV, JSON or JSONL file, and where each stands; a row that cannot be used has "wrong"."""
         for number, row in enumerate(_rows(path), 1):
-            for name in needed:
-                if not isinstance(row, Mapping) or row.get(name) in (None, ""):
-                    known = list(row) if isinstance(row, Mapping) else []
-                    wrong = did_you_mean(name, [str(key) for key in known]) if known else "it is no mapping"
-                    raise BadInput(f"row {number} of '{path}' has no {name!r}", wrong, f"columns {', '.join(needed)}")
-            yield {**row, "name": f"{path.name} row {number}"}
+            name = f"{path.name} row {number}"
+            if not isinstance(row, Mapping):
+                yield {"name": name, "wrong": f"it is {row!r}, no mapping"}
+                continue
+            missing = [field for field in needed if field not in row]
+            if missing and number == 1:
+                wrong = did_you_mean(missing[0], [str(key) for key in row if key is not None])
+                raise BadInput(f"row 1 of '{path}' has no {missing[0]!r}", wrong, f"columns {', '.join(needed)}")
+            odd = [field for field in needed if not isinstance(row.get(field), str) or not row[field].strip()]
+            odd = [field for field in odd if field != "conversations"]
+            yield {**row, "name": name, **({"wrong": f"its {odd[0]} is {row.get(odd[0])!r}"} if odd else {})}
+
+    def _row(self, row: Mapping[str, Any], kind: str, table: Path) -> dict[str, Any]:
+        """The record of a row with a file and a text."""
+        if "wrong" in row:
+            return {"name": row["name"], "wrong": row["wrong"]}
+        file = self._find(row[kind], table)
+        return {"name": self._inside(file), kind: file, "text": row["text"]}
 
     def _find(self, name: str, beside: Path) -> Path:
         """A file that a table names: beside the table, or absolute."""
         return beside.parent / Path(name).expanduser()
+
+    def _with_texts(self, kind: str, endings: Sequence[str], what: str) -> Iterator[dict[str, Any]]:
+        """Files with a text file of the same name beside them; the others are noted."""
+        texts = {text.with_suffix(""): text for text in _files(self.path, (".txt",))}
+        alone = []
+        for file in _files(self.path, endings):
+            text = texts.get(file.with_suffix(""))
+            if text is None:
+                alone.append(self._inside(file))
+            else:
+                yield {"name": self._inside(file), kind: file, "text": text}
+        if alone:
+            others = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+            self.notes.append(f"left out, as they have no {what} beside them: {', '.join(alone[:3])}{others}")
 
 
 def chosen(names: Sequence[str], split: Split, held_out: float, limit: int | None) -> list[int]:
@@ -91,9 +129,15 @@ def chosen(names: Sequence[str], split: Split, held_out: float, limit: int | Non
     >>> sorted(chosen(names, "train", 0.25, None) + chosen(names, "eval", 0.25, None))
     [0, 1, 2, 3]
     """
-    mixed = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
-    count = round(held_out * len(names)) or (1 if held_out and len(names) > 1 else 0)
-    own = mixed[:count] if split == "eval" else mixed[count:]
+
+    def place(name: str) -> bytes:
+        return hashlib.sha256(name.encode()).digest()
+
+    distinct = sorted(set(names), key=place)
+    count = round(held_out * len(distinct)) or (1 if held_out and len(distinct) > 1 else 0)
+    held = set(distinct[:count])
+    own = [i for i, name in enumerate(names) if (name in held) == (split == "eval")]
+    own.sort(key=lambda i: place(names[i]))
     return sorted(own[:limit], key=names.__getitem__)
 
 
@@ -102,7 +146,26 @@ def _read(name: str, value: Any) -> Any:
         return read_image(value)
     if name == "mask":
         return read_mask(value)
+    if name == "text" and isinstance(value, Path):
+        return read_text(value)
     return read_audio(value) if name == "audio" else value
+
+
+def read_text(path: Path) -> str:
+    """A whole text file, without white space around it.
+
+    Raises:
+        BadInput: it cannot be read, is empty, or is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"cannot read '{path}'", f"{path.name} is no UTF-8", "save it as UTF-8") from error
+    except OSError as error:
+        raise BadInput(f"cannot read '{path}'", f"{path.name}: {error.strerror}", f"chmod u+r '{path}'") from error
+    if not text:
+        raise BadInput(f"cannot use '{path}'", f"{path.name} is empty", "write a text into it")
+    return text
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -117,7 +180,7 @@ def read_mask(path: Path) -> np.ndarray:
                 wrong = f"its mode is {image.mode}; a mask has one number of a class per pixel"
                 raise BadInput(f"cannot use the mask '{path}'", wrong, "save it with mode L or P")
             return np.array(image).astype(np.int64)
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(f"cannot read '{path}'", str(error), "a PNG") from error
 
 
@@ -132,14 +195,17 @@ def read_audio(path: Path) -> np.ndarray:
 
     try:
         rate, values = wavfile.read(path)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, struct.error) as error:
         raise BadInput(f"cannot read '{path}'", str(error) or "it ends early", "a WAV file") from error
+    if not len(values):
+        raise BadInput(f"cannot use '{path}'", "it has no samples", "a WAV file with sound")
     if np.issubdtype(values.dtype, np.integer):
         limits = np.iinfo(values.dtype)
-        values = (values.astype(np.float32) - (128 if limits.min == 0 else 0)) / (
-            128 if limits.min == 0 else limits.max
-        )
+        middle = 128 if limits.min == 0 else 0
+        values = (values.astype(np.float32) - middle) / (limits.max + 1 - middle)
     mono = values.astype(np.float32).reshape(len(values), -1).mean(1)
+    if not np.isfinite(mono).all():
+        raise BadInput(f"cannot use '{path}'", "it holds values that are no numbers", "a WAV file with sound")
     if rate == RATE:
         return mono
     common = np.gcd(rate, RATE)
@@ -147,16 +213,35 @@ def read_audio(path: Path) -> np.ndarray:
 
 
 def _rows(path: Path) -> Iterator[Any]:
+    asked, fix = f"cannot read '{path}'", f"a table: {', '.join(TABLES)}"
+    if path.suffix not in TABLES:
+        raise BadInput(asked, "its name does not end as that of a table", fix)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            yield from (json.loads(line) for line in text.splitlines() if line.strip())
-        elif path.suffix == ".json":
-            yield from json.loads(text)
-        else:
-            yield from csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
-    except (ValueError, csv.Error, OSError) as error:
-        raise BadInput(f"cannot read '{path}'", str(error), f"a table: {', '.join(TABLES)}") from error
+        if path.suffix == ".json":
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise BadInput(asked, f"it holds a {type(rows).__name__}, not a list of rows", fix)
+            yield from rows
+            return
+    except UnicodeDecodeError as error:
+        raise BadInput(asked, "it is no UTF-8", "save it as UTF-8") from error
+    except (ValueError, OSError) as error:
+        raise BadInput(asked, str(error), fix) from error
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                if line.strip():
+                    yield json.loads(line)
+            except ValueError as error:
+                raise BadInput(asked, f"line {number} is not JSON: {error}", fix) from error
+        return
+    head = text.partition("\n")[0]
+    delimiter = "\t" if path.suffix == ".tsv" else ";" if ";" in head and "," not in head else ","
+    try:
+        yield from csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    except csv.Error as error:
+        raise BadInput(asked, str(error), fix) from error
 
 
 def _files(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
@@ -183,13 +268,9 @@ class Pairs(Files):
         for table in tables:
             if table.is_file():
                 for row in self._table(table, ("image", "text")):
-                    file = self._find(row["image"], table)
-                    yield {"name": str(file), "image": file, "text": row["text"]}
+                    yield self._row(row, "image", table)
                 return
-        for image in _files(self.path, IMAGES):
-            caption = image.with_suffix(".txt")
-            if caption.is_file():
-                yield {"name": str(image), "image": image, "text": caption.read_text(encoding="utf-8").strip()}
+        yield from self._with_texts("image", IMAGES, "caption")
 
 
 @data_sets.register("classes")
@@ -208,7 +289,8 @@ class Classes(Files):
         self.classes = [folder.name for folder in folders if next(_files(folder, IMAGES), None) is not None]
         for label, name in enumerate(self.classes):
             for image in _files(self.path / name, IMAGES):
-                yield {"name": str(image), "image": image, "label": label, "text": name.replace("_", " ")}
+                about = {"image": image, "label": label, "text": name.replace("_", " ")}
+                yield {"name": self._inside(image), **about}
 
 
 @data_sets.register("speech")
@@ -221,13 +303,9 @@ class Speech(Files):
     def _records(self) -> Iterator[dict[str, Any]]:
         if self.path.is_file():
             for row in self._table(self.path, ("audio", "text")):
-                file = self._find(row["audio"], self.path)
-                yield {"name": str(file), "audio": file, "text": row["text"]}
+                yield self._row(row, "audio", self.path)
             return
-        for audio in _files(self.path, (".wav",)):
-            transcript = audio.with_suffix(".txt")
-            if transcript.is_file():
-                yield {"name": str(audio), "audio": audio, "text": transcript.read_text(encoding="utf-8").strip()}
+        yield from self._with_texts("audio", (".wav",), "transcript")
 
 
 @data_sets.register("conversations")
@@ -244,13 +322,25 @@ class Conversations(Files):
         if not self.path.is_file():
             return
         for row in self._table(self.path, ("conversations",)):
-            turns: Any = row["conversations"]
-            roles = [turn.get("from") for turn in turns if isinstance(turn, Mapping)]
-            if len(roles) != len(turns) or roles != ["human", "gpt"] * (len(turns) // 2):
-                wrong = "its turns are not of human and gpt, one after the other"
-                raise BadInput(f"cannot use {row['name']}", wrong, '[{"from": "human", "value": "..."}, ...]')
-            record: dict[str, Any] = {"name": row["name"], "turns": tuple(str(turn.get("value", "")) for turn in turns)}
-            yield {**record, "image": self._find(row["image"], self.path)} if row.get("image") else record
+            record = {"name": row["name"], "wrong": row.get("wrong") or _odd_turns(row["conversations"])}
+            if record["wrong"] is None:
+                record = {"name": row["name"], "turns": tuple(turn["value"] for turn in row["conversations"])}
+            if isinstance(row.get("image"), str) and row["image"]:
+                image = self._find(row["image"], self.path)
+                record |= {"image": image, "key": self._inside(image)}
+            elif row.get("id") is not None:
+                record["key"] = row["id"]
+            yield record
+
+
+def _odd_turns(turns: Any) -> str | None:
+    """What is wrong with a conversation, or None."""
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        return 'its conversations are no list of {"from": ..., "value": ...}'
+    if [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
+        return "its turns are not of human and gpt, one after the other"
+    empty = [number for number, turn in enumerate(turns, 1) if not isinstance(turn.get("value"), str)]
+    return f"its turn {empty[0]} has no text" if empty else None
 
 
 @data_sets.register("segmentation")
@@ -264,4 +354,4 @@ class Segmentation(Files):
         masks = {path.stem: path for path in _files(self.path / "masks", (".png",))}
         for image in _files(self.path / "images", IMAGES):
             if image.stem in masks:
-                yield {"name": str(image), "image": image, "mask": masks[image.stem]}
+                yield {"name": self._inside(image), "image": image, "mask": masks[image.stem]}

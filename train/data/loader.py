@@ -7,13 +7,14 @@ prepare batches ahead. Every process of a launch takes its part of each batch.
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mmoe.errors import BadInput
+from mmoe.errors import BadInput, MmoeError
 from train.data.base import DataSet
 from zoo.model import Model
 
@@ -101,5 +102,29 @@ class Steps(Dataset[tuple[list[dict[str, Tensor]], dict[str, str]]]):
             steps: of the stage.
             workers: processes that prepare batches ahead.
         """
-        loader: DataLoader[Any] = DataLoader(self, sampler=range(step, steps), batch_size=None, num_workers=workers)
-        yield from loader
+        given: Any = _Guarded(self) if workers else self
+        options = {"sampler": range(step, steps), "batch_size": None, "num_workers": workers}
+        loader: DataLoader[Any] = DataLoader(given, worker_init_fn=_ignore_interrupts if workers else None, **options)
+        for found in loader:
+            if isinstance(found, MmoeError):
+                raise found
+            yield found
+
+
+class _Guarded(Dataset[Any]):
+    """Hands errors to the main process as they are; the loader would make text of them."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self.steps[step]
+        except MmoeError as error:
+            return error
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """The main process ends the workers: Ctrl-C in a terminal, and SIGTERM to a group, come to all."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

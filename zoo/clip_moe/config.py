@@ -39,7 +39,8 @@ class ClipMoEConfig:
         short_coef: weight of the loss on short captions where they are given.
         balance_coef, text_balance_scale: weights of the balance loss; the text tower's is their product.
         balance_pooled: takes the means over all layers of a tower together, as released.
-        balance_over_ranks: divides the balance loss by the number of processes, as released.
+        balance_over_ranks: every process balances its own rows and divides the loss by the number of processes, as
+            released; False balances the rows of all together, so that their number makes no difference.
         init_logit_scale: logarithm of the initial inverse temperature.
         image_mean, image_std, interpolation, resize_mode: preprocessing of pictures.
     """

@@ -71,5 +71,6 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, label_smoothing
 
 def pooled_balance(routing: Trace, config: ClipMoEConfig) -> Tensor:
     """Balance loss of one tower; balanced routing gives K, divided by the number of processes where configured."""
-    loss = balance_loss(routing, pool=config.balance_pooled)
-    return loss / world()[1] if config.balance_over_ranks else loss
+    over_ranks = config.balance_over_ranks
+    loss = balance_loss(routing, pool=config.balance_pooled, all_processes=not over_ranks)
+    return loss / world()[1] if over_ranks else loss
