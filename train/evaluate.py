@@ -258,7 +258,8 @@ class Segmentation(_Answers):
 
     def answers(self, model: Any, sample: Sample) -> list[tuple[Any, Any]]:
         """The mask that the model draws, and the right one."""
-        drawn, right = np.asarray(model.predict(sample["image"])), np.asarray(sample["mask"])
+        ((drawn, right),) = super().answers(model, sample)
+        drawn, right = np.asarray(drawn), np.asarray(right)
         if drawn.shape != right.shape:
             wrong = f"the mask has {right.shape}, the model draws {drawn.shape}"
             raise BadInput("compare masks of different sizes", wrong, "a mask of the size of its picture")

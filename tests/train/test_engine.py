@@ -147,6 +147,33 @@ def train_and_die(path: Path, out: Path, step: int) -> None:
     train.run(Recipe.load(path), out, resume=out.exists(), progress=False)
 
 
+def train_in_a_group(path: Path, out: Path) -> None:
+    """All processes of the run, those that prepare its batches too, are told to end, as a cluster's scheduler does."""
+    os.setsid()
+    inner = StageRun._clip
+
+    def clip(self, each):
+        if self.state.step == 4:
+            os.killpg(0, signal.SIGTERM)
+        return inner(self, each)
+
+    StageRun._clip = clip
+    torch.set_num_threads(THREADS)
+    try:
+        train.run(Recipe.load(path), out, progress=False)
+    except Stopped:
+        os._exit(7)
+
+
+def test_a_group_that_is_told_to_end_saves_its_state(tmp_path):
+    tiny = recipe(tmp_path, "data.workers=2")
+    train.run(tiny, tmp_path / "a", progress=False)
+    tiny.save(tmp_path / "resolved.yaml")
+    assert start(train_in_a_group, tmp_path / "resolved.yaml", tmp_path / "b") == 7
+    train.run(tiny, tmp_path / "b", resume=True, progress=False)
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
 def test_a_run_that_is_killed_five_times_ends_with_the_same_bits(tmp_path):
     tiny = recipe(tmp_path, "run.steps=12", "run.save_every=1", "run.keep_last=3")
     train.run(tiny, tmp_path / "a", progress=False)
@@ -391,6 +418,7 @@ def test_bf16_trains_as_fp32_does(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_compiled_models_train_alike(tmp_path):
     from torch._dynamo.utils import counters
 

@@ -84,6 +84,29 @@ def test_retrieval():
     assert found["I2T R@1"] == pytest.approx(2 / 3, abs=1e-4) and found["T2I R@1"] == 1.0
 
 
+class Captions(Listed):
+    """Five captions for each of some pictures, under the name of the picture."""
+
+    def __init__(self, colours):
+        super().__init__(
+            [{"image": picture(*rgb), "text": f"a {name} thing"} for name, rgb in colours for _ in range(5)]
+        )
+
+    def name(self, index):
+        return str(index // 5)
+
+
+def test_all_captions_of_a_picture_are_right():
+    colours = [("red", (255, 0, 0)), ("green", (0, 255, 0)), ("blue", (0, 0, 255))]
+    found = tasks.build("retrieval").measure(Colours(), Captions(colours))
+    assert found["T2I R@1"] == found["I2T R@1"] == found["R@1"] == 1.0
+    colours[2] = ("blue", (0, 255, 10))  # it looks green
+    found = tasks.build("retrieval").measure(Colours(), Captions(colours))
+    assert found["I2T R@1"] == pytest.approx(2 / 3, abs=1e-4)
+    assert found["T2I R@1"] == 1.0, "of all pictures it is the bluest"
+    assert found["I2T R@5"] == pytest.approx(2 / 3, abs=1e-4) and found["I2T R@10"] == 1.0
+
+
 class Numbers(Listed):
     """Pictures and names of 100 numbers, a few of which cannot be read."""
 
@@ -160,6 +183,51 @@ def test_segmentation_leaves_255_out():
     found = tasks.build("segmentation").measure(Says(answer), Listed([{"image": None, "mask": mask}]))
     assert found == {"mIoU": pytest.approx((1 / 2 + 2 / 3) / 2, abs=1e-4), "accuracy": 0.75}
     assert overlap(np.array([0, 0]), np.array([0, 0])) == {"mIoU": 1.0, "accuracy": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "mask", "told"),
+    [
+        (np.zeros((3, 2)), np.zeros((2, 3)), "masks of different sizes"),
+        (np.zeros((2, 2)), np.full((2, 2), 255), "every pixel is 255"),
+    ],
+)
+def test_masks_that_cannot_be_compared(answer, mask, told):
+    with pytest.raises(BadInput, match=told):
+        tasks.build("segmentation").measure(Says(answer), Listed([{"image": None, "mask": mask}]))
+
+
+def test_what_cannot_be_scored_is_told():
+    with pytest.raises(BadInput, match="some are no numbers"):
+        correlations([1.0, float("nan")], [1.0, 2.0])
+    samples = [{"image": picture(255, 0, 0), "label": 0}]
+    with pytest.raises(BadInput, match="tell classes apart"):
+        tasks.build("zero_shot").measure(Colours(), Listed(samples, classes=["red"]))
+
+
+@pytest.mark.parametrize(
+    ("said", "given", "errors"),
+    [("हिन्दी", "हिन्दी", 0.0), ("caf\u00e9", "cafe\u0301", 0.0), ("don't", "don’t", 0.0), ("हिन्दी", "हन्दी", 1.0)],
+)
+def test_words_of_any_script(said, given, errors):
+    found = tasks.build("transcription").measure(Says(said), Listed([{"audio": None, "text": given}]))
+    assert found["WER"] == errors
+
+
+@pytest.mark.parametrize(
+    ("said", "given", "same"),
+    [
+        (" Red. ", "red", 1),
+        ("5", "-5", 0),
+        ("3 5", "3.5", 0),
+        ("", "?", 0),
+        ("\uff21\uff22", "ab", 1),
+        ("a  b", "a b", 1),
+    ],
+)
+def test_what_is_an_exact_match(said, given, same):
+    found = tasks.build("exact_match").measure(Says(said), Listed([{"turns": ("What?", given)}]))
+    assert found == {"exact match": same}
 
 
 def test_transcription():
