@@ -35,7 +35,7 @@ def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     if precision == "fp16" and not gpu:
         raise BadInput("train in fp16", "there is no GPU, and fp16 on a CPU overflows", "run.precision=bf16")
     if "wandb" in recipe.log and find_spec("wandb") is None:  # accelerate would say nothing
-        raise MissingExtra("log to wandb", "the package 'wandb' is not installed", "pip install 'mmoe[wandb]'")
+        raise MissingExtra("log to wandb", "the package 'wandb' is not installed", "pip install wandb")
     AcceleratorState._reset_state()  # of another run in this process, with another precision
     accelerator = Accelerator(
         cpu=not gpu,

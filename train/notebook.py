@@ -10,6 +10,7 @@ import torch
 
 from mmoe.errors import BadInput
 from mmoe.options import check_float, check_int
+from train import tune
 from train.data import build
 from train.devices import make_accelerator
 from train.engine import StageRun
@@ -53,6 +54,7 @@ def fine_tune(
     check_float("lr", lr, above=0, usual=3e-3)
     check_int("batch_size", batch_size, 1)
     patterns = (trainable,) if isinstance(trainable, str) else tuple(map(str, trainable))
+    tune.check_patterns("train", patterns, model, "trainable='*.mlp.*'")
     stage = Stage(
         name="fine_tune",
         model=ModelSection(name=model.family),

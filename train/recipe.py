@@ -13,6 +13,7 @@ says and changes what it says itself. `train/recipes/` holds the bundled ones.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -123,10 +124,15 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
     first, second = _flat(a.as_dict(), ""), _flat(b.as_dict(), "")
     missing = "(none)"
     return [
-        f"{key}: {first.get(key, missing)} -> {second.get(key, missing)}"
+        f"{key}: {_written(first.get(key, missing))} -> {_written(second.get(key, missing))}"
         for key in {**first, **second}
         if first.get(key, missing) != second.get(key, missing)
     ]
+
+
+def _written(value: Any) -> str:
+    """A plain value as YAML has it."""
+    return str(value) if isinstance(value, str | float) else json.dumps(value)
 
 
 def course(stage: Stage) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from mmoe.errors import UnknownName, did_you_mean
+from mmoe.errors import BadOverride, UnknownName, did_you_mean
 from mmoe.moe import moe_layers
 from train import tune
 from train.data import build
@@ -77,7 +77,11 @@ def _without_models(section: DataSection) -> DataSection:
 def _blank(stage: Stage) -> tuple[Any, tune.Chosen]:
     """The model's shapes, with what is trained; of the most used experts the first ones stand for them."""
     options = {"router": stage.model.router, "experts": stage.model.experts, **stage.model.overrides}
-    model = zoo.load(stage.model.name, False, device="meta", **options)
+    try:
+        model = zoo.load(stage.model.name, False, device="meta", **options)
+    except BadOverride as error:
+        fix = f"model.overrides={{...}} with options that mmoe info {stage.model.name} tells"
+        raise BadOverride(error.asked, error.wrong, fix) from error
     tune.check_patterns("change the rate of", stage.optim.factors, model, "optim.factors={'*.router.*': 10}")
     if stage.tune.method == "lora":
         return tune.add_adapters(model, stage.tune), {}

@@ -26,7 +26,7 @@ from accelerate.utils import set_seed
 import mmoe
 import zoo
 from mmoe.atomic import atomic_path
-from mmoe.errors import BadInput, UnknownName, did_you_mean
+from mmoe.errors import BadInput, LoadMismatch, UnknownName, did_you_mean
 from train import tune
 from train.checkpoint import Checkpoints
 from train.data import DataSet, build
@@ -98,7 +98,11 @@ class Models:
             model = models[0].assemble(models, {**card.config, **section.overrides})
             model.card = card
         elif start is None:
-            model = zoo.load(section.name, section.weights, device="cpu", **options)
+            try:
+                model = zoo.load(section.name, section.weights, device="cpu", **options)
+            except LoadMismatch as error:
+                fix = "model.weights=false (random ones), or other model.overrides"
+                raise LoadMismatch(error.asked, error.wrong, fix) from error
         else:
             model = self.last(start, options)
         told = {"balance_coef": stage.moe.balance_coef, "z_coef": stage.moe.z_coef}

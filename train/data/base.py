@@ -135,5 +135,6 @@ class DataSet(ABC):
         self.broken.update(broken)
         if len(self.broken) > min(self.most_broken, len(self) - 1):
             listed = [f"{name}: {wrong.splitlines()[0]}" for name, wrong in self.broken.items()]
-            fix = f"data.max_broken={2 * len(listed)}   (leaves them out)"
+            more = f"data.max_broken={2 * len(listed)}   (leaves them out)"
+            fix = more if 2 * len(listed) < len(self) else "another data.path, or mend them"
             raise BadInput(f"{len(listed)} samples cannot be read", "\n".join(listed), fix)

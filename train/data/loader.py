@@ -54,7 +54,7 @@ class Steps(Dataset[tuple[list[dict[str, Tensor]], dict[str, str]]]):
         self.rank, self.processes, self.parts = rank, processes, parts
         share = processes * parts
         if batch_size % share:
-            wrong = f"{processes} processes with {parts} parts each cannot have as many samples as each other"
+            wrong = f"{share} parts, of {processes} times {parts}, cannot have as many samples as each other"
             raise BadInput(
                 f"divide batches of {batch_size}", wrong, f"data.batch_size={-(-batch_size // share) * share}"
             )
