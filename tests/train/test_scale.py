@@ -95,7 +95,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+PARTS_OF_OTHERS = {"ddp", "fsdp", "fsdp, evaluated", "experts"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name in PARTS_OF_OTHERS)) for name in CASES]
+)
 def test_two_processes_train_as_one(tmp_path, case):
     sections, scale = CASES[case], CASES[case].get("scale", {})
     one = recipe(tmp_path, **{name: told for name, told in sections.items() if name != "scale"})
