@@ -15,6 +15,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,23 @@ import torch
 from mmoe.errors import BadInput, CorruptFile
 
 STATE, MANIFEST, WEIGHTS = "state.pt", "manifest.json", "weights"
+
+
+@dataclass
+class State:
+    """What a stage knows besides weights and optimisers.
+
+    Attributes:
+        step: steps that are done.
+        losses: of the last logged interval.
+        seconds: of training so far, over all interruptions.
+        best: value of the metric that is kept, and its step.
+    """
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    best: tuple[float, int] | None = None
 
 
 class Checkpoints:

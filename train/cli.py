@@ -229,6 +229,11 @@ def train(
         return
     try:
         results = run(loaded, out, resume=resume, stages=stages or ())
+    except RuntimeError:
+        told = os.environ.get("MMOE_ERRORS")
+        if told is not None and os.listdir(told):  # another process gave up and told why; this one lost it
+            raise typer.Exit(2) from None
+        raise
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped; go on with: mmoe train {shlex.quote(str(out))} --resume", file=sys.stderr)

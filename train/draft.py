@@ -52,7 +52,13 @@ class Draft:
             raise BadInput(asked, f"{held}, not sections such as model: and data:", fix)
         places: dict[Key, str] = {}
         twice = []
-        for key, line in _lines(node, ()):
+        try:
+            loops, lines = _loops(data), list(_lines(node, ()))
+        except RecursionError as error:
+            raise BadInput(asked, "a part of it holds itself, or is nested too deeply", fix) from error
+        if loops:
+            raise BadInput(asked, "a part of it holds itself", fix)
+        for key, line in lines:
             if key in places:
                 twice.append(f"line {line}: {_dotted(key)} was given before, in {places[key]}")
             places[key] = f"line {line}"
@@ -227,6 +233,14 @@ class Draft:
         return f"'{self.path.name}'"
 
 
+def _loops(value: Any, around: tuple[int, ...] = ()) -> bool:
+    """Whether something holds itself, by an anchor of YAML."""
+    if not isinstance(value, dict | list):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return id(value) in around or any(_loops(part, (*around, id(value))) for part in inside)
+
+
 def _put(target: dict[str, Any], keys: Sequence[Any], value: Any) -> None:
     """Sets an option in nested mappings."""
     for key in keys[:-1]:
@@ -253,7 +267,7 @@ _WORDS = (
     (r"a valid integer", "a whole number"),
     (r"a valid tuple", "a list"),
     (r"(Input is )?not a path for .*", "a path"),
-    (r"String should match pattern .*", "of letters, digits, _, . and - alone"),
+    (r"String should match pattern .*", "of letters, digits, _ and - (and . in between)"),
     (r"Tuple should have at least 1 item.*", "a list with one value at least"),
     (r"a valid ", "a "),
 )

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from mmoe.errors import BadInput, MmoeError
 from mmoe.trace import Trace, trace, update_routers
 from train import tune
 from train.average import MovingAverage
-from train.checkpoint import WEIGHTS, Checkpoints
+from train.checkpoint import WEIGHTS, Checkpoints, State
 from train.data.base import DataSet
 from train.data.loader import Steps, seed_of
 from train.evaluate import Task
@@ -45,23 +44,6 @@ _ALARM = "moe.health.on_alarm is stop; its state is saved", "the same command wi
 
 class Stopped(KeyboardInterrupt):
     """The run was asked to stop; its state is on the disk."""
-
-
-@dataclass
-class State:
-    """What a stage knows besides weights and optimisers.
-
-    Attributes:
-        step: steps that are done.
-        losses: of the last logged interval.
-        seconds: of training so far, over all interruptions.
-        best: value of the metric that is kept, and its step.
-    """
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    best: tuple[float, int] | None = None
 
 
 class StageRun:
@@ -136,13 +118,17 @@ class StageRun:
     def run(self) -> dict[str, Any]:
         """Trains to the end, evaluates, saves, and tells what came out."""
         self.train()
-        self.save()
+        with interrupts_held() as interrupted:
+            self.save()
+        if interrupted():
+            raise Stopped
         with interrupts_raise(Stopped):
             return self._finish()
 
     def train(self) -> list[float]:
         """Trains to the end, from the newest checkpoint where there is one; returns the losses since the last log."""
         self._resume()
+        self.log.begin(self.state.step)
         accelerator, run = self.accelerator, self.stage.run
         # It lies on the device; moved once more, its memory would no longer be that of the optimisers' views.
         model = self.trained if self.sharded else accelerator.prepare_model(self.trained, device_placement=False)
@@ -150,7 +136,8 @@ class StageRun:
             model = torch.compile(model)
         each = [accelerator.prepare(optimizer) for optimizer in self.optimizers.each]
         model.train()
-        bar = Progress(self.stage.name or self.folder.name, self.steps, self.state.step, quiet=not self.shows)
+        quiet = not (self.progress and accelerator.is_main_process)
+        bar = Progress(self.stage.name or self.folder.name, self.steps, self.state.step, quiet=quiet)
         begun, before = time.monotonic(), self.state.seconds
         try:
             with bar, interrupts_held() as interrupted:
@@ -168,9 +155,9 @@ class StageRun:
                     alarm = self._log(told) if logs else None
                     if _due(self.state.step, run.eval_every) and self.state.step < self.steps:
                         self._evaluate()
-                    if self.state.step == self.steps:
-                        break
-                    if stop or alarm or _due(self.state.step, run.save_every):
+                    more = self.state.step < self.steps
+                    alarm = alarm if more else None
+                    if stop or alarm or (more and _due(self.state.step, run.save_every)):
                         self.save()
                     if alarm:
                         raise MmoeError(f"stopped at step {self.state.step}: {alarm}", *_ALARM)
@@ -179,11 +166,6 @@ class StageRun:
         finally:
             self.model.eval()
         return self.state.losses
-
-    @property
-    def shows(self) -> bool:
-        """True where this process talks to a person."""
-        return self.progress and self.accelerator.is_main_process
 
     def _agree(self, loss: float, stop: bool) -> tuple[float, bool]:
         """The mean loss of all processes, and whether any was asked to stop, so that all do after the same step."""
@@ -296,6 +278,7 @@ class StageRun:
             "stage": course(self.stage),
             "data": self.data.fingerprint(),
             "log": self.log.lines,
+            "best_of": self.stage.run.best,
             "health": self.health.state_dict(),
             "broken": self.data.broken,
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
@@ -339,6 +322,8 @@ class StageRun:
         self.health.load_state_dict(state["health"])
         self.data.broken.update(state["broken"])
         self.state = State(**state["state"])
+        if state["best_of"] != self.stage.run.best:
+            self.state.best = None  # it was another metric's
         self.log.cut(state["log"])
 
     @property
@@ -356,8 +341,8 @@ class StageRun:
         """Value of the metric whose best checkpoint was kept, and its step."""
         if self.state.best is None:
             return None
-        value, step = self.state.best
-        return {"value": -value if str(self.stage.run.best).startswith("-") else value, "step": step}
+        sign = -1 if str(self.stage.run.best).startswith("-") else 1
+        return {"value": sign * self.state.best[0], "step": self.state.best[1]}
 
     def _unread(self) -> dict[str, str]:
         return {**self.data.broken, **(self.eval_data.broken if self.eval_data is not None else {})}

@@ -194,6 +194,8 @@ class ZeroShot(Task):
             labels += [sample["label"] for sample in samples]
             similarities.append(features(model, images=[sample["image"] for sample in samples]) @ texts.t())
         scores = torch.cat(similarities).numpy()
+        if not np.isfinite(scores).all():
+            raise BadInput("tell classes apart", "some similarities are no numbers", "a model that did not diverge")
         if len(classes) == 2:
             scores = scores[:, 1] - scores[:, 0]
         found = {}

@@ -24,12 +24,27 @@ class RunLog:
         accelerator: whose trackers are told too.
         prefix: of the names there: the stage.
         before: steps of the stages before; trackers count on, as wandb drops what goes back.
+        trackers: options of each, for the first stage that runs.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, prefix: str = "", before: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        accelerator: Accelerator,
+        prefix: str = "",
+        before: int = 0,
+        trackers: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
         self.path, self.accelerator, self.prefix = path, accelerator, f"{prefix}/" if prefix else ""
+        self.trackers = trackers or {}
         self.before, self.lines = before, 0
         self._load: dict[str, list[tuple[int, tuple[float, ...]]]] = {}
+
+    def begin(self, step: int) -> None:
+        """Starts the trackers where none runs yet; tensorboard forgets what was told after a step."""
+        if self.accelerator.log_with and not self.accelerator.trackers:
+            options = {"tensorboard": {"purge_step": self.before + step + 1}, **self.trackers}
+            self.accelerator.init_trackers("mmoe", init_kwargs=options)
 
     def write(self, step: int, values: Mapping[str, float], health: Mapping[str, LayerHealth]) -> None:
         """Tells the numbers of a step and of its routers."""
@@ -42,7 +57,10 @@ class RunLog:
             curves |= {f"router/{name}/{key}": value for key, value in layer.items() if isinstance(value, float)}
             self._load.setdefault(name, []).append((step, layer["load"]))
         told = {f"{self.prefix}{name}": value for name, value in curves.items()}
-        self.accelerator.log(told, step=self.before + step)
+        try:
+            self.accelerator.log(told, step=self.before + step)
+        except OSError as error:
+            raise _unwritable("the curves", error) from error
 
     def note(self, text: str) -> None:
         """Tells a person something, once for all processes."""
@@ -64,7 +82,7 @@ class RunLog:
 
     def cut(self, lines: int) -> bool:
         """Forgets what was told after so many lines, as it is done again; returns whether there was anything."""
-        self._load, self.lines = {}, lines
+        self._load, self.lines = {}, 0
         if not self.path.exists():
             return False
         told = self.path.read_text().splitlines()
@@ -72,6 +90,7 @@ class RunLog:
         for line in kept:
             for name, layer in line.get("health", {}).items():
                 self._load.setdefault(name, []).append((line["step"], tuple(layer["load"])))
+        self.lines = len(kept)
         if self.accelerator.is_main_process:
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -84,8 +103,12 @@ class RunLog:
                 file.write(json.dumps(line) + "\n")
             self.lines += 1
         except OSError as error:
-            wrong, fix = error.strerror or str(error), "free space, then the same command with --resume"
-            raise BadInput(f"cannot write '{self.path}'", wrong, fix) from error
+            raise _unwritable(f"'{self.path}'", error) from error
+
+
+def _unwritable(what: str, error: OSError) -> BadInput:
+    fix = "free space, then the same command with --resume"
+    return BadInput(f"cannot write {what}", error.strerror or str(error), fix)
 
 
 def _whole(line: str) -> dict[str, Any] | None:

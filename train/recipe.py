@@ -14,7 +14,7 @@ says and changes what it says itself. `train/recipes/` holds the bundled ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +26,7 @@ from mmoe.atomic import atomic_path
 from mmoe.errors import UnknownName, did_you_mean
 from train.draft import SECTIONS, Draft
 from train.sections import ScaleSection, Section, Stage
+from zoo.registry import model_folder
 
 BUNDLED = Path(__file__).parent / "recipes"
 RECIPE = "recipe.yaml"  # in the folder of a run
@@ -43,7 +44,7 @@ class Recipe(Section):
         log: besides the terminal.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     stages: tuple[Stage, ...]
     scale: ScaleSection = ScaleSection()
     log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
@@ -71,7 +72,8 @@ class Recipe(Section):
 
     def located(self) -> Recipe:
         """The same with whole paths, so that it runs from any folder."""
-        return self.model_copy(update={"stages": tuple(map(_located, self.stages))})
+        names = {stage.name for stage in self.stages}
+        return self.model_copy(update={"stages": tuple(_located(stage, names) for stage in self.stages)})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data with every default written out; `Recipe.load` reads it again."""
@@ -157,16 +159,18 @@ def _is_free(key: str) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in _FREE)
 
 
-def _located(stage: Stage) -> Stage:
-    """Every option that names a file or folder that is there, with its whole path."""
+def _located(stage: Stage, stages: Collection[str]) -> Stage:
+    """Whole paths of files and folders that are there; names of cards and of stages are none."""
 
     def whole(name: Any) -> Any:
-        there = isinstance(name, str) and ("/" in name or Path(name).is_dir()) and Path(name).expanduser().exists()
-        return str(Path(name).expanduser().absolute()) if there else name
+        folder = model_folder(name) if isinstance(name, str) and name not in stages else None
+        return str(folder.absolute()) if folder is not None and (folder / "config.json").exists() else name
 
-    told, model = stage.data.path, stage.model
+    told, model, weights = stage.data.path, stage.model, stage.model.weights
     data = stage.data.model_copy(update={"path": None if told is None else told.expanduser().absolute()})
-    model = model.model_copy(update={"name": whole(model.name), "weights": whole(model.weights)})
+    if isinstance(weights, str) and Path(weights).suffix and Path(weights).expanduser().is_file():
+        weights = str(Path(weights).expanduser().absolute())
+    model = model.model_copy(update={"name": whole(model.name), "weights": weights})
     return stage.model_copy(update={"data": data, "model": model, "start": whole(stage.start)})
 
 

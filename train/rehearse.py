@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from train.data.base import SPLITS
 from train.evaluate import check_fields, tasks
 from train.recipe import Recipe
 from train.sections import DataSection, Stage
+from zoo.config import make_config
+from zoo.loading import family_class
 
 _SAMPLES = 3
 _EVALUATED = 16  # samples of a rehearsal's evaluation
@@ -58,6 +60,11 @@ def _check_start(stage: Stage, earlier: list[str]) -> None:
     """What a stage begins with is an earlier stage, a folder or a model of the zoo."""
     starts = stage.start["assemble"] if isinstance(stage.start, dict) else [stage.start] if stage.start else []
     clusters = stage.data.options.get("clusters") or {}
+    if not isinstance(clusters, Mapping):
+        fix = "data.options={clusters: {models: [base], image: 3, text: 3}}"
+        raise BadOverride(f"clusters={clusters!r}", "it names models and numbers of clusters", fix)
+    if isinstance(stage.start, dict):
+        _check_number(stage, len(starts))
     for start in [*starts, *(clusters.get("models") or [])]:
         if start not in earlier and not (Path(start) / "config.json").exists():
             try:
@@ -67,6 +74,18 @@ def _check_start(stage: Stage, earlier: list[str]) -> None:
                 raise UnknownName(
                     asked, did_you_mean(start, earlier), "a stage above it, a folder or a model"
                 ) from error
+
+
+def _check_number(stage: Stage, count: int) -> None:
+    """As many models are assembled as the family takes."""
+    found = zoo.card(stage.model.name)
+    family = family_class(found.family)
+    config = make_config(family.config_class, {**found.config, **stage.model.overrides}, found.name)
+    wanted = family.assembled_from(vars(config))
+    if wanted != count:
+        wrong = f"{wanted} are taken" if wanted is not None else f"{found.family} makes no experts of models"
+        fix = f"start: {{assemble: [{', '.join(['base'] * (wanted or 1))}]}}"
+        raise BadOverride(f"assemble {count} models in the stage {stage.name!r}", wrong, fix)
 
 
 def _without_models(section: DataSection) -> DataSection:
@@ -150,7 +169,15 @@ def _short(stage: Stage) -> Stage:
         twin = f"{zoo.card(model.name).family}_tiny"
         if twin in names and twin != model.name:
             model = model.model_copy(update={"name": twin, "weights": True, "overrides": {}})
+            return stage.model_copy(update={"run": run, "model": model, **_without_names(stage)})
     return stage.model_copy(update={"run": run, "model": model})
+
+
+def _without_names(stage: Stage) -> dict[str, Any]:
+    """What a stage trains, without names of parts and numbers of experts that its twin may not have."""
+    method = {"modules": "full", "experts": "full"}.get(stage.tune.method, stage.tune.method)
+    tuned = stage.tune.model_copy(update={"method": method, "modules": (), "experts": None, "top_used": None})
+    return {"tune": tuned, "optim": stage.optim.model_copy(update={"factors": {}})}
 
 
 def _memory(model: torch.nn.Module, stage: Stage) -> int:

@@ -6,7 +6,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -14,9 +14,17 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """Of what no option may be unknown."""
+    """Of what no option may be unknown, and true and false are no numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = str(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and "bool" not in kinds and ("int" in kinds or "float" in kinds):
+            raise ValueError(f"{info.field_name} should be a number, not {str(value).lower()}")
+        return value
 
 
 class ModelSection(Section):
@@ -230,13 +238,19 @@ class Stage(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""
-    start: str | dict[Literal["assemble"], tuple[str, ...]] | None = None
+    start: str | dict[Literal["assemble"], Annotated[tuple[str, ...], Field(min_length=1)]] | None = None
     model: ModelSection
     tune: TuneSection = TuneSection()
     data: DataSection
     optim: OptimSection
     moe: MoeSection = MoeSection()
     run: RunSection
+
+    @model_validator(mode="after")
+    def _free_name(self) -> Stage:
+        if self.name in ("model", "best", "checkpoints", "tensorboard"):
+            raise ValueError(f"no stage can be named {self.name!r}: a run has a folder of that name")
+        return self
 
 
 def section_of(annotation: Any) -> Any:

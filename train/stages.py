@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 import mmoe
 import zoo
 from mmoe.atomic import atomic_path
-from mmoe.errors import BadInput, LoadMismatch, UnknownName, did_you_mean
+from mmoe.errors import BadInput, CorruptFile, LoadMismatch, UnknownName, did_you_mean
 from train import tune
 from train.checkpoint import Checkpoints
 from train.data import DataSet, build
@@ -90,7 +90,12 @@ class Models:
         return self.out / stage if stage else self.out
 
     def first(self, stage: Stage) -> Model:
-        """The model that a stage begins with."""
+        """The model that a stage begins with; what is random in it comes from the stage's seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(stage.run.seed)
+            return self._first(stage)
+
+    def _first(self, stage: Stage) -> Model:
         section, start = stage.model, stage.start
         options = _options(stage)
         if isinstance(start, dict):
@@ -175,19 +180,20 @@ class Run:
             wrong = f"it has no {RECIPE}" if self.out.exists() else "there is no such folder"
             raise BadInput(f"go on with '{self.out}'", wrong, "the same command without --resume")
 
-    def _claim(self, step: int) -> None:
-        """Takes the folder for this process, writes the resolved recipe into it, and starts the trackers.
-
-        Args:
-            step: of all stages that it goes on from.
-        """
+    def _claim(self) -> None:
+        """Takes the folder for this process and writes the resolved recipe into it."""
         if self._lock is not None:
             return
-        self._lock = _Lock(self.out if self.accelerator.is_main_process else None)
+        wrong = None
+        try:
+            self._lock = _Lock(self.out if self.accelerator.is_main_process else None)
+        except BadInput as error:
+            wrong = error
+        (wrong,) = broadcast_object_list([wrong])  # the others would wait for one that gave up
+        if wrong is not None:
+            raise wrong
         if self.accelerator.is_main_process:
             self.recipe.save(self.out / RECIPE, provenance())
-        options = {"wandb": {"name": self.recipe.name, "dir": str(self.out)}, "tensorboard": {"purge_step": step + 1}}
-        self.accelerator.init_trackers("mmoe", init_kwargs=options)
         self.accelerator.wait_for_everyone()
 
     def run(self, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -216,7 +222,11 @@ class Run:
                 Checkpoints(folder / CHECKPOINTS).clear()
             if self.progress and self.accelerator.is_main_process:
                 print(f"{folder}: it was finished before", file=sys.stderr)
-            return read_json(folder / RESULTS, f"rm -r '{folder}'   (the stage begins again)")
+            fix = f"rm -r {shlex.quote(str(folder))}   (the stage begins again)"
+            results: dict[str, Any] = read_json(folder / RESULTS, fix)
+            if not isinstance(results, dict) or not {"steps", "metrics", "loss", "best"} <= set(results):
+                raise CorruptFile(f"cannot read '{folder / RESULTS}'", "it is not what a stage writes", fix)
+            return results
         return self.finish(stage, self.start(stage))
 
     def start(self, stage: Stage) -> StageRun:
@@ -226,7 +236,8 @@ class Run:
         model = self.models.first(stage)
         train, held = (build(stage.data, split, self.models.last, seed) for split in SPLITS)
         task = tasks.build(stage.data.task or train.task)
-        log = RunLog(folder / "log.jsonl", self.accelerator, stage.name, self._steps)
+        wandb = {"wandb": {"name": self.recipe.name, "dir": str(self.out)}}
+        log = RunLog(folder / "log.jsonl", self.accelerator, stage.name, self._steps, wandb)
         for note in train.notes:
             log.note(note)
         if stage.run.best is not None:
@@ -237,9 +248,9 @@ class Run:
 
     def finish(self, stage: Stage, stage_run: StageRun) -> dict[str, Any]:
         """Runs a stage to its end."""
-        self._claim(self._steps + next(iter(stage_run.checkpoints.steps()), 0))
-        if stage_run.shows:
-            print(tune.show_table(stage_run.table), file=sys.stderr)
+        self._claim()
+        if self.progress:
+            stage_run.log.note(tune.show_table(stage_run.table))
         results = stage_run.run()
         if self.accelerator.is_main_process:
             with atomic_path(self.models.folder(stage.name) / RESULTS) as temporary:

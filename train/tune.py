@@ -113,9 +113,12 @@ def add_adapters(model: nn.Module, section: TuneSection) -> Any:
     adapted = [name for name in others if name.rpartition(".")[0] in packed and not name.endswith("_bias")]
     more = [name for name in others if named(name) and name not in adapted]
     wanted = [name for name in linear if named(name)]
-    if section.modules and not wanted + more:
-        asked, wrong = f"adapt {', '.join(section.modules)}", "no linear layer, router or other matrix has such a name"
-        raise BadInput(asked, wrong, f"tune.modules=['{[*linear, *others][0]}']")
+    for pattern in section.modules:
+        if not any(fnmatchcase(name.removesuffix(".weight"), pattern) for name in [*linear, *others]):
+            hidden = any(fnmatchcase(name, pattern) for name in kinds)
+            wrong = "no linear layer, router or other matrix has such a name"
+            wrong = "nn.MultiheadAttention reads it by itself, so that no adapter is heard" if hidden else wrong
+            raise BadInput(f"adapt {pattern!r}", wrong, f"tune.modules=['{[*linear, *others][0]}']")
     if not wanted + more + adapted:
         raise BadInput("train with method: lora", "the model has no mixtures", "tune.modules=['*.attn.*']")
     config = LoraConfig(

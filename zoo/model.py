@@ -162,6 +162,11 @@ class Model(nn.Module):
         """
         raise Refused(f"assemble a {cls.__name__}", "its family makes no experts of models", "mmoe convert upcycle")
 
+    @classmethod
+    def assembled_from(cls, options: Mapping[str, Any]) -> int | None:
+        """How many models `assemble` takes for these options; None where it takes none at all."""
+        return None
+
     def num_params(self) -> Params:
         """Parameter counts, total and active."""
         return count_params(self)

@@ -350,3 +350,32 @@ def test_workers_tell_what_is_broken_as_the_main_process_does(tmp_path):
             list(steps.from_step(0, 4, workers))
         told.append(error.value.fix)
     assert told[0] == told[1]
+
+
+def test_one_picture_with_two_spellings_is_one(tmp_path, monkeypatch):
+    for number in range(10):
+        image(tmp_path / "photos" / f"{number}.png")
+    names = [*(f"{number}.png" for number in range(10)), *(f"../photos/{number}.png" for number in range(10))]
+    names += [str(tmp_path / "photos" / f"{number}.png") for number in range(10)]
+    rows = [{"image": name, "text": "a text", "wrong": "a column of mine"} for name in names]
+    (tmp_path / "photos" / "captions.json").write_text(json.dumps(rows))
+    monkeypatch.chdir(tmp_path)
+    sides = [load("pairs", Path("photos"), split, held_out=0.3) for split in ("train", "eval")]
+    names = [{data.name(i) for i in range(len(data))} for data in sides]
+    assert not names[0] & names[1] and [len(data) for data in sides] == [21, 9]
+    assert sides[0].read(0)["text"] == "a text"
+
+
+@pytest.mark.parametrize("place", range(0, 44, 2))
+def test_damaged_heads_of_sound_files_are_told(tmp_path, place):
+    wavfile.write(tmp_path / "a.wav", 8000, np.ones(100, dtype=np.int16))
+    (tmp_path / "a.txt").write_text("hello")
+    whole = bytearray((tmp_path / "a.wav").read_bytes())
+    for value in (0, 255):
+        whole[place] = value
+        (tmp_path / "a.wav").write_bytes(whole)
+        try:
+            found = load("speech", tmp_path, held_out=0.0).read(0)["audio"]
+        except BadInput:
+            continue
+        assert np.isfinite(found).all()

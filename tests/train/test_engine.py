@@ -626,7 +626,7 @@ def test_two_runs_do_not_train_in_one_folder(tmp_path):
     tiny = recipe(tmp_path)
     first = Run(tiny, tmp_path / "a", progress=False)
     stage = first.start(tiny.stages[0])
-    first._claim(0)
+    first._claim()
     with pytest.raises(BadInput, match="another process trains there now"):
         train.run(tiny, tmp_path / "a", resume=True, progress=False)
     first.finish(tiny.stages[0], stage)
@@ -717,3 +717,101 @@ def test_adapters_without_the_merged_model(tmp_path):
     assert train.measure(str(tmp_path / "a"), limit=64)["metrics"]["R@1"] > 0
     with pytest.raises(BadInput, match="it holds adapters without the model"):
         train.measure(str(tmp_path / "a" / "model"), on="emoji")
+
+
+def test_names_of_stages_and_models_are_no_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    zoo.load("clip_moe_tiny", False, device="cpu", **SIZES).save(tmp_path / "base")
+    (tmp_path / "clip_moe_tiny").mkdir()
+    short = {"steps": 1, "log_every": 1, "save_every": None}
+    stages = [{"name": "base"}, {"name": "two", "start": "base"}, {"name": "three", "start": "./base"}]
+    tiny = recipe(tmp_path, run=short, stages=stages).located()
+    assert [stage.start for stage in tiny.stages] == [None, "base", str(tmp_path / "base")]
+    assert {stage.model.name for stage in tiny.stages} == {"clip_moe_tiny"}
+    train.run(tiny, tmp_path / "run", progress=False, stages=["base"])
+    monkeypatch.chdir(tmp_path / "run")
+    train.run(Recipe.load("."), ".", resume=True, progress=False)
+
+
+def test_adapters_without_their_model_find_the_same_random_one(tmp_path):
+    adapted = {"tune": {"method": "lora", "merge": False}, "run": {"seed": 5}}
+    stages = [{"name": "a"}, {"name": "b", "start": "a", **adapted}]
+    tiny = recipe(tmp_path, run={**EVERY_2, "steps": 2}, stages=stages)
+    found = train.run(tiny, tmp_path / "a", progress=False)
+    assert train.measure(tmp_path / "a")["metrics"] == found["b"]["metrics"]
+    alone = recipe(tmp_path, tune={"method": "lora", "merge": False}, run={**EVERY_2, "steps": 2})
+    found = train.run(alone, tmp_path / "b", progress=False)
+    assert train.measure(tmp_path / "b")["metrics"] == found[""]["metrics"]
+
+
+def test_an_interrupt_in_the_last_step_stops_before_the_next_stage(tmp_path, monkeypatch, interruptible):
+    stages = [{"name": "one"}, {"name": "two", "start": "one"}]
+    tiny = recipe(tmp_path, stages=stages, run={**EVERY_2, "steps": 4})
+    train.run(tiny, tmp_path / "a", progress=False)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 3)
+        train.run(tiny, tmp_path / "b", progress=False)
+    assert not (tmp_path / "b" / "two").exists()
+    train.run(tiny, tmp_path / "b", resume=True, progress=False)
+    for stage in ("one", "two"):
+        assert_same(tmp_path / "a" / stage, tmp_path / "b" / stage)
+
+
+def test_another_metric_begins_anew(tmp_path, monkeypatch, interruptible):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 4)
+        first = recipe(tmp_path, "run.eval_every=2", "run.best=held_out_noto/T2I R@10")
+        train.run(first, tmp_path / "a", progress=False)
+    second = recipe(tmp_path, "run.eval_every=2", "run.best=-R@1")
+    found = train.run(second, tmp_path / "a", resume=True, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    after = {line["step"]: line["eval/R@1"] for line in lines if line["step"] > 5 and "eval/R@1" in line}
+    assert found[""]["best"]["value"] == min(after.values()) and found[""]["best"]["step"] in after
+
+
+def test_curves_have_no_point_twice(tmp_path, monkeypatch, interruptible):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tiny = recipe(tmp_path, "run.log_every=1", "run.save_every=3", log=["tensorboard"])
+    tiny.save(tmp_path / "resolved.yaml")
+    assert start(train_and_die, tmp_path / "resolved.yaml", tmp_path / "a", 5) == -signal.SIGKILL
+    train.run(tiny, tmp_path / "a", resume=True, progress=False)
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard" / "mmoe")).Reload()
+    assert [point.step for point in events.Scalars("loss")] == list(range(1, 9))
+
+
+def test_a_router_is_balanced_once_for_all_parts_of_a_batch(tmp_path):
+    router = {"name": "topk", "bias_rate": 0.25}
+    found = {}
+    for parts in (1, 2):
+        changes = f"run.accumulate={parts}", "run.steps=1", "optim.lr=1e-12"
+        sizes = {**SIZES, "expert_dropout": 0.0}
+        model = {"name": "clip_moe_tiny", "weights": False, "overrides": sizes, "router": router}
+        tiny = recipe(tmp_path, *changes, model=model)
+        stage = Run(tiny, tmp_path / str(parts), progress=False).start(tiny.stages[0])
+        stage.train()
+        found[parts] = [layer.router.select_bias.clone() for layer in moe_layers(stage.model).values()]
+    assert all(bias.abs().max() <= 0.25 for biases in found.values() for bias in biases)
+    assert any(bias.any() for bias in found[2])
+
+
+def test_losses_of_all_parts_are_told(tmp_path):
+    lines = {}
+    for parts in (1, 2):
+        changes = f"run.accumulate={parts}", "run.steps=1", "run.log_every=1", "model.overrides.expert_dropout=0.0"
+        tiny = recipe(tmp_path, *changes)
+        train.run(tiny, tmp_path / str(parts), progress=False)
+        (line, *_) = (json.loads(told) for told in (tmp_path / str(parts) / "log.jsonl").read_text().splitlines())
+        lines[parts] = line
+    for line in lines.values():
+        balance = sum(0.01 * scale * line[f"loss/balance_{part}"] for part, scale in (("image", 1), ("text", 0.5)))
+        assert line["loss/contrastive"] + balance == pytest.approx(line["loss"], rel=1e-4)
+    assert lines[2]["loss/contrastive"] < lines[1]["loss/contrastive"], "fewer others to be told from"
+
+
+def test_a_finished_stage_keeps_no_checkpoints(tmp_path):
+    tiny = recipe(tmp_path, "run.steps=1")
+    train.run(tiny, tmp_path / "a", progress=False)
+    (tmp_path / "a" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    train.run(tiny, tmp_path / "a", resume=True, progress=False)
+    assert not (tmp_path / "a" / "checkpoints").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -195,3 +197,22 @@ def test_differences_are_told_by_option(tmp_path):
     a, b = Recipe.load(write(tmp_path, STAGES)), Recipe.load(write(tmp_path, STAGES), "stages.two.optim.lr=0.5")
     assert differences(a, b) == ["stages.two.optim.lr: 0.0003 -> 0.5"]
     assert differences(a, a) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("steps: 10", "steps: true", "run.steps should be a number, not true|steps should be a number, not true"),
+        ("model:", "name: ..\nmodel:", "of letters, digits"),
+        ("model:", "x: &x [*x]\nmodel:", "a part of it holds itself"),
+        ("model:", "stages: [{name: model}]\nmodel:", "no stage can be named 'model'"),
+        ("model:", "stages: [{name: a, start: {assemble: []}}]\nmodel:", "a list with one value at least"),
+    ],
+)
+def test_values_that_only_look_right(old, new, told, tmp_path):
+    text = "model: {name: clip_moe_tiny}\ndata: {name: emoji}\noptim: {lr: 0.1}\nrun: {steps: 10}\n"
+    assert re.search(told, mistakes(tmp_path, text.replace(old, new, 1)))
+
+
+def test_deep_nesting_is_told(tmp_path):
+    assert "is nested too deeply" in mistakes(tmp_path, "model: " + "[" * 3000 + "]" * 3000)

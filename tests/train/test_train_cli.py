@@ -214,6 +214,10 @@ WRONG = {
     "stages=[{name: a, start: b}]": "begin the stage 'a' with 'b'",
     "stages=[{name: a}, {name: b, run: {precision: bf16}}]": "its stages ask for auto and bf16",
     "stages=[]": "stages is a list of mappings",
+    "stages=[{name: a}, {name: b, start: {assemble: [a]}}]": "4 are taken",
+    "data.options={clusters: x}": "clusters='x'",
+    "tune={method: lora, modules: ['*.router', '*.typo']}": "adapt '*.typo'",
+    "tune={method: lora, modules: ['*.attn.out_proj']}": "nn.MultiheadAttention reads it by itself",
     "nonsense": "no override 'nonsense'",
 }
 

@@ -11,7 +11,7 @@ import csv
 import hashlib
 import io
 import json
-import struct
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from zoo.images import read_image
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 RATE = 16_000  # samples per second of "audio"
+_RATES = 1_000, 384_000  # that files may have
 
 
 class Files(DataSet):
@@ -79,7 +80,8 @@ class Files(DataSet):
 
     def _inside(self, path: Path) -> str:
         """A file's name inside the folder of the data, or its whole path where it lies elsewhere."""
-        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        path, root = Path(os.path.abspath(path)), Path(os.path.abspath(self.root))
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
     def _table(self, path: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Rows of a CSV, TSV, JSON or JSONL file, and where each stands; a row that cannot be used has "wrong"."""
@@ -92,9 +94,10 @@ class Files(DataSet):
             if missing and number == 1:
                 wrong = did_you_mean(missing[0], [str(key) for key in row if key is not None])
                 raise BadInput(f"row 1 of '{path}' has no {missing[0]!r}", wrong, f"columns {', '.join(needed)}")
-            odd = [field for field in needed if not isinstance(row.get(field), str) or not row[field].strip()]
+            odd = [field for field in needed if not _is_text(row.get(field))]
             odd = [field for field in odd if field != "conversations"]
-            yield {**row, "name": name, **({"wrong": f"its {odd[0]} is {row.get(odd[0])!r}"} if odd else {})}
+            kept = {field: value for field, value in row.items() if field not in ("name", "key", "wrong")}
+            yield {**kept, "name": name, **({"wrong": f"its {odd[0]} is {row.get(odd[0])!r}"} if odd else {})}
 
     def _row(self, row: Mapping[str, Any], kind: str, table: Path) -> dict[str, Any]:
         """The record of a row with a file and a text."""
@@ -105,7 +108,7 @@ class Files(DataSet):
 
     def _find(self, name: str, beside: Path) -> Path:
         """A file that a table names: beside the table, or absolute."""
-        return beside.parent / Path(name).expanduser()
+        return beside.parent / os.path.expanduser(name)
 
     def _with_texts(self, kind: str, endings: Sequence[str], what: str) -> Iterator[dict[str, Any]]:
         """Files with a text file of the same name beside them; the others are noted."""
@@ -195,10 +198,13 @@ def read_audio(path: Path) -> np.ndarray:
 
     try:
         rate, values = wavfile.read(path)
-    except (OSError, ValueError, EOFError, struct.error) as error:
+    except Exception as error:  # a damaged file can raise anything
         raise BadInput(f"cannot read '{path}'", str(error) or "it ends early", "a WAV file") from error
-    if not len(values):
+    if not values.size:
         raise BadInput(f"cannot use '{path}'", "it has no samples", "a WAV file with sound")
+    if not _RATES[0] <= rate <= _RATES[1]:
+        wrong = f"it says that it has {rate:,} samples a second"
+        raise BadInput(f"cannot use '{path}'", wrong, f"{_RATES[0]:,} to {_RATES[1]:,}")
     if np.issubdtype(values.dtype, np.integer):
         limits = np.iinfo(values.dtype)
         middle = 128 if limits.min == 0 else 0
@@ -210,6 +216,11 @@ def read_audio(path: Path) -> np.ndarray:
         return mono
     common = np.gcd(rate, RATE)
     return resample_poly(mono, RATE // common, rate // common).astype(np.float32)
+
+
+def _is_text(value: Any) -> bool:
+    """A text with signs in it, none of them half of a pair."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= sign <= "\udfff" for sign in value)
 
 
 def _rows(path: Path) -> Iterator[Any]:
@@ -226,14 +237,14 @@ def _rows(path: Path) -> Iterator[Any]:
             return
     except UnicodeDecodeError as error:
         raise BadInput(asked, "it is no UTF-8", "save it as UTF-8") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadInput(asked, str(error), fix) from error
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 if line.strip():
                     yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadInput(asked, f"line {number} is not JSON: {error}", fix) from error
         return
     head = text.partition("\n")[0]

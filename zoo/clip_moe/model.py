@@ -381,6 +381,11 @@ class ClipMoE(Model):
             self.clip.logit_scale.data.clamp_(0, math.log(100))
 
     @classmethod
+    def assembled_from(cls, options: Mapping[str, Any]) -> int | None:
+        """One model for each expert."""
+        return int(options["num_experts"])
+
+    @classmethod
     def assemble(cls, models: Sequence[Model], options: Mapping[str, Any]) -> ClipMoE:
         """A mixture whose expert i is the feed-forward layer of model i; the first one is the host."""
         from zoo.clip_moe.convert import upcycle
