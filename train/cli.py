@@ -238,11 +238,15 @@ def train(
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped; go on with: mmoe train {shlex.quote(str(out))} --resume", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    if os.environ.get("RANK", "0") != "0":  # the first process tells
-        return
-    for name, result in results.items():
+    if os.environ.get("RANK", "0") == "0":  # the first process tells
+        _tell(results, loaded.name, out)
+
+
+def _tell(results: dict[str, dict[str, Any]], name: str, out: Path) -> None:
+    """What came out of each stage, and where its model lies."""
+    for stage, result in results.items():
         metrics = "  ".join(f"{metric} {value:.4f}" for metric, value in list(result["metrics"].items())[:4])
-        print(f"{name or loaded.name}: {result['steps']} steps, loss {result['loss']:.4f}  {metrics}")
+        print(f"{stage or name}: {result['steps']} steps, loss {result['loss']:.4f}  {metrics}")
     last, result = list(results.items())[-1]
     print(f"model: {out / last / 'model'}")
     if result["best"] is not None:
