@@ -272,6 +272,6 @@ def _first_to_tell(text: str) -> bool:
         os.close(os.open(os.path.join(folder, name), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
-    except OSError:
-        return True
+    except OSError:  # better told twice than never
+        pass
     return True

@@ -37,13 +37,12 @@ def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     if "wandb" in recipe.log and find_spec("wandb") is None:  # accelerate would say nothing
         raise MissingExtra("log to wandb", "the package 'wandb' is not installed", "pip install wandb")
     AcceleratorState._reset_state()  # of another run in this process, with another precision
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=not gpu,
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(recipe.log) or None,
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "tensorboard")),
     )
-    return accelerator
 
 
 def check_scale(recipe: Recipe, accelerator: Accelerator) -> None:

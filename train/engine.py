@@ -349,15 +349,14 @@ class StageRun:
 
     def _broken(self) -> dict[str, str]:
         """Samples that any process could not read."""
-        found = gather_object([self._unread()]) if self.accelerator.num_processes > 1 else [self._unread()]
-        return {name: wrong for one in found for name, wrong in one.items()}
+        return {name: wrong for one in gather_object([self._unread()]) for name, wrong in one.items()}
 
     def _frozen(self) -> set[str]:
         """Parameters that are as they were when the stage began; a checkpoint does without."""
         return {name for name, parameter in self.trained.named_parameters() if not parameter.requires_grad}
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
-        found = self.trained.load_state_dict(state, strict=False)
+        found = self.trained.load_state_dict(state, strict=False)  # a checkpoint has what is trained
         assert not found.unexpected_keys and set(found.missing_keys) <= self._frozen(), found
 
     def _finish(self) -> dict[str, Any]:

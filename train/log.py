@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,8 @@ class RunLog:
             curves |= {f"router/{name}/{key}": value for key, value in layer.items() if isinstance(value, float)}
             self._load.setdefault(name, []).append((step, layer["load"]))
         told = {f"{self.prefix}{name}": value for name, value in curves.items()}
-        try:
+        with _writing("the curves"):
             self.accelerator.log(told, step=self.before + step)
-        except OSError as error:
-            raise _unwritable("the curves", error) from error
 
     def note(self, text: str) -> None:
         """Tells a person something, once for all processes."""
@@ -75,10 +74,13 @@ class RunLog:
 
     def heatmap(self, step: int) -> None:
         """Draws the load of every layer over time for the trackers."""
+        if not self._load or not self.accelerator.trackers:
+            return
         pictures = {f"{self.prefix}load/{name}": _picture(name, rows) for name, rows in self._load.items()}
-        for tracker in self.accelerator.trackers if pictures else ():
+        for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images(pictures, step=self.before + step, **layout)
+            with _writing("the pictures of the load"):
+                tracker.log_images(pictures, step=self.before + step, **layout)
 
     def cut(self, lines: int) -> bool:
         """Forgets what was told after so many lines, as it is done again; returns whether there was anything."""
@@ -97,18 +99,20 @@ class RunLog:
         return bool(told)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        try:
+        with _writing(f"'{self.path}'"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            self.lines += 1
-        except OSError as error:
-            raise _unwritable(f"'{self.path}'", error) from error
+        self.lines += 1
 
 
-def _unwritable(what: str, error: OSError) -> BadInput:
-    fix = "free space, then the same command with --resume"
-    return BadInput(f"cannot write {what}", error.strerror or str(error), fix)
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fix = "free space, then the same command with --resume"
+        raise BadInput(f"cannot write {what}", error.strerror or str(error), fix) from error
 
 
 def _whole(line: str) -> dict[str, Any] | None:

@@ -30,9 +30,8 @@ def write_model(run: StageRun, folder: Path) -> None:
             model.card, model.preprocessing = run.model.card, run.model.preprocessing
             model.load_state_dict(whole)
         if run.stage.tune.method == "lora":
-            start = run.stage.start
-            base = run.stage.model.name if start is None else start if isinstance(start, str) else str(start)
-            tune.save_adapters(model, folder, base, merge=run.stage.tune.merge)
+            base = run.stage.start or run.stage.model.name
+            tune.save_adapters(model, folder, str(base), merge=run.stage.tune.merge)
         else:
             model.save(folder)
     run.accelerator.wait_for_everyone()

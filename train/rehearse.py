@@ -21,6 +21,7 @@ from train.recipe import Recipe
 from train.sections import DataSection, Stage
 from zoo.config import make_config
 from zoo.loading import family_class
+from zoo.registry import model_folder
 
 _SAMPLES = 3
 _EVALUATED = 16  # samples of a rehearsal's evaluation
@@ -66,7 +67,7 @@ def _check_start(stage: Stage, earlier: list[str]) -> None:
     if isinstance(stage.start, dict):
         _check_number(stage, len(starts))
     for start in [*starts, *(clusters.get("models") or [])]:
-        if start not in earlier and not (Path(start) / "config.json").exists():
+        if start not in earlier and model_folder(start) is None:
             try:
                 zoo.card(start)
             except UnknownName as error:

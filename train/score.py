@@ -23,6 +23,7 @@ from train.sections import DataSection
 from train.stages import RESULTS, Models, provenance
 from zoo.loading import pick_device
 from zoo.model import Model
+from zoo.registry import model_folder
 
 _TRACED = 256  # samples that show how the experts are used
 _USE = ("layer", "load", "max_over_mean", "dead", "entropy")
@@ -113,7 +114,7 @@ def find_model(name: str, recipe: Recipe | None) -> tuple[Model, Path | None]:
         asked, wrong = f"measure '{name}'", "it holds adapters without the model that they belong to"
         raise BadInput(asked, wrong, f"mmoe eval {shlex.quote(str(folder.parent))}   (the folder of their run)")
     if recipe is None:
-        return zoo.load(name, device="auto"), folder if (folder / "config.json").exists() else None
+        return zoo.load(name, device="auto"), model_folder(name)
     models, stage = Models(recipe, folder), recipe.stages[-1].name
     own = models.folder(stage) / "model"
     return models.last(stage).to(pick_device("auto")), own if (own / "config.json").exists() else None

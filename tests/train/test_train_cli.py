@@ -9,6 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import zoo
 from mmoe.cli import main
 from train.recipe import bundled
 
@@ -257,3 +258,11 @@ def test_a_wrong_recipe_starts_nothing(change, capsys, folder, monkeypatch):
 def test_other_mistakes(words, told, capsys):
     code, _, err = run(capsys, *words)
     assert code == 2 and told in err and "try: " in err
+
+
+def test_a_card_is_not_written_into_a_folder_that_has_the_name_of_a_model(capsys, folder):
+    zoo.load("clip_moe_tiny", device="cpu").save(folder / "clip_moe_tiny")
+    before = (folder / "clip_moe_tiny" / "card.json").read_text()
+    code, _, err = run(capsys, "eval", "clip_moe_tiny", "--on", "pairs:photos", "--card")
+    assert code == 2 and "no folder of its own" in err
+    assert (folder / "clip_moe_tiny" / "card.json").read_text() == before
