@@ -50,8 +50,9 @@ class LayerHealth:
         return [expert for expert, load in enumerate(self.load) if load * len(self.load) < share]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {**asdict(self), "violation": self.violation}
+        """Plain data, with "violation" and "dead", the experts that got nothing at all."""
+        idle = [expert for expert, load in enumerate(self.load) if not load]
+        return {**asdict(self), "violation": self.violation, "dead": idle}
 
 
 class RouterHealth:

@@ -56,6 +56,7 @@ class RunLog:
         curves = dict(values)
         for name, layer in layers.items():
             curves |= {f"router/{name}/{key}": value for key, value in layer.items() if isinstance(value, float)}
+            curves[f"router/{name}/dead"] = float(len(layer["dead"]))
             self._load.setdefault(name, []).append((step, layer["load"]))
         told = {f"{self.prefix}{name}": value for name, value in curves.items()}
         with _writing("the curves"):

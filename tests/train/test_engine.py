@@ -386,6 +386,12 @@ def test_a_router_that_collapses_raises_an_alarm(tmp_path, capsys):
     with pytest.raises(MmoeError, match=r"stopped at step 1\d: .*: experts? .* gets? less than 1.0% of an even load"):
         run.finish(tiny.stages[0], stage)
     assert "a larger moe.balance_coef spreads it" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    layers = [layer for line in lines for layer in line.get("health", {}).values()]
+    assert [layer["dead"] for layer in layers] == [
+        [expert for expert, load in enumerate(layer["load"]) if load == 0] for layer in layers
+    ]
+    assert any(layer["dead"] for layer in layers)
 
 
 @pytest.mark.parametrize("coef", [0.0, 0.5])
@@ -439,7 +445,7 @@ def test_numbers_and_loads_are_written_for_tensorboard(tmp_path):
     told = events.Tags()
     layer = "clip.visual.transformer.resblocks.0.mlp"
     curves = {"loss", "lr", "grad_norm", "samples_per_second", "eval/R@1", "loss/contrastive"}
-    curves |= {f"router/{layer}/{name}" for name in ("entropy", "violation", "drop_rate", "drift")}
+    curves |= {f"router/{layer}/{name}" for name in ("entropy", "violation", "dead", "drop_rate", "drift")}
     assert curves <= set(told["scalars"])
     assert [point.step for point in events.Scalars("loss")] == [2, 4, 6, 8]
     assert f"load/{layer}" in told["images"]
