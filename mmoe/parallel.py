@@ -151,6 +151,16 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, methods: Iterable[str] = ())
     return model
 
 
+def held_parameters(model: nn.Module) -> tuple[int, int]:
+    """Parameters that lie in this process, and those of the whole model.
+
+    >>> held_parameters(nn.Linear(3, 2))
+    (8, 8)
+    """
+    pairs = [(p.to_local().numel() if isinstance(p, DTensor) else p.numel(), p.numel()) for p in model.parameters()]
+    return sum(here for here, _ in pairs), sum(whole for _, whole in pairs)
+
+
 def reshard(model: nn.Module) -> None:
     """Gives every process its part of the weights again, which a forward without backward leaves whole.
 

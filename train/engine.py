@@ -19,7 +19,7 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor, nn
 
 from mmoe import parallel
-from mmoe.errors import BadInput, MmoeError
+from mmoe.errors import BadInput, MmoeError, Refused
 from mmoe.trace import Trace, trace, update_routers
 from train import tune
 from train.average import MovingAverage
@@ -93,6 +93,7 @@ class StageRun:
         if self.sharded:
             mesh = parallel.make_mesh(scale.expert_parallel)
             parallel.parallelize(self.trained, mesh, methods=model.layer_methods)
+            self._check_sharded()
         self.optimizers = Optimizers.make(self.trained, stage.optim, chosen)
         self.health = RouterHealth(model, stage.moe.health)
         self.state = State()
@@ -101,6 +102,13 @@ class StageRun:
         )
         self.ema = None if stage.run.ema is None else MovingAverage(self.trained, stage.run.ema)
         self._told: set[str] = set()  # names of broken samples
+
+    def _check_sharded(self) -> None:
+        held, whole = parallel.held_parameters(self.trained)
+        if held == whole and self.accelerator.num_processes > 1:
+            wrong = f"every process holds all {whole:,} parameters"
+            raise Refused("train a sharded model", wrong, "scale.shard=none scale.expert_parallel=1")
+        self.log.note(f"the first process holds {held:,} of {whole:,} parameters")
 
     def _tuned(self, model: Model) -> tuple[nn.Module, tune.Chosen]:
         """Freezes what the recipe leaves out, or adds adapters."""

@@ -118,6 +118,8 @@ class RouterHealth:
             wrong["entropy"] = f"the router is sure of every token, {share}; moe.z_coef or a lower optim.lr softens it"
         if limits.max_drop is not None and health.drop_rate > limits.max_drop:
             wrong["drop"] = f"{health.drop_rate:.0%} of the slots are dropped; a larger capacity_factor keeps them"
+        if limits.max_drift is not None and health.drift > limits.max_drift:
+            wrong["drift"] = f"the router moved by {health.drift:.0%} of its weights; a lower optim.lr keeps it nearer"
         return wrong
 
     def state_dict(self) -> dict[str, Any]:

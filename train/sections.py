@@ -152,6 +152,7 @@ class HealthSection(Section):
         max_violation: largest load over an even one, minus 1.
         min_entropy: of the probabilities, as a share of that of even ones.
         max_drop: share of slots that were dropped.
+        max_drift: change of a router's weights since the start, as a share of their norm then; off unless it is set.
         on_alarm: "warn", or "stop" the run (its state is saved).
     """
 
@@ -159,6 +160,7 @@ class HealthSection(Section):
     max_violation: Rate | None = 4.0
     min_entropy: Share | None = 0.02
     max_drop: Share | None = 0.5
+    max_drift: Rate | None = None
     on_alarm: Literal["warn", "stop"] = "warn"
 
 

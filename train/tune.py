@@ -163,12 +163,13 @@ def _group(name: str) -> str:
 
 
 def show_table(rows: list[tuple[str, int, int]]) -> str:
-    """The table as text."""
+    """The table as text, with what is trained of each group as a share of the whole model."""
     total, trained = sum(row[2] for row in rows), sum(row[1] for row in rows)
     width = max(len("trained of"), *(len(name) for name, _, _ in rows))
-    lines = [f"{'group':{width}}  {'trained':>12}  {'parameters':>12}"]
-    lines += [f"{name:{width}}  {part:>12,}  {whole:>12,}" for name, part, whole in rows]
-    return "\n".join([*lines, f"{'all':{width}}  {trained:>12,}  {total:>12,}  {trained / max(total, 1):.2%}"])
+    lines = [f"{'group':{width}}  {'trained':>12}  {'parameters':>12}  trained of all"]
+    for name, part, whole in [*rows, ("all", trained, total)]:
+        lines.append(f"{name:{width}}  {part:>12,}  {whole:>12,}  {part / max(total, 1):14.2%}")
+    return "\n".join(lines)
 
 
 ADAPTERS = "adapters"  # folder of adapters inside that of the model that has them in its weights

@@ -654,6 +654,30 @@ def test_a_run_goes_on_with_other_options_that_change_no_weights(tmp_path, monke
     assert Recipe.load(tmp_path / "b").stages[0].run.save_every == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "change", "told"),
+    [
+        ("dead_share", {"load": (0.5, 0.5, 0.0, 0.0)}, "experts 2, 3 get less than 20.0% of an even load"),
+        ("max_violation", {"load": (0.7, 0.1, 0.1, 0.1)}, "expert 0 gets 2.8 times an even load"),
+        ("min_entropy", {"entropy": 0.1}, "the router is sure of every token, 10.0% of the largest entropy"),
+        ("max_drop", {"drop_rate": 0.5}, "50% of the slots are dropped"),
+        ("max_drift", {"drift": 3.0}, "the router moved by 300% of its weights"),
+    ],
+)
+def test_every_threshold_has_its_alarm(tmp_path, option, change, told):
+    well = {"load": (0.25,) * 4, "entropy": 1.0, "drop_rate": 0.0, "drift": 0.0}
+    limits = {"dead_share": 0.2, "max_violation": 1.0, "min_entropy": 0.2, "max_drop": 0.2, "max_drift": 2.0}
+    for limit, words in ((limits[option], [told]), (None, [])):
+        health = {name: limit if name == option else None for name in limits}
+        tiny = recipe(tmp_path, moe={"health": health})
+        stage = Run(tiny, tmp_path / str(limit), progress=False).start(tiny.stages[0])
+        name = next(iter(stage.health._layers))
+        for ill in ({}, change):
+            stage.health._recent[name].extend([LayerHealth(**{**well, **ill})] * 5)
+            found = stage.health.alarms()
+            assert [text for text in found if told in text] == found and len(found) == len(words if ill else [])
+
+
 def test_alarms_are_told_anew_once_a_router_was_well(tmp_path):
     tiny = recipe(tmp_path)
     stage = Run(tiny, tmp_path / "a", progress=False).start(tiny.stages[0])

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 import train
 import zoo
-from mmoe.errors import BadInput, MmoeError
+from mmoe import parallel
+from mmoe.errors import BadInput, MmoeError, Refused
 from tests.processes import run
 from train.engine import StageRun, Stopped
 from train.health import RouterHealth
@@ -130,6 +131,21 @@ def alarmed(rank: int, world: int, path: Path, out: Path) -> str:
     except MmoeError as error:
         return str(error)
     return "it went on"
+
+
+def unsharded(rank: int, world: int, path: Path, out: Path) -> str:
+    """A run whose model is left whole, as accelerate leaves it on CPUs."""
+    parallel.parallelize = lambda model, mesh, methods: model
+    try:
+        job(rank, world, path, out, False, 0)
+    except Refused as error:
+        return str(error)
+    return "it trained"
+
+
+def test_a_model_that_was_not_sharded_is_not_trained(tmp_path):
+    told = run(2, unsharded, tmp_path, recipe(tmp_path, **FSDP), tmp_path / "a")
+    assert ["train a sharded model\n  every process holds all" in text for text in told] == [True, True], told
 
 
 def test_an_alarm_of_one_process_stops_all(tmp_path):
