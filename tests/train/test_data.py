@@ -133,6 +133,18 @@ def test_segmentation(tmp_path):
         load("segmentation", tmp_path, held_out=0.0).read(0)
 
 
+def test_masks_lie_as_their_pictures_do(tmp_path):
+    for number, place in enumerate(("a/1", "b/1", "b/2")):
+        image(tmp_path / "images" / f"{place}.jpg")
+        if place != "b/2":
+            (tmp_path / "masks" / place).parent.mkdir(parents=True)
+            Image.fromarray(np.full((16, 20), number, np.uint8)).save(tmp_path / "masks" / f"{place}.png")
+    data = load("segmentation", tmp_path, held_out=0.0)
+    found = {data.name(index): data.read(index)["mask"].max() for index in range(len(data))}
+    assert found == {"images/a/1.jpg": 0, "images/b/1.jpg": 1}, "not the mask of another picture of that name"
+    assert data.notes == ["left out, as they have no mask: images/b/2.jpg"]
+
+
 def test_broken_files_are_left_out_and_named(tmp_path):
     pairs(tmp_path)
     (tmp_path / "3.png").write_bytes(b"no picture")
@@ -291,7 +303,7 @@ def test_texts_that_cannot_be_read_are_counted(tmp_path):
     texts = [sample["text"] for _, sample in data.readable(range(len(data)))]
     assert texts == ["number 0", "with a mark", "number 4", "number 5"]
     assert data.broken == {"1.png": "1.txt is no UTF-8", "2.png": "2.txt is empty"}
-    assert data.notes == ["left out, as they have no caption beside them: alone.png"]
+    assert data.notes == ["left out, as they have no caption: alone.png"]
     with pytest.raises(BadInput, match=r"2 samples cannot be read\n.*1\.png: 1\.txt is no UTF-8"):
         load("pairs", tmp_path, held_out=0.0, max_broken=1).readable(range(6))
 

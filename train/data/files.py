@@ -26,6 +26,7 @@ from zoo.images import read_image
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 RATE = 16_000  # samples per second of "audio"
+_Part = tuple[str, Path, Sequence[str]]
 _RATES = 1_000, 384_000  # that files may have
 
 
@@ -110,19 +111,25 @@ class Files(DataSet):
         """A file that a table names: beside the table, or absolute."""
         return beside.parent / os.path.expanduser(name)
 
-    def _with_texts(self, kind: str, endings: Sequence[str], what: str) -> Iterator[dict[str, Any]]:
-        """Files with a text file of the same name beside them; the others are noted."""
-        texts = {text.with_suffix(""): text for text in _files(self.path, (".txt",))}
+    def _pairs(self, first: _Part, second: _Part, what: str) -> Iterator[dict[str, Any]]:
+        """Files of one kind, each with that of another kind that lies alike; those that have none are noted.
+
+        Args:
+            first, second: field of a sample, folder, endings.
+            what: that a file without partner lacks.
+        """
+        (kind, folder, endings), (other, others_in, other_endings) = first, second
+        partners = {_lies(path, others_in): path for path in _files(others_in, other_endings)}
         alone = []
-        for file in _files(self.path, endings):
-            text = texts.get(file.with_suffix(""))
-            if text is None:
+        for file in _files(folder, endings):
+            partner = partners.get(_lies(file, folder))
+            if partner is None:
                 alone.append(self._inside(file))
             else:
-                yield {"name": self._inside(file), kind: file, "text": text}
+                yield {"name": self._inside(file), kind: file, other: partner}
         if alone:
-            others = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
-            self.notes.append(f"left out, as they have no {what} beside them: {', '.join(alone[:3])}{others}")
+            more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+            self.notes.append(f"left out, as they have no {what}: {', '.join(alone[:3])}{more}")
 
 
 def chosen(names: Sequence[str], split: Split, held_out: float, limit: int | None) -> list[int]:
@@ -255,6 +262,11 @@ def _rows(path: Path) -> Iterator[Any]:
         raise BadInput(asked, str(error), fix) from error
 
 
+def _lies(path: Path, folder: Path) -> Path:
+    """What files that belong together share: where they lie in their folders, and their name without its ending."""
+    return path.relative_to(folder).with_suffix("")
+
+
 def _files(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
     """Files below a folder, without hidden ones."""
     for path in sorted(folder.rglob("*")):
@@ -281,7 +293,7 @@ class Pairs(Files):
                 for row in self._table(table, ("image", "text")):
                     yield self._row(row, "image", table)
                 return
-        yield from self._with_texts("image", IMAGES, "caption")
+        yield from self._pairs(("image", self.path, IMAGES), ("text", self.path, (".txt",)), "caption")
 
 
 @data_sets.register("classes")
@@ -316,7 +328,7 @@ class Speech(Files):
             for row in self._table(self.path, ("audio", "text")):
                 yield self._row(row, "audio", self.path)
             return
-        yield from self._with_texts("audio", (".wav",), "transcript")
+        yield from self._pairs(("audio", self.path, (".wav",)), ("text", self.path, (".txt",)), "transcript")
 
 
 @data_sets.register("conversations")
@@ -356,13 +368,14 @@ def _odd_turns(turns: Any) -> str | None:
 
 @data_sets.register("segmentation")
 class Segmentation(Files):
-    """Pictures with masks: images/a.jpg and masks/a.png, whose pixels are numbers of classes; 255 is left out."""
+    """Pictures with masks: images/a.jpg and masks/a.png, whose pixels are numbers of classes; 255 is left out.
+
+    There may be folders in both, as long as a mask lies in masks/ as its picture does in images/.
+    """
 
     fields = ("image", "mask")
     task = "segmentation"
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        masks = {path.stem: path for path in _files(self.path / "masks", (".png",))}
-        for image in _files(self.path / "images", IMAGES):
-            if image.stem in masks:
-                yield {"name": self._inside(image), "image": image, "mask": masks[image.stem]}
+        images, masks = ("image", self.path / "images", IMAGES), ("mask", self.path / "masks", (".png",))
+        yield from self._pairs(images, masks, "mask")

@@ -38,6 +38,9 @@ class Steps(Dataset[tuple[list[dict[str, Tensor]], dict[str, str]]]):
         key: seed and name of the stage; part of every random choice.
         rank, processes: this process and how many there are.
         parts: a batch is cut into so many, for accumulation.
+
+    Attributes:
+        per_epoch: steps of the first pass over the data.
     """
 
     def __init__(
@@ -59,11 +62,7 @@ class Steps(Dataset[tuple[list[dict[str, Tensor]], dict[str, str]]]):
                 f"divide batches of {batch_size}", wrong, f"data.batch_size={-(-batch_size // share) * share}"
             )
         self._pass: tuple[int, int, list[list[int]]] = (0, 0, data.epoch(batch_size, seed_of(*key, "epoch", 0)))
-
-    @property
-    def per_epoch(self) -> int:
-        """Steps of the first pass over the data."""
-        return len(self.data.epoch(self.batch_size, seed_of(*self.key, "epoch", 0)))
+        self.per_epoch = len(self._pass[2])
 
     def indices(self, step: int) -> list[int]:
         """Samples of a step, over all processes."""
