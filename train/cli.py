@@ -236,7 +236,9 @@ def train(
         raise
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped; go on with: mmoe train {shlex.quote(str(out))} --resume", file=sys.stderr)
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            more = f" --launch {processes}" if processes > 1 else ""
+            print(f"stopped; go on with: mmoe train {shlex.quote(str(out))} --resume{more}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if os.environ.get("RANK", "0") == "0":  # the first process tells
         _tell(results, loaded.name, out)
@@ -304,6 +306,9 @@ def evaluate(
     from train.score import measure
 
     results: dict[str, Any] = measure(model, on, task, limit, out=out, to_card=to_card, progress=True)
+    if results["trained_on"]:
+        told = f"{results['trained_on']} of these {results['samples']} samples"
+        print(f"note: the run was trained on {told}", file=sys.stderr)
     if as_json:
         print(json.dumps(results, indent=2))
         return

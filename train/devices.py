@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,17 @@ from accelerate.utils import ProjectConfiguration
 from mmoe.errors import BadInput, MissingExtra
 from train.recipe import Recipe
 from train.sections import Stage
+
+NO_FP16 = "there is no GPU, and fp16 on a CPU overflows"
+
+
+def not_here(recipe: Recipe) -> Iterator[str]:
+    """What a recipe asks for that this machine does not have, in words; another one may."""
+    if not torch.cuda.is_available() and any(stage.run.precision == "fp16" for stage in recipe.stages):
+        yield f"not on this machine: fp16; {NO_FP16}"
+    wanted = recipe.scale.processes or 1
+    if wanted > 1 or recipe.scale.shard == "fsdp" or recipe.scale.expert_parallel > 1:
+        yield f"it needs several processes: mmoe train ... --launch {max(2, wanted)}"
 
 
 def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
@@ -33,7 +45,7 @@ def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     if precision == "fp16" and any(stage.optim.name == "muon" for stage in recipe.stages):
         raise BadInput("train with Muon in fp16", "two optimisers share one scale of the loss", "run.precision=bf16")
     if precision == "fp16" and not gpu:
-        raise BadInput("train in fp16", "there is no GPU, and fp16 on a CPU overflows", "run.precision=bf16")
+        raise BadInput("train in fp16", NO_FP16, "run.precision=bf16")
     if "wandb" in recipe.log and find_spec("wandb") is None:  # accelerate would say nothing
         raise MissingExtra("log to wandb", "the package 'wandb' is not installed", "pip install wandb")
     AcceleratorState._reset_state()  # of another run in this process, with another precision

@@ -25,7 +25,7 @@ from train import tune
 from train.average import MovingAverage
 from train.checkpoint import WEIGHTS, Checkpoints, State
 from train.data.base import DataSet
-from train.data.loader import Steps, seed_of
+from train.data.loader import Steps, count_steps, seed_of
 from train.evaluate import Task
 from train.health import RouterHealth
 from train.log import RunLog
@@ -79,10 +79,7 @@ class StageRun:
         self.sharded = scale.shard == "fsdp" or scale.expert_parallel > 1
         rank, processes = accelerator.process_index, accelerator.num_processes
         self.batches = Steps(self.data, model, stage.data.batch_size, self.key, rank, processes, stage.run.accumulate)
-        self.steps = stage.run.steps or round((stage.run.epochs or 1) * self.batches.per_epoch)
-        if not self.steps:
-            asked, wrong = f"train for {stage.run.epochs:g} epochs", f"one has {self.batches.per_epoch} steps"
-            raise BadInput(asked, wrong, "run.steps=1")
+        self.steps = count_steps(stage.run, self.batches.per_epoch)
         model.to(accelerator.device)
         model.load_report = None  # the weights will no longer be the loaded ones
         self.parameters = model.num_params()
@@ -167,6 +164,8 @@ class StageRun:
                     alarm = alarm if more else None
                     if stop or alarm or (more and _due(self.state.step, run.save_every)):
                         self.save()
+                    if stop or alarm:
+                        self.log.heatmap(self.state.step)
                     if alarm:
                         raise MmoeError(f"stopped at step {self.state.step}: {alarm}", *_ALARM)
                     if stop:
@@ -263,6 +262,7 @@ class StageRun:
             self._keep_best(metrics)
         self.model.train()
         self.log.write(self.state.step, {f"eval/{name}": value for name, value in metrics.items()}, {})
+        self.log.heatmap(self.state.step)
         return metrics
 
     def _keep_best(self, metrics: Mapping[str, float]) -> None:
@@ -373,7 +373,8 @@ class StageRun:
         with self._shown():
             write_model(self, self.folder / "model")
         metrics = self._evaluate()
-        self.log.heatmap(self.state.step)
+        if self.eval_data is None:
+            self.log.heatmap(self.state.step)
         return {
             "stage": self.stage.name,
             "parameters": {"total": self.parameters.total, "active": self.parameters.active},

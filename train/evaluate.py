@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmoe.errors import BadInput, Refused
+from mmoe.errors import BadInput, Refused, did_you_mean
 from mmoe.registry import Registry
 from train.data.base import DataSet, Sample, data_sets
 from train.progress import Progress
 
 RANKS = (1, 5, 10)
+PROBES = 4  # samples that show which metrics a task has
 
 tasks = Registry("task", "train.emoji_retrieval", "data.task=retrieval")
 
@@ -72,6 +73,27 @@ class Task(ABC):
                 bar.update(last)
         if not found:
             raise BadInput("measure a model", "the data has no samples to evaluate on", "data.held_out=0.1")
+
+
+def check_metric(name: str, task: Task, model: Any, data: DataSet) -> None:
+    """Makes sure that a task has the metric whose best checkpoint is kept.
+
+    Args:
+        name: of the metric; with a minus in front less is better.
+        task: that measures.
+        model: in eval mode.
+        data: a few samples.
+
+    Raises:
+        BadInput: it has not, or there is nothing to measure on.
+    """
+    asked, plain = f"keep the model with the best {name!r}", name.removeprefix("-")
+    if not len(data):
+        raise BadInput(asked, "data.held_out is 0: nothing is measured", "run.best=null")
+    with torch.no_grad(), torch.random.fork_rng():
+        metrics = task.measure(model, data)
+    if plain not in metrics:
+        raise BadInput(asked, did_you_mean(plain, metrics), f"run.best={next(iter(metrics))}")
 
 
 def check_fields(task: Task, data: DataSet, option: str) -> None:

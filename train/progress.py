@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -64,7 +65,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
         elif not self.quiet and (now - self._printed > self.every or done == self.total):
-            print(f"{self.name}: {done}/{self.total}  {note}", file=sys.stderr, flush=True)
+            left = timedelta(seconds=round((self.total - done) / rate)) if rate else "unknown"
+            print(f"{self.name}: {done}/{self.total}  {note}  ETA {left}", file=sys.stderr, flush=True)
             self._printed = now
 
     def __exit__(

@@ -30,7 +30,7 @@ from zoo.registry import model_folder
 
 BUNDLED = Path(__file__).parent / "recipes"
 RECIPE = "recipe.yaml"  # in the folder of a run
-_FREE = ("data.path", "data.workers", "data.max_broken", "moe.health.*", "log")
+_FREE = ("data.path", "data.workers", "data.max_broken", "moe.health.*", "log", "scale.processes")
 _FREE += tuple(f"run.{name}" for name in ("best", "keep_last", "log_every", "eval_every", "save_every"))
 
 
@@ -143,14 +143,19 @@ def course(stage: Stage) -> dict[str, Any]:
     return {key: value for key, value in options.items() if not _is_free(key)}
 
 
-def detours(a: Recipe, b: Recipe) -> list[str]:
-    """Differences of two recipes that a run cannot go on with."""
-    names = [f"stages.{stage.name}." for stage in (*a.stages, *b.stages)]
+def detours(a: Recipe, b: Recipe, begun: Collection[str]) -> list[str]:
+    """Differences of two recipes that a run cannot go on with.
+
+    Args:
+        a, b: what it was begun with, and what it is to go on with.
+        begun: names of stages that have weights already; the others may change.
+    """
+    stages = {f"stages.{stage.name}.": stage.name for stage in (*a.stages, *b.stages)}
     found = []
     for told in differences(a, b):
         key = told.partition(":")[0]
-        inner = next((key.removeprefix(name) for name in names if key.startswith(name)), key)
-        if not _is_free(inner):
+        prefix = next((prefix for prefix in stages if key.startswith(prefix)), "")
+        if stages.get(prefix, "") in begun and not _is_free(key.removeprefix(prefix)):
             found.append(told)
     return found
 

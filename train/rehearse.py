@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,19 +12,24 @@ import torch
 from torch import Tensor
 
 import zoo
-from mmoe.errors import BadOverride, UnknownName, did_you_mean
+from mmoe.errors import BadOverride, LoadMismatch, UnknownName, did_you_mean
 from mmoe.moe import moe_layers
 from train import tune
 from train.data import build
-from train.data.base import SPLITS
-from train.evaluate import check_fields, tasks
+from train.data.base import SPLITS, DataSet
+from train.data.loader import Steps, count_steps
+from train.devices import not_here
+from train.evaluate import PROBES, Task, check_fields, check_metric, tasks
 from train.recipe import Recipe
 from train.sections import DataSection, Stage
 from zoo.config import make_config
 from zoo.loading import family_class
+from zoo.model import Model
 from zoo.registry import model_folder
+from zoo.state import load_state
 
 _SAMPLES = 3
+_SMALL = 20_000_000  # parameters of a model that is built only to try something
 _EVALUATED = 16  # samples of a rehearsal's evaluation
 _OPTIMISER_STATE = {"adamw": 2, "sgd": 1, "muon": 1}  # values per trained parameter
 
@@ -37,11 +43,12 @@ def check(recipe: Recipe) -> Iterator[str]:
     Raises:
         MmoeError: something is not.
     """
-    earlier: list[str] = []
+    earlier: dict[str, Stage] = {}
     for stage in recipe.stages:
         name = f"{stage.name}: " if stage.name else ""
-        _check_start(stage, earlier)
-        model, _ = _blank(stage)
+        _check_start(stage, list(earlier))
+        model = _shapes(stage, earlier)
+        _tuned(model, stage)
         yield f"{name}model {stage.model.name}, {_count(model):,} parameters"
         data = {split: build(_without_models(stage.data), split) for split in SPLITS}
         for split, samples in data.items():
@@ -50,11 +57,33 @@ def check(recipe: Recipe) -> Iterator[str]:
             yield f"{name}{split} data {stage.data.name}: {len(samples):,} samples; {shown}"
             yield from (f"{name}{split} data cannot read {one}: {why}" for one, why in samples.broken.items())
         yield from (f"{name}data {note}" for note in data["train"].notes)
-        data["train"].epoch(stage.data.batch_size, 0)
+        _check_steps(stage, data["train"], model, recipe.scale.processes or 1)
         task = tasks.build(stage.data.task or data["eval"].task)
         check_fields(task, data["eval"], "data.task")
+        _check_best(stage, task)
         yield f"{name}task {tasks.name_of(task)}" if len(data["eval"]) else f"{name}nothing is measured"
-        earlier.append(stage.name)
+        earlier[stage.name] = stage
+    yield from not_here(recipe)
+
+
+def _check_steps(stage: Stage, data: DataSet, model: Model, processes: int) -> None:
+    """The stage has a step, and the model trains on such samples."""
+    steps = Steps(data, model, stage.data.batch_size, (stage.run.seed,), 0, processes, stage.run.accumulate)
+    count_steps(stage.run, steps.per_epoch)
+    few = steps.indices(0)[:2]
+    data.batch(few, model, [0] * len(few))
+
+
+def _check_best(stage: Stage, task: Task) -> None:
+    """The task has the metric, tried on a small model of the family: names of metrics do not depend on sizes."""
+    if stage.run.best is None:
+        return
+    section = _short(stage).model
+    if _count(_meta(section.name, section.options)) > _SMALL:
+        return
+    model = zoo.load(section.name, False, device="cpu", **section.options)
+    data = build(_without_models(stage.data.model_copy(update={"limit": PROBES})), "eval")
+    check_metric(stage.run.best, task, model, data)
 
 
 def _check_start(stage: Stage, earlier: list[str]) -> None:
@@ -94,17 +123,51 @@ def _without_models(section: DataSection) -> DataSection:
     return section.model_copy(update={"options": {k: v for k, v in section.options.items() if k != "clusters"}})
 
 
-def _blank(stage: Stage) -> tuple[Any, tune.Chosen]:
-    """The model's shapes, with what is trained; of the most used experts the first ones stand for them."""
-    options = {"router": stage.model.router, "experts": stage.model.experts, **stage.model.overrides}
+def _shapes(stage: Stage, earlier: Mapping[str, Stage]) -> Model:
+    """The model of a stage on the meta device.
+
+    Args:
+        stage: whose model it is.
+        earlier: stages before it.
+
+    Raises:
+        MmoeError: there is no such model, or what the stage begins with has not its weights.
+    """
+    model = _meta(*_origin(stage, earlier))
+    if isinstance(stage.start, str):
+        before = _shapes(earlier[stage.start], earlier) if stage.start in earlier else _meta(stage.start, {})
+        fresh = [f"*{key}.*" for key in ("router", "experts") if getattr(stage.model, key) is not None]
+        try:
+            load_state(model, before.state_dict(), stage.start, allow_missing=fresh)
+        except LoadMismatch as error:
+            asked = f"begin the stage {stage.name!r} with {stage.start!r}"
+            raise LoadMismatch(asked, error.wrong, f"model.overrides as {stage.start!r} has them") from error
+    return model
+
+
+def _origin(stage: Stage, earlier: Mapping[str, Stage]) -> tuple[str, dict[str, Any]]:
+    """Name of the model that a stage's goes back to, and the options that it has by then."""
+    own = {key: value for key, value in stage.model.options.items() if value is not None}
+    if not isinstance(stage.start, str):
+        return stage.model.name, own
+    before = earlier.get(stage.start)
+    name, given = (stage.start, {}) if before is None else _origin(before, earlier)
+    return name, {**given, **own}
+
+
+def _meta(name: str, options: Mapping[str, Any]) -> Model:
     try:
-        model = zoo.load(stage.model.name, False, device="meta", **options)
+        return zoo.load(name, False, device="meta", **options)
     except BadOverride as error:
-        fix = f"model.overrides={{...}} with options that mmoe info {stage.model.name} tells"
+        fix = f"model.overrides={{...}} with options that mmoe info {name} tells"
         raise BadOverride(error.asked, error.wrong, fix) from error
+
+
+def _tuned(model: Model, stage: Stage) -> tuple[Any, tune.Chosen]:
+    """What is trained of a model; of the most used experts the first ones stand for them."""
     tune.check_patterns("change the rate of", stage.optim.factors, model, "optim.factors={'*.router.*': 10}")
     if stage.tune.method == "lora":
-        return tune.add_adapters(model, stage.tune), {}
+        return tune.add_adapters(copy.deepcopy(model), stage.tune), {}
     used = {name: -torch.arange(layer.num_experts) for name, layer in moe_layers(model).items()}
     return model, tune.freeze(model, stage.tune, used)
 
@@ -136,9 +199,11 @@ def rehearse(recipe: Recipe) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         twins = tuple(_short(stage) for stage in recipe.stages)
         run = Run(recipe.model_copy(update={"stages": twins}), Path(folder) / "run", progress=False)
+        earlier: dict[str, Stage] = {}
         for stage, twin in zip(recipe.stages, twins, strict=True):
             name = f"{stage.name}: " if stage.name else ""
-            whole, chosen = _blank(stage)
+            whole, chosen = _tuned(_shapes(stage, earlier), stage)
+            earlier[stage.name] = stage
             yield f"{name}what is trained"
             yield tune.show_table(tune.table(whole, chosen))
             yield f"{name}memory: at least {_memory(whole, stage) / 2**20:,.0f} MB besides activations"

@@ -51,7 +51,8 @@ def measure(
         progress: shows a bar.
 
     Returns:
-        "metrics" by name, and what was measured on what, when and with which versions.
+        "metrics" by name, and what was measured on what, when and with which versions. "trained_on" is the number of
+        samples that the run was trained on too.
     """
     model = str(model) if isinstance(model, Path) else model
     if not isinstance(model, str | Model):
@@ -75,6 +76,7 @@ def measure(
         "data": section.name,
         "task": tasks.name_of(chosen),
         "samples": len(data) - len(data.broken),
+        "trained_on": _trained_on(data, section, recipe),
         "broken": data.broken,
         "metrics": metrics,
         "provenance": {"command": command, "date": date.today().isoformat(), **provenance()},
@@ -132,6 +134,17 @@ def _recipe_of(folder: Path) -> Recipe | None:
             f"measure '{folder}'", f"there is no such folder in {Path.cwd()}", "mmoe eval clip_moe_tiny --on emoji"
         )
     return Recipe.load(folder / RECIPE) if (folder / RECIPE).is_file() else None
+
+
+def _trained_on(data: DataSet, section: DataSection, recipe: Recipe | None) -> int:
+    """Of the samples, those that the run was trained on; 0 where nothing is known of a run."""
+    seen: set[str] = set()
+    for stage in recipe.stages if recipe is not None else ():
+        own = stage.data
+        if own.path is not None and section.path is not None and own.path.resolve() == section.path.resolve():
+            samples = build(own, "train", seed=stage.run.seed)
+            seen |= {samples.name(index) for index in range(len(samples))}
+    return sum(data.name(index) in seen for index in range(len(data)))
 
 
 def _data(on: str | None, recipe: Recipe | None, limit: int | None) -> DataSection:

@@ -43,6 +43,11 @@ class ModelSection(Section):
     experts: str | dict[str, Any] | None = None
     overrides: dict[str, Any] = {}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `zoo.load` is told besides name and weights."""
+        return {"router": self.router, "experts": self.experts, **self.overrides}
+
 
 class TuneSection(Section):
     """What of it is trained.

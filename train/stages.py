@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,11 +30,11 @@ from mmoe.atomic import atomic_path
 from mmoe.errors import BadInput, CorruptFile, LoadMismatch, UnknownName, did_you_mean
 from train import tune
 from train.checkpoint import Checkpoints
-from train.data import DataSet, build
+from train.data import build
 from train.data.base import SPLITS
 from train.devices import check_scale, make_accelerator
 from train.engine import CHECKPOINTS, StageRun
-from train.evaluate import Task, tasks
+from train.evaluate import PROBES, check_metric, tasks
 from train.log import RunLog
 from train.recipe import RECIPE, Recipe, detours
 from train.rehearse import check
@@ -42,7 +43,7 @@ from zoo.model import Model
 from zoo.state import read_json
 
 RESULTS = "results.json"
-_PROBES = 4  # samples that show which metrics a task has
+LOCK = ".lock"  # stays in the folder, so that two runs never lock two files
 
 
 def run(
@@ -97,7 +98,7 @@ class Models:
 
     def _first(self, stage: Stage) -> Model:
         section, start = stage.model, stage.start
-        options = _options(stage)
+        options = section.options
         if isinstance(start, dict):
             models, card = [self.last(name) for name in start["assemble"]], zoo.card(section.name)
             model = models[0].assemble(models, {**card.config, **section.overrides})
@@ -126,7 +127,7 @@ class Models:
         if not (Path(folder) / "adapter_config.json").exists():
             return zoo.load(folder, device="cpu", **options or {})
         (stage,) = (stage for stage in self.recipe.stages if stage.name == name)
-        if options is not None and options != _options(stage):
+        if options is not None and options != stage.model.options:
             asked, wrong = f"change the model of the stage {name!r}", "its adapters fit it as it was trained"
             raise BadInput(asked, wrong, "model.overrides as that stage has them")
         model: Model = tune.load_adapters(self.first(stage), folder, merge=True)
@@ -138,7 +139,8 @@ class Models:
         folder = self.folder(name)
         if not (folder / RESULTS).exists():
             asked = f"use the model of the stage {name!r}" if name else f"use the model of '{self.out}'"
-            fix = f"mmoe train {self.out} --resume" + (f" --stage {name}" if name else "")
+            fix = f"mmoe train {shlex.quote(str(self.out))} --resume" + (f" --stage {name}" if name else "")
+            fix = fix if (self.out / RECIPE).exists() else f"the same command with --stage {name}"
             raise BadInput(asked, f"it is not finished in '{self.out}'" if name else "it is not finished", fix)
         return str(folder / "model")
 
@@ -172,13 +174,21 @@ class Run:
             if not resume:
                 wrong = "it holds a run; --resume goes on with it, another --out begins anew"
                 raise BadInput(f"train in '{self.out}'", wrong, f"mmoe train {told} --resume")
-            changed = detours(Recipe.load(path), self.recipe)
+            changed = detours(Recipe.load(path), self.recipe, self._begun())
             if changed:
                 wrong = "\n".join([*changed, "its weights would not be those of one run; another --out begins anew"])
                 raise BadInput(f"go on with '{self.out}'", wrong, f"mmoe train {told} --resume")
         elif resume:
             wrong = f"it has no {RECIPE}" if self.out.exists() else "there is no such folder"
             raise BadInput(f"go on with '{self.out}'", wrong, "the same command without --resume")
+        elif self.out.is_dir() and any(file.name != LOCK for file in self.out.iterdir()):
+            raise BadInput(f"train in '{self.out}'", "it holds other files", "--out runs/NAME")
+
+    def _begun(self) -> set[str]:
+        """Stages that have weights already."""
+        folders = {stage.name: self.models.folder(stage.name) for stage in self.recipe.stages}
+        written = {name: (folder / RESULTS, folder / CHECKPOINTS) for name, folder in folders.items()}
+        return {name for name, files in written.items() if any(file.exists() for file in files)}
 
     def _claim(self) -> None:
         """Takes the folder for this process and writes the resolved recipe into it."""
@@ -241,8 +251,8 @@ class Run:
         for note in train.notes:
             log.note(note)
         if stage.run.best is not None:
-            few = stage.data.model_copy(update={"limit": _PROBES})
-            check_metric(stage.run.best, task, model, build(few, "eval", self.models.last, seed))
+            few = stage.data.model_copy(update={"limit": PROBES})
+            check_metric(stage.run.best, task, model.eval(), build(few, "eval", self.models.last, seed))
         data = train, held if len(held) else None
         return StageRun(stage, self.recipe.scale, model, data, task, folder, self.accelerator, log, self.progress)
 
@@ -279,7 +289,7 @@ class _Lock:
 
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / ".lock")
+            self._lock = FileLock(folder / LOCK)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             wrong, fix = "another process trains there now", "wait for it, or another --out"
@@ -293,26 +303,6 @@ class _Lock:
             self._lock.release()
 
 
-def check_metric(name: str, task: Task, model: Model, data: DataSet) -> None:
-    """Makes sure that a task has the metric whose best checkpoint is kept.
-
-    Raises:
-        BadInput: it has not, or there is nothing to measure on.
-    """
-    asked, plain = f"keep the model with the best {name!r}", name.removeprefix("-")
-    if not len(data):
-        raise BadInput(asked, "data.held_out is 0: nothing is measured", "run.best=null")
-    with torch.random.fork_rng():
-        metrics = task.measure(model.eval(), data)
-    if plain not in metrics:
-        raise BadInput(asked, did_you_mean(plain, metrics), f"run.best={next(iter(metrics))}")
-
-
-def _options(stage: Stage) -> dict[str, Any]:
-    """What `zoo.load` is told besides name and weights."""
-    return {"router": stage.model.router, "experts": stage.model.experts, **stage.model.overrides}
-
-
 def provenance() -> dict[str, str]:
     """Versions and commit that a run was made with."""
     packages = {
@@ -323,8 +313,7 @@ def provenance() -> dict[str, str]:
 
 def _commit() -> str:
     """The commit of the checkout that this file is in, or nothing."""
-    here = Path(__file__).parent
-    told = subprocess.run(
-        ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return told.stdout.strip()
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

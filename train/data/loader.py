@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmoe.errors import BadInput, MmoeError
 from train.data.base import DataSet
+from train.sections import RunSection
 from zoo.model import Model
 
 
@@ -26,6 +27,22 @@ def seed_of(*parts: object) -> int:
     True
     """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+def count_steps(run: RunSection, per_epoch: int) -> int:
+    """Steps of a stage.
+
+    Args:
+        run: of the recipe.
+        per_epoch: steps of one pass over the data.
+
+    Raises:
+        BadInput: there is none.
+    """
+    steps = run.steps or round((run.epochs or 1) * per_epoch)
+    if not steps:
+        raise BadInput(f"train for {run.epochs:g} epochs", f"one has {per_epoch} steps", "run.steps=1")
+    return steps
 
 
 class Steps(Dataset[tuple[list[dict[str, Tensor]], dict[str, str]]]):

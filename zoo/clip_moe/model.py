@@ -32,7 +32,7 @@ from mmoe.options import check_int
 from mmoe.trace import trace
 from zoo.clip_moe.config import ClipMoEConfig
 from zoo.clip_moe.host import LongTextCLIP, add_experts
-from zoo.clip_moe.loss import contrastive_loss, pooled_balance
+from zoo.clip_moe.loss import contrastive_loss, pooled_balance, world
 from zoo.config import make_config
 from zoo.images import read_image
 from zoo.model import Model, TokenView
@@ -340,6 +340,9 @@ class ClipMoE(Model):
         if not len(text) or len(image) % len(text):
             wrong = "each text has one picture, or as many as every other one"
             raise BadInput(f"a loss of {len(image)} pictures and {len(text)} texts", wrong, "as many texts as pictures")
+        if len(text) * world()[1] == 1:
+            wrong = "a picture is compared with the texts of others, and there are none"
+            raise BadInput("a loss of one picture and its text", wrong, "data.batch_size=2, or more")
         batches = image_features.split(len(text))
         contrast = [contrastive_loss(images, text_features, scale, smoothing) for images in batches]
         losses = {"contrastive": torch.stack(contrast).mean()}
