@@ -173,7 +173,7 @@ def token_lines(record: RoutingRecord, depth: int, width: int = 480) -> Image.Im
 def loads(record: RoutingRecord, depth: int) -> dict[str, Any]:
     """Share of each expert by layer at one depth, {"image 1": (E,), ...}."""
     layers = [record.layer(view, depth) for view in record.views]
-    return {record.names[layer]: record.trace.select(layer)[0].load() for layer in layers}
+    return {record.names[layer]: record.trace.select(layer)[0].use() for layer in layers}
 
 
 def numbers(record: RoutingRecord) -> list[list[Any]]:
@@ -181,7 +181,7 @@ def numbers(record: RoutingRecord) -> list[list[Any]]:
     return [
         [
             record.names[row["layer"]],
-            "  ".join(f"{100 * share:2.0f}" for share in row["load"]),
+            "  ".join(f"{100 * share:2.0f}" for share in row["use"]),
             f"{row['max_over_mean']:.2f}",
             f"{row['entropy']:.2f}",
             ", ".join(map(str, row["dead"])) or "none",

@@ -142,7 +142,8 @@ def load_heatmap(load: Trace | Shares, *, names: Sequence[str] | None = None, ti
     """Layers by experts, with the share printed in percent in each cell.
 
     Args:
-        load: a trace, or a table (L, E) of shares or counts; rows are normalised. NaN marks an expert a layer lacks.
+        load: a trace, whose `use` is drawn, or a table (L, E) of shares or counts; rows are normalised. NaN marks an
+            expert that a layer lacks.
         names: of the layers; those of the trace when None.
         title: of the figure.
 
@@ -174,11 +175,11 @@ def load_heatmap(load: Trace | Shares, *, names: Sequence[str] | None = None, ti
 
 
 def load_bars(load: Routing | Shares | Mapping[str, Shares], *, title: str = "Load per expert") -> Figure:
-    """Share of the used slots that each expert got as bars, with the even share as a line.
+    """How much each expert is used as bars, with the even share as a line.
 
     Args:
-        load: a routing, the (E,) shares or counts of each expert, or several of these by group, such as
-            {"image": ..., "text": ...}. Each is normalised to sum to 1.
+        load: a routing, whose `use` is drawn, the (E,) shares or counts of each expert, or several of these by
+            group, such as {"image": ..., "text": ...}. Each is normalised to sum to 1.
         title: of the figure.
 
     Example:
@@ -189,7 +190,7 @@ def load_bars(load: Routing | Shares | Mapping[str, Shares], *, title: str = "Lo
     from matplotlib.ticker import MaxNLocator
 
     groups: Mapping[str, Any] = load if isinstance(load, Mapping) else {"": load}
-    tables = {name: 100 * _table(v.load() if isinstance(v, Routing) else v) for name, v in groups.items()}
+    tables = {name: 100 * _table(v.use() if isinstance(v, Routing) else v) for name, v in groups.items()}
     if isinstance(load, Trace) or any(len(table) > 1 for table in tables.values()):
         raise BadInput("bars of several layers", "they show one", "load_bars(routing[0]), or load_heatmap(routing)")
     shares = {name: table[0] for name, table in tables.items()}
@@ -364,7 +365,7 @@ def _with_legend(canvas: Picture, ids: NDArray[np.int64], num_experts: int | Non
 def _table(load: Trace | Any) -> NDArray[np.float64]:
     """Shares (L, E) with rows that sum to 1; NaN where a layer has no such expert."""
     if isinstance(load, Trace):
-        table = load.counts().double().numpy()
+        table = load.use().double().numpy()
         for row, name in zip(table, load.layers, strict=True):
             row[load.select(name)[0].num_experts :] = np.nan
     else:

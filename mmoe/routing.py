@@ -140,6 +140,20 @@ class Routing:
         counts = self.counts()
         return counts / counts.sum().clamp(min=1)
 
+    def use(self) -> Tensor:
+        """How much each expert is used, (E,) summing to 1: its load, or where every row uses all, its share of the
+        combine weights.
+
+        >>> ids, weights = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+        >>> Routing(experts=ids, weights=weights, num_experts=2).use().tolist()
+        [0.625, 0.375]
+        """
+        used = self.n_used()
+        if not bool((used[used > 0] == self.num_experts).all()):
+            return self.load()
+        weights = self.dense_weights().sum(0)
+        return weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
     def n_used(self) -> Tensor:
         """Experts used per row, (T,) int64."""
         return (self.experts < self.num_experts).sum(-1)

@@ -93,6 +93,16 @@ class Trace(Sequence[Routing]):
         counts = self.counts()
         return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
+    def use(self) -> Tensor:
+        """How much each layer uses its experts (`Routing.use`), (L, E); layers with fewer experts are filled with 0."""
+        width = max((routing.num_experts for routing in self), default=0)
+        table = torch.zeros(len(self.layers), width)
+        row = {name: i for i, name in enumerate(self.layers)}
+        for name, routing in zip(self.names, self, strict=True):
+            slots = routing.counts().sum().cpu()
+            table[row[name], : routing.num_experts] += slots * routing.use().detach().float().cpu()
+        return table / table.sum(-1, keepdim=True).clamp(min=torch.finfo(table.dtype).tiny)
+
     def entropy(self) -> Tensor:
         """Mean entropy of the router's probabilities per layer in nats, (L,); 0 where no row counts."""
         values: dict[str, list[Tensor]] = {name: [] for name in self.layers}
@@ -102,9 +112,9 @@ class Trace(Sequence[Routing]):
         return torch.stack([row.sum() / max(len(row), 1) for row in rows]) if rows else torch.zeros(0)
 
     def summary(self) -> list[dict[str, Any]]:
-        """Per layer: name, experts, slots per row, load, max/mean load, dead experts and entropy, as plain data."""
+        """Per layer: name, experts, slots per row, load, use, max/mean load, dead experts, entropy, as plain data."""
         rows = []
-        entropy = self.entropy().tolist()
+        entropy, use = self.entropy().tolist(), self.use().tolist()
         for i, name in enumerate(self.layers):
             runs = list(self.select(name))
             num_experts = runs[0].num_experts
@@ -117,6 +127,7 @@ class Trace(Sequence[Routing]):
                     "num_experts": num_experts,
                     "experts_per_token": round(used.sum().item() / max(len(used), 1), 3),
                     "load": [round(share, 4) for share in load.tolist()],
+                    "use": [round(share, 4) for share in use[i][:num_experts]],
                     "max_over_mean": round(load.max().item() * num_experts, 3),
                     "dead": (load == 0).nonzero().flatten().tolist(),
                     "entropy": round(entropy[i], 4),

@@ -26,7 +26,7 @@ from zoo.model import Model
 from zoo.registry import model_folder
 
 _TRACED = 256  # samples that show how the experts are used
-_USE = ("layer", "load", "max_over_mean", "dead", "entropy")
+_USE = ("layer", "load", "use", "max_over_mean", "dead", "entropy")
 
 
 def measure(

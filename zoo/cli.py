@@ -1,22 +1,22 @@
-"""The verbs `mmoe list`, `mmoe info` and `mmoe predict`. torch is imported only by what needs a model."""
+"""The verbs `mmoe list` and `mmoe info`, which import no torch."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mmoe.errors import BadInput, BadOverride, CorruptFile, Refused, UnknownName, did_you_mean, nearest
+from mmoe.errors import BadInput, BadOverride, CorruptFile, UnknownName, did_you_mean, nearest
 from zoo.card import Card, Weights
 from zoo.registry import card, list_parts, model_folder
 from zoo.registry import list_models as find_models
-from zoo.table import columns, metric_tables, routing_table, short, shorten
+from zoo.table import columns, metric_tables, routing_table, short
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -237,118 +237,13 @@ def _paragraph(title: str, text: str) -> str:
     return typer.style(f"{title:<15}", bold=True) + wrapped[15:]
 
 
-def predict(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name, or a folder that a model was saved in.")],
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help="Pictures, then the texts to choose from.")],
-    trace: Annotated[Path | None, typer.Option(help="Write the experts of every token here (JSON).")] = None,
-    heatmap: Annotated[Path | None, typer.Option(help="Draw the load of each layer's experts here.")] = None,
-    overlay: Annotated[
-        Path | None, typer.Option(help="Draw the last layer's experts over the first picture here.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the config; may be repeated.")
-    ] = None,
-    router: Annotated[str | None, typer.Option(metavar="SPEC", help="Another router, such as topk:top_k=1.")] = None,
-    weights: Annotated[str | None, typer.Option(help="A tag, a file, or random.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    as_json: Json = False,
-) -> None:
-    """Run a model on an input and show which experts it used.
-
-    \b
-    mmoe predict clip_moe_tiny fox.png "a fox" "a pizza"
-    mmoe predict clip_moe_tiny fox.png "a fox" "a pizza" --trace routing.json --overlay overlay.png
-    mmoe predict clip_moe_tiny fox.png "a fox" "a pizza" --router topk:top_k=1
-    """
-    given = {"trace": trace, "heatmap": heatmap, "overlay": overlay}
-    files = {kind: path for kind, path in given.items() if path is not None}
-    pictures, labels = _arguments(name, inputs)
-    _check_results(files, {Path(picture).resolve() for picture in pictures})
-    overrides = parse_settings(settings or [])
-    router = router if router is not None else overrides.pop("router", None)
-    for option in sorted({"device", "dtype", "weights", "router", "name", "allow_missing"} & set(overrides)):
-        asked = f"cannot read --set {option}={overrides[option]}"
-        raise BadOverride(asked, "it is one of loading, not of the config", "mmoe predict --help")
-
-    from mmoe.trace import trace as record
-    from zoo import routes
-    from zoo.loading import load
-
-    chosen: bool | str = weights != "random" and (weights if weights is not None else True)
-    model: Any = load(name, chosen, device=device, dtype=dtype, router=router, **overrides)
-    with record(model) as routing:
-        result = model.predict(pictures, labels)
-    if files:
-        views = model.views(model.preprocess(pictures, labels))
-        about = {"model": name, "inputs": list(inputs), "result": result.as_dict()}
-        routes.write(files, routing, views, about, pictures[0], model.preprocessing)
-    report = model.load_report
-    if as_json:
-        told = {"model": name, "weights": report.source if report else "random", "inputs": inputs, **result.as_dict()}
-        told |= {"random_tensors": report.random} if report and report.random else {}
-        paths = {kind: str(path) for kind, path in files.items()}
-        print_json({**told, "routing": routing.summary(), "files": paths})
-        return
-    made_of = str(model.card.lineage.get("weights", "")) if model.card is not None else ""
-    if made_of.startswith("random"):
-        typer.echo(f"note: this model's card says that its weights were {made_of}", err=True)
-    if report is None or report.random:
-        what = f"{report.random} tensors are" if report else "all weights are"
-        typer.echo(f"note: {what} random, so the result means nothing", err=True)
-    for index, picture in enumerate(pictures):
-        rows = [[shorten(label), f"{probability:.1%}"] for label, probability in result.top(10, index)]
-        echo_table([picture, "probability"], rows, right={1})
-        typer.echo()
-    _echo_routing(routing.summary())
-    for kind, path in files.items():
-        typer.echo(f"{kind}: {path}")
-
-
-def _check_results(files: Mapping[str, Path], kept: Collection[Path]) -> None:
-    """Fails before the model is loaded, not after; inputs are kept."""
-    targets = [path.resolve() for path in files.values()]
-    for kind, path in files.items():
-        if path.resolve() in kept or targets.count(path.resolve()) > 1:
-            wrong = "it is an input" if path.resolve() in kept else "two results would go there"
-            raise BadInput(f"cannot write '{path}'", wrong, f"--{kind} another name")
-        if not path.name:
-            raise BadInput(f"cannot write '{path}'", "it names no file", f"--{kind} {kind}.png")
-        known, suffix = _DRAWN.get(kind), path.suffix.lower().removeprefix(".")
-        if known is not None and suffix not in known:
-            fix = f"--{kind} {path.with_suffix('.png').name}"
-            raise BadInput(f"cannot draw to '{path}'", f"the suffix names the format: {', '.join(known)}", fix)
-
-
-def _arguments(name: str, inputs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Pictures and labels, after every check that needs no torch.
-
-    Pictures come first, at least one; what is not named like a picture is a label.
-    """
-    folder = model_folder(name)
-    if not name.startswith("hf-hub:") and (folder is None or (folder / "card.json").is_file()):
-        found, _ = find_card(name)
-        if "zero-shot-classification" not in found.tasks:
-            wrong = f"it does not classify pictures; its tasks are {', '.join(found.tasks)}"
-            raise Refused(f"cannot run {name!r} from the command line", wrong, f"zoo.load({name!r}).predict(...)")
-
-    from zoo.images import read_image
-
-    count = 1
-    while count < len(inputs) and Path(inputs[count]).suffix.lower() in _PICTURES:
-        count += 1
-    pictures, labels = list(inputs[:count]), list(inputs[count:])
-    for picture in pictures:
-        read_image(picture)
-    if not labels or not all(label.strip() for label in labels):
-        wrong = "one label is empty" if labels else "the texts to choose from come after it"
-        fix = f"mmoe predict {name} {pictures[0]} 'a fox' 'a pizza'"
-        raise BadInput(f"cannot compare '{pictures[-1]}' with no text", wrong, fix)
-    return pictures, labels
-
-
-def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+def parse_settings(settings: Sequence[str], option: str = "--set", fix: str = "--set top_k=1") -> dict[str, Any]:
     """Options written KEY=VALUE, the value as YAML.
+
+    Args:
+        settings: as they were given.
+        option: of the command line that they were given by.
+        fix: one that works.
 
     >>> parse_settings(["top_k=1", "route_padding=true", "experts=null"])
     {'top_k': 1, 'route_padding': True, 'experts': None}
@@ -359,30 +254,12 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key.isidentifier():
-            raise BadOverride(f"cannot read --set {setting!r}", "it is written KEY=VALUE", "--set top_k=1")
+            raise BadOverride(f"cannot read {option} {setting!r}", "it is written KEY=VALUE", fix)
         try:
             values[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise BadOverride(f"cannot read --set {setting!r}", str(error).splitlines()[0], "--set top_k=1") from error
+            raise BadOverride(f"cannot read {option} {setting!r}", str(error).splitlines()[0], fix) from error
     return values
-
-
-def _echo_routing(layers: Sequence[Mapping[str, Any]]) -> None:
-    """Experts used per layer; the busiest ones where there are many."""
-    if not layers:
-        typer.echo("no layer has experts")
-        return
-    rows = []
-    for layer in layers[:_MOST_LAYERS]:
-        shares = " ".join(f"{100 * share:3.0f}" for share in layer["load"])
-        if layer["num_experts"] > _MOST_EXPERTS:
-            busiest = sorted(enumerate(layer["load"]), key=lambda pair: -pair[1])[:6]
-            shares = ", ".join(f"{expert}: {100 * share:.0f}" for expert, share in busiest) + ", ..."
-        used = layer["num_experts"] - len(layer["dead"])
-        rows.append([layer["layer"], f"{used} of {layer['num_experts']}", f"{layer['experts_per_token']:g}", shares])
-    echo_table(["layer", "experts used", "per token", "share of each in %"], rows)
-    if len(layers) > _MOST_LAYERS:
-        typer.echo(f"and {len(layers) - _MOST_LAYERS} more layers; --trace FILE has them all")
 
 
 def echo_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> None:

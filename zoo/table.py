@@ -97,7 +97,7 @@ def routing_table(routing: Mapping[str, Any]) -> tuple[str, str]:
             f"{row['max_over_mean']:.2f}",
             ", ".join(map(str, row["dead"])) or "none",
             f"{row['entropy']:.2f}",
-            "  ".join(f"{100 * share:4.1f}" for share in row["load"]),
+            "  ".join(f"{100 * share:4.1f}" for share in row.get("use", row["load"])),
         ]
         for row in routing.get("layers", ())
     ]

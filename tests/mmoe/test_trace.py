@@ -228,6 +228,7 @@ class TestStatistics:
                 "num_experts": 4,
                 "experts_per_token": 1.75,
                 "load": [0.5714, 0.2857, 0.1429, 0.0],
+                "use": [0.5714, 0.2857, 0.1429, 0.0],
                 "max_over_mean": 2.286,
                 "dead": [3],
                 "entropy": 1.3863,
@@ -237,11 +238,26 @@ class TestStatistics:
                 "num_experts": 2,
                 "experts_per_token": 1.0,
                 "load": [0.5, 0.5],
+                "use": [0.5, 0.5],
                 "max_over_mean": 1.0,
                 "dead": [],
                 "entropy": 0.6931,
             },
         ]
+
+    def test_use_of_a_dense_mixture_is_its_share_of_the_weights(self) -> None:
+        """Every token goes to every expert, so that counts say nothing; runs count by their rows."""
+
+        def routing(experts: list[list[int]], weights: list[list[float]]) -> Routing:
+            return Routing(experts=torch.tensor(experts), weights=torch.tensor(weights), num_experts=2)
+
+        trace = Trace()
+        trace.add("a", routing([[0, 1]], [[0.5, 0.5]]))
+        trace.add("a", routing([[0, 1], [0, 1]], [[0.9, 0.1], [0.6, 0.4]]))
+        assert trace.load().tolist() == [[0.5, 0.5]]
+        torch.testing.assert_close(trace.use(), torch.tensor([[2.0, 1.0]]) / 3)
+        sparse = routing([[0, 2], [1, 0]], [[0.3, 0.0], [0.1, 0.9]])
+        torch.testing.assert_close(sparse.use(), torch.tensor([2.0, 1.0]) / 3)
 
     def test_summary_of_nothing_counted_is_plain_numbers(self) -> None:
         moe = layer()

@@ -633,14 +633,42 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_model_that_does_something_else(run: Any, fox: Path, tmp_path: Path) -> None:
-    (tmp_path / "card.json").write_text(json.dumps({**zoo.card(NAME).as_dict(), "tasks": ["segmentation"]}))
+    (tmp_path / "card.json").write_text(json.dumps({**zoo.card(NAME).as_dict(), "tasks": ["captions"]}))
     done = run("predict", tmp_path, fox, "a fox")
     assert (done.code, done.err) == (
         2,
         f"error: cannot run '{tmp_path}' from the command line\n"
-        "  it does not classify pictures; its tasks are segmentation\n"
+        "  its tasks are captions; this runs zero-shot-classification, quality, segmentation\n"
         f"  try: zoo.load('{tmp_path}').predict(...)\n",
     )
+
+
+def test_texts_for_a_model_that_takes_none(run: Any, fox: Path, tmp_path: Path) -> None:
+    (tmp_path / "card.json").write_text(json.dumps({**zoo.card(NAME).as_dict(), "tasks": ["segmentation"]}))
+    done = run("predict", tmp_path, fox, "a fox")
+    assert (done.code, done.err) == (
+        2,
+        f"error: cannot show 'a fox' to {tmp_path}\n"
+        "  it takes no texts, and what has no ending of a picture is one\n"
+        f"  try: mmoe predict {tmp_path} {fox}\n",
+    )
+
+
+def test_inputs_that_a_model_does_not_take(run: Any, fox: Path, tmp_path: Path) -> None:
+    done = run("predict", NAME, fox, "a fox", "--with", "templat=a {}")
+    wrong = "error: no input 'templat' of ClipMoE\n  did you mean: template\n  try: mmoe predict --help\n"
+    assert (done.code, done.err) == (2, wrong)
+    done = run("predict", NAME, fox, "a fox", "--out", tmp_path / "mask.png")
+    assert (done.code, done.err.splitlines()[1]) == (2, "  clip_moe_tiny draws no mask")
+    assert not (tmp_path / "mask.png").exists()
+
+
+def test_other_inputs_of_a_model(run: Any, fox: Path) -> None:
+    plain, asked = (
+        run("predict", NAME, fox, "fox", "pizza", "--json", *words).json
+        for words in ([], ["--with", "template=the {}"])
+    )
+    assert asked["template"] == "the {}" and asked["cosines"] != plain["cosines"]
 
 
 @pytest.mark.parametrize("verb", ["list", "info", "predict"])

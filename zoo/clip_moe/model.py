@@ -36,6 +36,7 @@ from zoo.clip_moe.loss import contrastive_loss, pooled_balance, world
 from zoo.config import make_config
 from zoo.images import read_image
 from zoo.model import Model, TokenView
+from zoo.table import shorten
 
 BYTE_TOKENS, SPECIAL_TOKENS = 512, 2
 _PREDICT = "model.predict('fox.png', ['a fox', 'a dog'])"
@@ -85,6 +86,10 @@ class Classification:
         check_int("picture", picture, 0, len(self.probs) - 1)
         best = self.probs[picture].topk(min(k, len(self.labels)))
         return [(self.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+    def table(self, picture: int = 0) -> tuple[list[str], list[list[str]]]:
+        """Header and rows that show one picture's best labels."""
+        return ["probability"], [[shorten(label), f"{probability:.1%}"] for label, probability in self.top(10, picture)]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
