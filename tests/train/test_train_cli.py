@@ -92,7 +92,7 @@ def test_files_of_packages_are_fetched(capsys, packaged):
     code, _, err = run(capsys, "train", "tiny.yaml")
     assert code == 2 and err.splitlines() == [
         "error: read the data 'pairs'",
-        "  not on this machine yet: photo.jpg of pretend_weights==1.0, names.txt of pretend_weights==1.0",
+        "  not on this machine yet: photo.jpg, names.txt of pretend_weights==1.0",
         "  try: mmoe recipe fetch pairs",
     ]
     code, out, err = run(capsys, "recipe", "fetch", "tiny.yaml")
@@ -115,6 +115,18 @@ def test_the_options_of_a_data_set_say_which_files(capsys, packaged):
     code, out, _ = run(capsys, *error.value.fix.split()[1:])
     assert code == 0 and out.endswith("pairs:tags=True: 1 file, 0.1 MB, on this machine\n")
     check_files("pairs", {"tags": True})
+
+
+def test_many_missing_files_are_told_by_package(monkeypatch, folder):
+    monkeypatch.setenv("MMOE_HOME", str(folder / "home"))
+    files = [PackagedFile(source=f"apt:photos{n % 2}/{n}.jpg", sha256="00") for n in range(9)]
+    monkeypatch.setattr(data_sets.get("pairs"), "files", classmethod(lambda cls, options: tuple(files)))
+    with pytest.raises(BadInput) as error:
+        check_files("pairs", {})
+    assert error.value.wrong.splitlines() == [
+        "not on this machine yet: 0.jpg, 2.jpg, 4.jpg and 2 more of photos0",
+        "not on this machine yet: 1.jpg, 3.jpg, 5.jpg and 1 more of photos1",
+    ]
 
 
 def test_nothing_to_fetch(capsys):

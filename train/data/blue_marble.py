@@ -33,7 +33,7 @@ HEIGHTS = ("deep sea", "shelf sea", "lowland", "plain", "upland", "highland", "s
 NOWHERE = 255
 PARTS = ("train", "validation", "test")
 SHIFTS = ("none", "season", "haze", "relief")
-VIEWS = ("climate", "heights", "masked")
+VIEWS = {"climate": CLASSES, "heights": HEIGHTS, "masked": ("seen", "hidden")}
 TILES = (48, 64, 96, 192)
 BLOCK, PATCH = 192, 8
 COLUMNS = {"target": range(216, 2328, BLOCK), "source": range(2328, 5400, BLOCK)}  # from 165.6 W and from 24.8 W
@@ -235,6 +235,9 @@ class BlueMarble(DataSet):
         tile: pixels per side: 48, 64, 96 or 192.
         hidden: share of the patches that are 1 with the view "masked".
         limit: uses so many tiles.
+
+    Attributes:
+        classes: names of the numbers in "mask".
     """
 
     fields = ("image", "mask", "group")
@@ -262,6 +265,7 @@ class BlueMarble(DataSet):
             raise BadOverride(f"tile={tile!r}", f"tile is one of {', '.join(map(str, TILES))}", "tile=96")
         check_float("hidden", hidden, above=0, below=1, usual=0.75)
         self.shift, self.view, self.size, self.hidden = shift, view, tile, hidden
+        self.classes = VIEWS[view]
         self.tiles = tiles(region, "train" if split == "train" else part, tile)[:limit]
         self._pixels = pictures("relief" if shift == "relief" else "picture")
         self._labels = {"climate": climates, "heights": heights}.get(view, climates)()
