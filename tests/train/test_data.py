@@ -194,7 +194,7 @@ def test_wrong_names_and_options(tmp_path):
         load("pair", tmp_path)
     with pytest.raises(BadOverride, match=r"did you mean: strength"):
         load("emoji", None, options={"strenght": 1})
-    with pytest.raises(BadInput, match="it is bundled"):
+    with pytest.raises(BadInput, match="its files are its own"):
         load("emoji", tmp_path)
 
 

