@@ -19,7 +19,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmoe.errors import BadInput, BadOverride
+from mmoe.errors import BadInput, BadOverride, LoadMismatch
 from mmoe.moe import with_context
 from mmoe.options import check_float, check_int
 from mmoe.routing import Context
@@ -158,9 +158,14 @@ class CLIPHost(CLIP):
         """Texts (B, N) cut behind the last end token of the batch, or as they are when padding is routed."""
         return text if self.route_padding else text[:, : int(text.argmax(-1).max()) + 1]
 
+    def grid(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of the patches of pictures (B, 3, H, W)."""
+        (height, width), (rows, columns) = image.shape[-2:], self.visual.patch_size
+        return height // rows, width // columns
+
     def image_context(self, image: Tensor) -> Context:
         """What the routers of the image tower are told about pictures (B, 3, H, W)."""
-        rows, columns = (size // patch for size, patch in zip(image.shape[-2:], self.visual.patch_size, strict=True))
+        rows, columns = self.grid(image)
         return Context(group_ids=sample_ids(len(image), 1 + rows * columns, image.device))
 
     def _embed_text(self, text: Tensor) -> tuple[Tensor, Tensor, Context]:
@@ -241,6 +246,50 @@ class CLIPHost(CLIP):
             features = self._pool_text(x, text)  # (B, C)
             output["text_features"] = F.normalize(features, dim=-1) if normalize else features
         return output
+
+
+TOWERS = {"vision": "visual.transformer.resblocks", "text": "transformer.resblocks"}
+
+
+def sizes_of(state: Mapping[str, Tensor], family: str) -> dict[str, Any]:
+    """Sizes that a CLIP's tensors show, as options of `CLIPSizes`.
+
+    Args:
+        state: under OpenAI's names; blocks may have experts besides an MLP, or in its place.
+        family: for messages.
+
+    Raises:
+        LoadMismatch: it is no state dict of a CLIP with a plain ViT.
+
+    >>> sizes_of(CLIPHost(CLIPSizes(vision_layers=3, text_layers=2), route_padding=True).state_dict(), "a clip")[
+    ...     "vision_layers"
+    ... ]
+    3
+    """
+    asked, fix = f"convert this checkpoint to {family}", "give the state dict of a CLIP with a ViT"
+    try:
+        conv, positions = state["visual.conv1.weight"], state["visual.positional_embedding"]
+        texts, projection = state["positional_embedding"], state["text_projection"]
+        vocabulary = state["token_embedding.weight"]
+    except KeyError as error:
+        raise LoadMismatch(asked, f"it has no {error}", fix) from error
+    found: dict[str, Any] = {
+        "embed_dim": projection.shape[1],
+        "patch_size": conv.shape[-1],
+        "image_size": math.isqrt(len(positions) - 1) * conv.shape[-1],
+        "vision_width": conv.shape[0],
+        "text_width": projection.shape[0],
+        "vocab_size": len(vocabulary),
+        "context_length": len(texts),
+    }
+    for tower, prefix in TOWERS.items():
+        own = [name for name in state if name.startswith(f"{prefix}.")]
+        up = [state[name].shape for name in own if name.endswith("c_fc.weight")]
+        if not up:
+            raise LoadMismatch(asked, f"it has no block in {prefix}", fix)
+        found[f"{tower}_layers"] = sum(name.endswith(".ln_1.weight") for name in own)
+        found[f"{tower}_mlp_ratio"] = float(up[0][0] / up[0][1])
+    return found
 
 
 def sample_ids(samples: int, length: int, device: torch.device) -> Tensor:
