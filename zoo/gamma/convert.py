@@ -72,10 +72,18 @@ def from_original(state: Mapping[str, Any]) -> tuple[GammaConfig, State]:
     missing = [name for name in _HEAD.values() if name not in given]
     if missing:
         raise LoadMismatch(_ASKED, f"it has no {', '.join(missing)}", "give the whole state dict")
-    config = _infer(given)
+    return _infer(given), convert_names(given)
+
+
+def convert_names(state: Mapping[str, Tensor]) -> State:
+    """Tensors of any part of the model under our names, the experts of each block packed.
+
+    Raises:
+        LoadMismatch: an expert of a block is missing.
+    """
     converted: State = {}
     experts: dict[str, dict[int, Tensor]] = {}
-    for name, value in given.items():
+    for name, value in state.items():
         found = _EXPERT.fullmatch(name)
         if found is None:
             converted[_ours(name)] = value.float()
@@ -83,11 +91,13 @@ def from_original(state: Mapping[str, Any]) -> tuple[GammaConfig, State]:
             packed = next(ours for ours, theirs in _EXPERTS.items() if theirs == found[3])
             experts.setdefault(f"{_ours(found[1])}.experts.{packed}", {})[int(found[2])] = value
     for name, parts in experts.items():
-        if sorted(parts) != list(range(config.num_experts)):
-            wrong = f"{name} has experts {sorted(parts)} of {config.num_experts}"
+        gate = converted.get(f"{name.rpartition('.experts.')[0]}.router.weight")
+        count = max(parts) + 1 if gate is None else len(gate)
+        if sorted(parts) != list(range(count)):
+            wrong = f"{name} has experts {sorted(parts)} of {count}"
             raise LoadMismatch(_ASKED, wrong, "give the whole state dict")
-        converted[name] = torch.stack([parts[e] for e in range(config.num_experts)]).float()
-    return config, converted
+        converted[name] = torch.stack([parts[e] for e in range(count)]).float()
+    return converted
 
 
 def to_original(state: Mapping[str, Tensor]) -> State:
