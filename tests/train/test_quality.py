@@ -13,8 +13,8 @@ from train.quality import SCALES, OpinionScale, agreement, fit_logistic, rmse
 
 def bent(count: int = 40) -> tuple[np.ndarray, np.ndarray]:
     """Scores, and opinions that rise with them along a logistic curve."""
-    x = np.linspace(-1, 1, count)
-    return x, 3 / (1 + np.exp(-(x - 0.2) / 0.1)) + 1
+    x = np.linspace(0, 1, count)
+    return x, 3 / (1 + np.exp(-(x - 0.6) / 0.05)) + 1
 
 
 def test_a_curve_takes_out_what_is_not_linear() -> None:
