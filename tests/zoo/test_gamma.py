@@ -576,11 +576,15 @@ def test_options_that_cannot_be(options: dict[str, Any], lines: str) -> None:
     assert lines in str(error.value)
 
 
-def test_another_router() -> None:
+def test_another_router(tmp_path: Path) -> None:
     model = build(router="topk:top_k=1", num_experts=4)
     with mmoe.trace(model) as routing:
         model.predict(picture())
     assert {run.experts.shape[1] for run in routing} == {1} and routing[0].num_experts == 4
+    again = zoo.load(model.save(tmp_path / "a"), device="cpu")
+    assert float(again.predict(picture(), "face")) == float(model.predict(picture(), "face"))
+    swapped = zoo.load(tmp_path / "a", router="topk:top_k=2", device="cpu")
+    assert {layer.router.top_k for layer in moe_layers(swapped).values()} == {2}
 
 
 # ---- routing ----
