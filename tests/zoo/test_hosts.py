@@ -9,8 +9,8 @@ import pytest
 import torch
 from open_clip.model import CLIP
 
-from mmoe.errors import BadInput, BadOverride
-from zoo.hosts.clip import CLIPHost, CLIPSizes, check_colour, check_pictures, make_tokenizer
+from mmoe.errors import BadInput, BadOverride, LoadMismatch
+from zoo.hosts.clip import CLIPHost, CLIPSizes, check_colour, check_pictures, make_tokenizer, sizes_of
 
 TINY: dict[str, Any] = {
     "embed_dim": 16,
@@ -56,6 +56,18 @@ def test_sizes_that_cannot_be(options: dict[str, Any], lines: str) -> None:
     with pytest.raises(BadOverride) as error:
         CLIPSizes(**{**TINY, **options})
     assert lines in str(error.value)
+
+
+def test_sizes_are_read_from_tensors() -> None:
+    sizes = CLIPSizes(**{**TINY, "text_layers": 3, "vision_mlp_ratio": 2.0})
+    state = CLIPHost(sizes, route_padding=True).state_dict()
+    found = sizes_of(state, "a test")
+    assert {name: getattr(sizes, name) for name in found} == found
+    assert {*TINY, "vision_mlp_ratio", "text_mlp_ratio"} - {"text_heads"} == set(found)
+    with pytest.raises(LoadMismatch, match="convert this checkpoint to a test\n  it has no 'text_projection'"):
+        sizes_of({name: value for name, value in state.items() if name != "text_projection"}, "a test")
+    with pytest.raises(LoadMismatch, match=r"it has no block in visual\.transformer\.resblocks"):
+        sizes_of({n: v for n, v in state.items() if not n.startswith("visual.transformer")}, "a test")
 
 
 def test_checks_of_inputs() -> None:
