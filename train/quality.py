@@ -113,7 +113,7 @@ def fit_logistic(
     try:
         with warnings.catch_warnings(), np.errstate(over="ignore"):
             warnings.simplefilter("ignore", OptimizeWarning)
-            parameters, _ = curve_fit(function, x, y, p0=start(x, y))
+            parameters, _ = curve_fit(function, x, y, p0=start(x, y), maxfev=20_000)
     except (RuntimeError, TypeError, ValueError):  # no convergence, fewer points than parameters, values of infinity
         return None
     with np.errstate(over="ignore"):
