@@ -52,6 +52,8 @@ _HOME = {
     "build_router": "registry",
     "list_experts": "registry",
     "list_routers": "registry",
+    "LearnedScale": "scale",
+    "add_side_experts": "surgery",
     "sites": "surgery",
     "upcycle": "surgery",
     "MmoeError": "errors",

@@ -97,6 +97,11 @@ class MoE(nn.Module):
         """E."""
         return self.router.num_experts
 
+    @property
+    def observed(self) -> bool:
+        """Whether `trace`, `with_context` or `override` act on it now, so that its output is not its own alone."""
+        return bool(self._recorders) or self._context is not None or self._override is not None
+
     def route(self, x: Tensor, context: Context | None = None, state: Any = None) -> Routing:
         """Routes rows (T, D) without running experts; listeners hear of it and overrides apply."""
         return self._route(x, context, state, self._override)

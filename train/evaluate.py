@@ -20,6 +20,7 @@ from mmoe.errors import BadInput, Refused, did_you_mean
 from mmoe.registry import Registry
 from train.data.base import DataSet, Sample, data_sets
 from train.progress import Progress
+from train.quality import agreement
 
 RANKS = (1, 5, 10)
 PROBES = 4  # samples that show which metrics a task has
@@ -249,29 +250,21 @@ class _Answers(Task):
 
 @tasks.register("quality")
 class Quality(_Answers):
-    """Rank (SRCC) and linear (PLCC) correlation of predicted scores with opinions of people."""
+    """Rank (SRCC, KRCC) and linear (PLCC) correlation of predicted scores with opinions, also behind a fitted curve.
+
+    Samples may say their "scene".
+    """
 
     fields = ("image", "score")
 
+    def answers(self, model: Any, sample: Sample) -> list[tuple[Any, Any]]:
+        """The model's score, of the sample's scene where it has one, and the opinion."""
+        scene = {"scene": sample["scene"]} if "scene" in sample else {}
+        return [(model.predict(image=sample["image"], **scene), sample["score"])]
+
     def score(self, said: Sequence[Any], given: Sequence[Any]) -> dict[str, float]:
-        """Both correlations, -1 to 1; 0 where all answers are the same."""
-        return correlations([float(one) for one in said], [float(one) for one in given])
-
-
-def correlations(predicted: Sequence[float], given: Sequence[float]) -> dict[str, float]:
-    """SRCC and PLCC, -1 to 1; 0 where one side does not vary.
-
-    >>> correlations([1.0, 2.0, 4.0], [1.0, 2.0, 3.0])["SRCC"]
-    1.0
-    """
-    from scipy.stats import pearsonr, spearmanr
-
-    if not np.isfinite([*predicted, *given]).all():
-        raise BadInput("correlate scores", "some are no numbers", "a model whose training did not diverge")
-    if len(set(predicted)) < 2 or len(set(given)) < 2:
-        return {"SRCC": 0.0, "PLCC": 0.0}
-    srcc, plcc = spearmanr(predicted, given).statistic, pearsonr(predicted, given).statistic
-    return {"SRCC": round(float(srcc), 4), "PLCC": round(float(plcc), 4)}
+        """See `train.quality.agreement`."""
+        return agreement([float(one) for one in said], [float(one) for one in given])
 
 
 @tasks.register("segmentation")

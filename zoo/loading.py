@@ -71,8 +71,10 @@ def load(
     """
     origin = _find(str(name))
     swapped = {key: spec for key, spec in (("router", router), ("experts", experts)) if spec is not None}
-    values = _with_one_top_k({**origin.config, **overrides, **swapped}, overrides, swapped)
-    config: Any = make_config(origin.model_class.config_class, values, origin.label)
+    config_class, values = origin.model_class.config_class, {**origin.config, **overrides, **swapped}
+    if hasattr(config_class, "top_k"):
+        values = _with_one_top_k(values, overrides, swapped)
+    config: Any = make_config(config_class, values, origin.label)
     device, dtype = pick_device(device), pick_dtype(dtype)
     if not isinstance(weights, (bool, str, Path)):
         raise BadOverride(f"weights={weights!r}", "it is True, False, a tag or a file", f"zoo.load({str(name)!r})")

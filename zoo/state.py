@@ -24,7 +24,7 @@ State: TypeAlias = "dict[str, Tensor]"
 
 
 def read_state(path: Path) -> State:
-    """Tensors of a .safetensors file or a torch checkpoint (a bare state dict, or one under "state_dict" or "model").
+    """Tensors of a .safetensors file or a torch checkpoint: a bare state dict, or one under a usual name.
 
     A torch checkpoint is read as data only: whatever would run code is refused.
 
@@ -43,7 +43,7 @@ def read_state(path: Path) -> State:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file can raise anything
         raise CorruptFile(damaged, *_why_unreadable(path, error)) from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model", "params"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)

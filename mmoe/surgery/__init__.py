@@ -1,5 +1,6 @@
 """Surgery: conversions of trained models, one file per conversion, all written against the `Site` view of a host."""
 
+from mmoe.surgery.side_experts import add_side_experts
 from mmoe.surgery.site import (
     ExpertWeights,
     HostedMoE,
@@ -9,15 +10,17 @@ from mmoe.surgery.site import (
     refused_sites,
     sites,
 )
-from mmoe.surgery.upcycle import UpcycledSite, UpcycleReport, upcycle
+from mmoe.surgery.swap import SwappedSite, SwapReport
+from mmoe.surgery.upcycle import upcycle
 
 __all__ = [
     "ExpertWeights",
     "HostedMoE",
     "RouterWeights",
     "Site",
-    "UpcycleReport",
-    "UpcycledSite",
+    "SwapReport",
+    "SwappedSite",
+    "add_side_experts",
     "get_site",
     "refused_sites",
     "sites",

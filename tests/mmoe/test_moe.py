@@ -140,6 +140,21 @@ def flat(shape: tuple[int, ...], **given: Tensor) -> Tensor:
     return found
 
 
+class TestObserved:
+    def test_while_something_acts_on_a_layer(self) -> None:
+        layer = mmoe.MoE(mmoe.TopKRouter(8, 4), mmoe.FFNExperts(8, 16, 4))
+        around = (
+            mmoe.trace(layer),
+            mmoe.override(layer, mmoe.switch_off([0])),
+            mmoe.with_context(layer, mmoe.Context(valid=torch.ones(3, dtype=torch.bool))),
+        )
+        for one in around:
+            assert not layer.observed
+            with one:
+                assert layer.observed
+        assert not layer.observed
+
+
 class TestFlatten:
     @pytest.mark.parametrize(
         ("shape", "field"),

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import mmoe
 from mmoe.surgery import HostedMoE
 from zoo.clip_moe.convert import from_original, pack_block, stretch_positions, to_original, upcycle
-from zoo.clip_moe.model import ClipMoE, make_tokenizer
+from zoo.clip_moe.model import ClipMoE
+from zoo.hosts.clip import make_tokenizer
 
 FAMILY = "clip_moe"
 

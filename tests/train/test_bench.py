@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import mmoe
+import zoo
 from mmoe.cli import main
 from mmoe.errors import MmoeError
-from train.bench import layer, peers, pictures, scaling
+from train.bench import gamma, layer, peers, pictures, scaling
 from train.bench.peers import Cell
 
 CELL = Cell(16, 32, 24, 4, 2)
@@ -242,6 +244,49 @@ def test_a_sweep_over_a_model(capsys, tmp_path, monkeypatch):
 def test_options_without_a_meaning(words, wrong, capsys):
     assert main(["bench", *words]) == 2
     assert wrong in capsys.readouterr().err
+
+
+GAMMA = {"embed_dim": 16, "image_size": 32, "patch_size": 16, "vision_width": 64, "vision_layers": 2, "text_width": 64}
+GAMMA |= {"text_layers": 2, "vocab_size": 600, "context_length": 16, "first_layer": 1}
+
+
+@pytest.fixture
+def small_gamma(tmp_path):
+    from zoo.gamma.model import Gamma, GammaConfig
+
+    return lambda **options: str(Gamma(GammaConfig(**{**GAMMA, **options})).save(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gamma_beside_a_loop_over_its_experts(small_gamma, capsys, dtype):
+    words = ["bench", "gamma", small_gamma(), "--dtype", dtype, "--batch", "2", "--seconds", "0", "--threads", "1"]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    for kind in ("forward", "forward + backward"):
+        ms = told[kind]
+        assert ms["ratio"] == pytest.approx(ms["loop_ms"] / ms["mmoe_ms"], rel=0.01) and ms["mmoe_ms"] > 0
+    assert main(words) == 0
+    assert "forward + backward: " in capsys.readouterr().out
+
+
+def test_the_loop_over_experts_has_the_same_weights_and_is_checked(small_gamma):
+    model = zoo.load(small_gamma(), device="cpu")
+    tower = model.clip.visual
+    loops = gamma.with_loops(tower)
+    assert {id(p) for p in loops.parameters()} == {id(p) for p in tower.parameters()}
+    assert len(mmoe.moe_layers(tower)) == 1, "the model itself keeps its mixtures"
+    image = torch.randn(1, 3, 32, 32)
+    gamma._check_agreement({"mmoe": tower, "loop": loops}, image)
+    other = gamma.with_loops(tower)
+    other.ln_post = torch.nn.Identity()
+    with pytest.raises(MmoeError, match="the tower with loops computes something else"):
+        gamma._check_agreement({"mmoe": tower, "loop": other}, image)
+
+
+def test_what_cannot_be_compared_with_a_loop(small_gamma, capsys):
+    for name in (small_gamma(router="topk:top_k=1"), "clip_moe_tiny"):
+        assert main(["bench", "gamma", name, "--seconds", "0"]) == 2
+        assert "it is no Gamma whose routers weigh all experts by a softmax" in capsys.readouterr().err
 
 
 def test_the_engine_beside_a_bare_loop(capsys):

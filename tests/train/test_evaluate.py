@@ -10,7 +10,7 @@ from PIL import Image
 import zoo
 from mmoe.errors import BadInput, Refused
 from train.data.base import DataSet
-from train.evaluate import correlations, features, overlap, recall, tasks
+from train.evaluate import features, overlap, recall, tasks
 
 
 class Listed(DataSet):
@@ -172,9 +172,17 @@ def test_features_are_those_of_the_model():
 
 def test_quality():
     samples = [{"image": None, "score": score} for score in (1.0, 2.0, 3.0, 4.0)]
-    found = tasks.build("quality").measure(Says(10, 20, 40, 30), Listed(samples))
-    assert found == {"SRCC": 0.8, "PLCC": 0.8}
-    assert correlations([1, 1], [1, 2]) == {"SRCC": 0.0, "PLCC": 0.0}
+    model = Says(10, 20, 40, 30)
+    found = tasks.build("quality").measure(model, Listed(samples))
+    assert {name: found[name] for name in ("SRCC", "PLCC", "KRCC")} == {"SRCC": 0.8, "PLCC": 0.8, "KRCC": 0.6667}
+    assert model.asked == [{"image": None}] * 4
+
+
+def test_quality_tells_the_model_the_scene_of_a_sample():
+    samples = [{"image": None, "score": score, "scene": f"s{score}"} for score in (1.0, 2.0)]
+    model = Says(1, 2)
+    tasks.build("quality").measure(model, Listed(samples))
+    assert [asked["scene"] for asked in model.asked] == ["s1.0", "s2.0"]
 
 
 def test_segmentation_leaves_255_out():
@@ -198,8 +206,9 @@ def test_masks_that_cannot_be_compared(answer, mask, told):
 
 
 def test_what_cannot_be_scored_is_told():
+    samples = [{"image": None, "score": 1.0}, {"image": None, "score": 2.0}]
     with pytest.raises(BadInput, match="some are no numbers"):
-        correlations([1.0, float("nan")], [1.0, 2.0])
+        tasks.build("quality").measure(Says(1.0, float("nan")), Listed(samples))
     samples = [{"image": picture(255, 0, 0), "label": 0}]
     with pytest.raises(BadInput, match="tell classes apart"):
         tasks.build("zero_shot").measure(Colours(), Listed(samples, classes=["red"]))

@@ -32,7 +32,7 @@ from zoo.clip_moe.convert import (
     to_original,
     upcycle,
 )
-from zoo.clip_moe.model import ClipMoE, ClipMoEConfig, make_tokenizer
+from zoo.clip_moe.model import ClipMoE, ClipMoEConfig
 
 LABELS = ["a fox", "a pizza", "a guitar"]
 
@@ -154,36 +154,6 @@ def test_inputs_that_cannot_be_used(images: Any, labels: Any, template: str, lin
 
 
 # ---- texts ----
-
-
-def test_the_whole_vocabulary_is_open_clips() -> None:
-    theirs, ours = open_clip.SimpleTokenizer(context_length=77), make_tokenizer(49408, 77)
-    texts = ["a fox", "Ein Füchslein, 狐狸 & 🦊!", ""]
-    assert ours(texts).equal(theirs(texts))
-
-
-@pytest.mark.parametrize("size", [514, 600, 4096])
-def test_a_reduced_vocabulary(size: int) -> None:
-    tokenizer = make_tokenizer(size, 64)
-    texts = ["a red fox jumps over the lazy dog", "Ein Füchslein, 狐狸 & 🦊!"]
-    ids = tokenizer(texts)
-    assert ids.shape == (2, 64) and int(ids.max()) == size - 1
-    assert (tokenizer.sot_token_id, tokenizer.eot_token_id) == (size - 2, size - 1)
-    assert ids[:, 0].tolist() == [size - 2] * 2
-    for text, row in zip(texts, ids.tolist(), strict=True):
-        inside = row[1 : row.index(size - 1)]
-        assert "".join(tokenizer.decode(inside).split()) == "".join(text.lower().split()), "nothing gets lost"
-
-
-def test_fewer_merges_give_more_tokens() -> None:
-    lengths = [int((make_tokenizer(size, 64)(["a photograph of a guitar"]) > 0).sum()) for size in (514, 4096, 49408)]
-    assert lengths[0] > lengths[1] > lengths[2]
-
-
-@pytest.mark.parametrize("size", [513, 49409, 0])
-def test_a_vocabulary_that_cannot_be(size: int) -> None:
-    with pytest.raises(BadInput, match=f"no tokenizer with {size} entries\n  it can have 514 to 49408"):
-        make_tokenizer(size, 8)
 
 
 def test_long_texts_are_cut_and_end_in_the_end_token(tiny: Any) -> None:

@@ -71,7 +71,7 @@ def state() -> dict[str, torch.Tensor]:
     return {"a": torch.arange(600.0), "b.weight": torch.ones(2, 3)}
 
 
-@pytest.mark.parametrize("wrapped", ["", "state_dict", "model"])
+@pytest.mark.parametrize("wrapped", ["", "state_dict", "model", "params"])
 @pytest.mark.parametrize("old_format", [False, True])
 def test_torch_checkpoints(tmp_path: Path, wrapped: str, old_format: bool) -> None:
     saved: Any = {f"module.{name}": value for name, value in state().items()}

@@ -1,4 +1,4 @@
-"""The verb `mmoe bench`: layer, scaling, model, and pictures of what they measured."""
+"""The verb `mmoe bench`: layer, scaling, model, gamma, train, and pictures of what they measured."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def both(context: typer.Context) -> None:
     mmoe bench layer --json     the whole grid, half an hour
     mmoe bench scaling          over experts and over rows
     mmoe bench model clip_moe_tiny --sweep top_k=1,2,4
+    mmoe bench gamma            side experts against a plain loop
     """
     if context.invoked_subcommand is None:
         layer(quick=True)
@@ -234,6 +235,39 @@ def model(
         from train.bench.pictures import draw_sweep
 
         draw_sweep(rows, key, plot)
+
+
+@app.command()
+def gamma(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model of the family gamma.")] = "gamma_vit_b16",
+    batch: Annotated[int, typer.Option(min=1, help="Crops in a batch.")] = 4,
+    dtype: DType = "fp32",
+    seconds: Seconds = 20.0,
+    threads: Threads = 2,
+    as_json: Json = False,
+) -> None:
+    """Time Gamma's image tower beside the same tower with a plain loop over the experts.
+
+    \b
+    mmoe bench gamma
+    mmoe bench gamma --batch 16 --dtype bf16
+    """
+    from zoo.loading import pick_dtype
+
+    pick_dtype(dtype)
+    import torch
+
+    from train.bench.gamma import LOOP, OURS, measure
+
+    torch.set_num_threads(threads)
+    found = measure(name, batch, dtype, seconds)
+    if as_json:
+        print(json.dumps({"threads": threads, **found}, indent=1))
+        return
+    print(f"{name}, image tower, {batch} crops, {dtype}, {threads} thread{'s' * (threads > 1)}")
+    for kind in ("forward", "forward + backward"):
+        ours, loop, ratio = (found[kind][key] for key in (f"{OURS}_ms", f"{LOOP}_ms", "ratio"))
+        print(f"  {kind}: {ours:.1f} ms, loop over experts {loop:.1f} ms, ratio {ratio:.2f}")
 
 
 @app.command()

@@ -56,8 +56,8 @@ def measure(
     return found
 
 
-def load(name: str, dtype: str, overrides: Mapping[str, Any]) -> Any:
-    """The model on the CPU.
+def load(name: str, dtype: str, overrides: Mapping[str, Any], weights: bool = True) -> Any:
+    """The model on the CPU, its weights random where they are not wanted.
 
     Raises:
         BadOverride: its config has no such option.
@@ -65,7 +65,7 @@ def load(name: str, dtype: str, overrides: Mapping[str, Any]) -> Any:
     others = inspect.signature(zoo.load).parameters.keys() - {"router", "experts", "overrides"}
     for taken in overrides.keys() & others:
         raise BadOverride(f"{taken!r} is not an option of {name}", "only its config can be swept", "top_k=1,2,4")
-    return zoo.load(name, device="cpu", dtype=dtype, **overrides)
+    return zoo.load(name, weights, device="cpu", dtype=dtype, **overrides)
 
 
 def _dense_twin(model: Any) -> Any:

@@ -6,7 +6,6 @@ Authors' layout: `experts.{i}.c_fc.weight` per expert and `gate.weight`; ours pa
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from mmoe.registry import parse_spec
 from mmoe.surgery import upcycle as upcycle_host
 from zoo.clip_moe.model import ClipMoE, ClipMoEConfig
 from zoo.config import make_config
+from zoo.hosts.clip import TOWERS, sizes_of
 from zoo.state import State, collapse, load_state, read_state
 from zoo.weights import locate
 
@@ -38,7 +38,6 @@ SHOWN_BY_TENSORS = (
     "num_experts",
     "moe_layers",
 )
-_TOWERS = ("visual.transformer.resblocks", "transformer.resblocks")
 _PACKED = {
     "up_proj": "c_fc.weight",
     "up_bias": "c_fc.bias",
@@ -169,52 +168,22 @@ def _moe_blocks(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _infer(state: Mapping[str, Tensor], top_k: int) -> ClipMoEConfig:
-    try:
-        conv, positions = state["visual.conv1.weight"], state["visual.positional_embedding"]
-        texts, projection = state["positional_embedding"], state["text_projection"]
-        vocabulary = state["token_embedding.weight"]
-    except KeyError as error:
-        raise LoadMismatch(
-            "convert this checkpoint to clip_moe", f"it has no {error}", "give the state dict of a CLIP with a ViT"
-        ) from error
-    depths = [_depth(state, tower) for tower in _TOWERS]
+    sizes = sizes_of(state, "clip_moe")
     blocks = _moe_blocks(state)
     experts = len(state[f"{blocks[0]}.gate.weight"]) if blocks else 0
     return ClipMoEConfig(
-        embed_dim=projection.shape[1],
-        patch_size=conv.shape[-1],
-        image_size=math.isqrt(len(positions) - 1) * conv.shape[-1],
-        vision_width=conv.shape[0],
-        vision_layers=depths[0],
-        vision_mlp_ratio=_mlp_ratio(state, _TOWERS[0]),
-        text_width=projection.shape[0],
-        text_layers=depths[1],
-        text_mlp_ratio=_mlp_ratio(state, _TOWERS[1]),
-        vocab_size=len(vocabulary),
-        context_length=len(texts),
+        **sizes,
         position_split=20 if "positional_embedding_res" in state else None,
         num_experts=experts,
         top_k=min(top_k, experts) or top_k,
-        moe_layers=_check_blocks(blocks, depths),
+        moe_layers=_check_blocks(blocks, [sizes["vision_layers"], sizes["text_layers"]]),
     )
-
-
-def _depth(state: Mapping[str, Tensor], tower: str) -> int:
-    return sum(name.startswith(f"{tower}.") and name.endswith(".ln_1.weight") for name in state)
-
-
-def _mlp_ratio(state: Mapping[str, Tensor], tower: str) -> float:
-    shapes = [value.shape for name, value in state.items() if name.startswith(tower) and name.endswith("c_fc.weight")]
-    if not shapes:
-        wrong = f"it has no block in {tower}"
-        raise LoadMismatch("convert this checkpoint to clip_moe", wrong, "give the state dict of a CLIP with a ViT")
-    return float(shapes[0][0] / shapes[0][1])
 
 
 def _check_blocks(blocks: Sequence[str], depths: Sequence[int]) -> int:
     """Number of mixtures per tower, after checking that they are the last blocks of each."""
     counts = []
-    for tower, depth in zip(_TOWERS, depths, strict=True):
+    for tower, depth in zip(TOWERS.values(), depths, strict=True):
         found = sorted(int(block.rsplit(".", 1)[1]) for block in blocks if block.startswith(f"{tower}."))
         counts.append(len(found))
         if found != list(range(depth - len(found), depth)):

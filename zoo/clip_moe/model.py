@@ -15,9 +15,8 @@ Shapes: B samples, N tokens, T = B*N rows, D width, C embedding, E experts, K sl
 
 from __future__ import annotations
 
-import codecs
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,11 +33,11 @@ from zoo.clip_moe.config import ClipMoEConfig
 from zoo.clip_moe.host import LongTextCLIP, add_experts
 from zoo.clip_moe.loss import contrastive_loss, pooled_balance, world
 from zoo.config import make_config
+from zoo.hosts.clip import check_colour, check_pictures, check_texts, make_tokenizer, text_tokens
 from zoo.images import read_image
 from zoo.model import Model, TokenView
 from zoo.table import shorten
 
-BYTE_TOKENS, SPECIAL_TOKENS = 512, 2
 _PREDICT = "model.predict('fox.png', ['a fox', 'a dog'])"
 
 
@@ -96,64 +95,6 @@ class Classification:
         return {"labels": list(self.labels), "probs": self.probs.tolist(), "cosines": self.cosines.tolist()}
 
 
-def make_tokenizer(vocab_size: int, context_length: int) -> SimpleTokenizer:
-    """OpenAI's byte-pair tokenizer with only the most frequent merges, so that small models need few embeddings.
-
-    Args:
-        vocab_size: entries with the 512 byte tokens and the two special ones; 49408 is the whole vocabulary.
-        context_length: longest text; longer ones are cut and end in the end token.
-
-    Example:
-        >>> make_tokenizer(2048, 8)(["a fox"]).shape
-        torch.Size([1, 8])
-    """
-    tokenizer = SimpleTokenizer(context_length=context_length)
-    if vocab_size == tokenizer.vocab_size:
-        return tokenizer
-    merges = vocab_size - BYTE_TOKENS - SPECIAL_TOKENS
-    if not 0 <= merges < len(tokenizer.bpe_ranks):
-        raise BadInput(
-            f"no tokenizer with {vocab_size} entries",
-            f"it can have {BYTE_TOKENS + SPECIAL_TOKENS} to {tokenizer.vocab_size}",
-            "vocab_size=49408",
-        )
-    special = [token for token, i in tokenizer.encoder.items() if i in tokenizer.all_special_ids]
-    kept = list(tokenizer.encoder)[: BYTE_TOKENS + merges] + special
-    tokenizer.encoder = {token: i for i, token in enumerate(kept)}
-    tokenizer.decoder = dict(enumerate(kept))
-    tokenizer.bpe_ranks = {pair: rank for pair, rank in tokenizer.bpe_ranks.items() if rank < merges}
-    tokenizer.vocab_size = vocab_size
-    tokenizer.all_special_ids = [tokenizer.encoder[token] for token in special]
-    tokenizer.sot_token_id, tokenizer.eot_token_id = tokenizer.all_special_ids
-    return tokenizer
-
-
-def shown_tokens(tokenizer: SimpleTokenizer, ids: Sequence[int]) -> tuple[str, ...]:
-    """Text of each token; of the tokens that make up one character the last shows it, the others are dots.
-
-    >>> tokenizer = make_tokenizer(1024, 77)
-    >>> shown_tokens(tokenizer, tokenizer.encode("a 狐"))
-    ('a', '·', '·', '狐')
-    """
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    words = [tokenizer.decoder[i].removesuffix("</w>") for i in ids]
-    return tuple(decode(bytes(tokenizer.byte_decoder[sign] for sign in word)) or "·" for word in words)
-
-
-def _is_colour(value: Any) -> bool:
-    whole = isinstance(value, (list, tuple)) and all(isinstance(v, int) and 0 <= v <= 255 for v in value)
-    return whole and len(value) == 3
-
-
-def _texts(given: Any) -> list[str]:
-    """One text or several as a list."""
-    many = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
-    for text in many:
-        if not isinstance(text, str):
-            raise BadInput(f"cannot read {text!r} as a text", f"its type is {type(text).__name__}", _PREDICT)
-    return many
-
-
 class ClipMoE(Model):
     """A CLIP with experts: compares pictures with texts.
 
@@ -207,8 +148,7 @@ class ClipMoE(Model):
             raise ValueError(
                 f"context_length is {values['context_length']}, the model has {self.config.context_length}"
             )
-        if not _is_colour(values["background"]):
-            raise ValueError(f"background is {values['background']}, not a colour such as [255, 255, 255]")
+        check_colour(values["background"])
         self._preprocessing = values
         self._tokenizer: SimpleTokenizer | None = None
         self.image_transform = image_transform(
@@ -245,14 +185,12 @@ class ClipMoE(Model):
         """
         batch = {}
         if images is not None:
-            many = images if isinstance(images, (list, tuple)) else [images]
-            if not many:
-                raise BadInput("cannot prepare an empty list of pictures", "the list is empty", _PREDICT)
+            many = check_pictures(images, _PREDICT)
             background = tuple(self._preprocessing["background"])
             pictures = [self.image_transform(read_image(image, background)) for image in many]
             batch["image"] = torch.stack(pictures).to(self.device, self.dtype)
         if texts is not None:
-            batch["text"] = self.tokenizer(_texts(texts)).to(self.device)
+            batch["text"] = self.tokenizer(check_texts(texts, _PREDICT)).to(self.device)
         return batch
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
@@ -293,7 +231,7 @@ class ClipMoE(Model):
             BadInput: no label is given, one is empty, or the template has no place for it.
         """
         self.check_values("predict with")
-        labels = _texts(labels)
+        labels = check_texts(labels, _PREDICT)
         if not labels or not all(label.strip() for label in labels):
             wrong = "one label is empty" if labels else "there are none"
             raise BadInput("cannot compare a picture with no text", wrong, _PREDICT)
@@ -413,8 +351,6 @@ class ClipMoE(Model):
             found.append(TokenView(layers="clip.visual.*", modality="image", prefix=1, grid=self.grid))
         if "text" in batch:
             text = self.clip.cut(batch["text"])
-            ends = (text.argmax(-1) + 1).tolist()
-            rows = zip(text.tolist(), ends, strict=True)
-            kept = tuple(shown_tokens(self.tokenizer, row[:end]) for row, end in rows)
+            kept = text_tokens(self.tokenizer, text)
             found.append(TokenView(layers="clip.transformer.*", modality="text", length=text.shape[1], tokens=kept))
         return found
