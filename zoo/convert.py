@@ -140,8 +140,9 @@ def from_original(
 
     from zoo.config import make_config
     from zoo.loading import family_class
+    from zoo.packages import file_sha256
     from zoo.state import load_state, read_state
-    from zoo.weights import file_sha256, locate
+    from zoo.weights import locate
 
     path = locate(str(file))
     takes = inspect.signature(convert.from_original).parameters

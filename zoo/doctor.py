@@ -134,7 +134,7 @@ def _network() -> Iterator[Check]:
 def _caches() -> Iterator[Check]:
     from huggingface_hub import constants
 
-    from zoo.weights import home
+    from zoo.packages import home
 
     for name, folder in (("files cache", home()), ("hub cache", Path(constants.HF_HUB_CACHE))):
         detail = f"{folder} ({_size(folder) / 1e6:,.1f} MB)" if folder.is_dir() else f"{folder} (not there yet)"
@@ -164,7 +164,8 @@ def _size(folder: Path) -> int:
 
 def _bundled() -> Iterator[Check]:
     from zoo.assets import asset
-    from zoo.weights import file_sha256, find_local
+    from zoo.packages import file_sha256
+    from zoo.weights import find_local
 
     again = f"{Path(sys.executable).name} -m pip install --force-reinstall mmoe   (in a checkout: git checkout assets)"
     for card in list_models():

