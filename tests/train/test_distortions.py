@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mmoe.errors import BadOverride
-from train.data.distortions import GROUPS, KINDS, LEVELS, distort
+from train.data.distortions import GROUPS, KINDS, LEVELS, NEED_COLOUR, distort
 from train.data.lab import from_lab, to_lab
 from zoo.assets import asset
 
@@ -17,7 +17,6 @@ CHANGE_PLAIN = {
     "color_block",
     "contrast_change",
 }
-NEED_COLOUR = ("color_diffusion", "color_saturation_hsv", "color_saturation_lab")
 
 
 @pytest.fixture(scope="module")

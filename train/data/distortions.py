@@ -35,6 +35,7 @@ from zoo.images import read_image
 
 LEVELS = 5
 GROUPS = ("blur", "colour", "compression", "noise", "brightness", "spatial", "sharpness")
+NEED_COLOUR = ("color_diffusion", "color_saturation_hsv", "color_saturation_lab")  # they leave grey pictures alone
 _AREA = 512 * 384  # pixels of KADID's pictures
 _TO_YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)
 Draw = np.random.Generator
