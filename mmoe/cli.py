@@ -41,7 +41,7 @@ _HELP = {
     "predict": "Run a model on an input and show what its router did.",
     "train": "Train a model with a recipe.",
     "eval": "Measure a model on a data set.",
-    "recipe": "List, copy, check and compare recipes.",
+    "recipe": "List, copy, check and compare recipes, and fetch their data.",
     "convert": "Make a model from another one or from the authors' weights.",
     "bench": "Time the MoE layer and a bundled model on this machine.",
     "demo": "Open the gallery in a browser.",

@@ -15,7 +15,7 @@ import typer
 
 from mmoe.errors import BadInput
 
-recipes = typer.Typer(help="List, show, copy, check and compare recipes.", no_args_is_help=True)
+recipes = typer.Typer(help="List, show, copy, check and compare recipes, and fetch their data.", no_args_is_help=True)
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Options to change.")]
 Name = Annotated[str, typer.Argument(help="A bundled recipe, a file, or the folder of a run.")]
 INTERRUPTED = 130
@@ -136,19 +136,54 @@ def data(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     """
     import inspect
 
-    from train.data import data_sets
+    from train.data import data_sets, files_of
 
     rows = []
     for name in data_sets.names():
         kind: Any = data_sets.get(name)
         form = inspect.getdoc(kind).partition("\nArgs:")[0].partition("\nAttributes:")[0].strip()
-        rows.append({"name": name, "fields": list(kind.fields), "task": kind.task, "form": form})
+        packages = list(dict.fromkeys(file.package for file in files_of(name, {})))
+        rows.append({"name": name, "fields": list(kind.fields), "task": kind.task, "form": form, "packages": packages})
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     for row in rows:
         print(f"{row['name']}: {', '.join(row['fields'])}; measured by {row['task']}")
-        print("".join(f"    {line}\n" for line in row["form"].splitlines() if line))
+        lines = [line for line in row["form"].splitlines() if line]
+        if row["packages"]:
+            lines.append(f"Files of {', '.join(row['packages'])}: mmoe recipe fetch {row['name']}")
+        print("".join(f"    {line}\n" for line in lines))
+
+
+@recipes.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="A recipe, or a data set as NAME or NAME:option=value.")],
+    overrides: Overrides = None,
+) -> None:
+    """Fetch the files of packages that a recipe's data needs; what is there already stays.
+
+    \b
+    mmoe recipe fetch my.yaml
+    mmoe recipe fetch emoji
+    """
+    from mmoe.registry import parse_spec
+    from train.data import data_sets, files_of
+    from train.recipe import Recipe
+    from zoo.packages import fetch as fetch_files
+    from zoo.packages import find
+
+    if name.partition(":")[0] in data_sets.names() and not overrides:
+        options = parse_spec(name)
+        needed = [(options.pop("name"), options)]
+    else:
+        needed = [(stage.data.name, stage.data.options) for stage in Recipe.load(name, *overrides or []).stages]
+    files = dict.fromkeys(file for one, given in needed for file in files_of(one, given))
+    fetch_files(files)
+    sizes = {path: path.stat().st_size for path in map(find, files)}
+    for path, size in sizes.items():
+        print(f"{size / 1e6:8,.1f} MB  {path}")
+    total = f"{len(sizes)} file{'s' * (len(sizes) > 1)}, {sum(sizes.values()) / 1e6:,.1f} MB, on this machine"
+    print(f"{name}: {total if sizes else 'it needs no files of packages'}")
 
 
 @recipes.command()

