@@ -7,6 +7,7 @@ Shapes: n samples, C embedding.
 
 from __future__ import annotations
 
+import inspect
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -226,30 +227,32 @@ class _Answers(Task):
 
 
 @tasks.register("quality")
-class Quality(_Answers):
-    """Rank (SRCC) and linear (PLCC) correlation of predicted scores with opinions of people."""
+class Quality(Task):
+    """Rank (SRCC) and linear (PLCC) correlation of predicted scores with opinions, PLCC after a logistic curve too.
+
+    Of all samples, and of each group as "blur/SRCC" where samples have one. Where photographs are distorted at several
+    levels, "monotone" is the share of such series whose scores never rise. A sample's scene is told to models that ask
+    for one.
+    """
 
     fields = ("image", "score")
 
-    def score(self, said: Sequence[Any], given: Sequence[Any]) -> dict[str, float]:
-        """Both correlations, -1 to 1; 0 where all answers are the same."""
-        return correlations([float(one) for one in said], [float(one) for one in given])
+    def measure(self, model: Any, data: DataSet) -> dict[str, float]:
+        """Correlations, -1 to 1; 0 where all answers are the same."""
+        from train.quality import agreement_by_group
+
+        said, given = list[float](), list[Sample]()
+        for (sample,) in self.batches(data, 1):
+            said.append(_predicted_score(model, sample))
+            given.append({name: value for name, value in sample.items() if name != "image"})
+        return agreement_by_group(said, given)
 
 
-def correlations(predicted: Sequence[float], given: Sequence[float]) -> dict[str, float]:
-    """SRCC and PLCC, -1 to 1; 0 where one side does not vary.
-
-    >>> correlations([1.0, 2.0, 4.0], [1.0, 2.0, 3.0])["SRCC"]
-    1.0
-    """
-    from scipy.stats import pearsonr, spearmanr
-
-    if not np.isfinite([*predicted, *given]).all():
-        raise BadInput("correlate scores", "some are no numbers", "a model whose training did not diverge")
-    if len(set(predicted)) < 2 or len(set(given)) < 2:
-        return {"SRCC": 0.0, "PLCC": 0.0}
-    srcc, plcc = spearmanr(predicted, given).statistic, pearsonr(predicted, given).statistic
-    return {"SRCC": round(float(srcc), 4), "PLCC": round(float(plcc), 4)}
+def _predicted_score(model: Any, sample: Sample) -> float:
+    """A score that `predict` answers with, alone or as the part of its answer that is called so."""
+    asks = "scene" in inspect.signature(model.predict).parameters and sample.get("scene") is not None
+    answer = model.predict(image=sample["image"], **({"scene": sample["scene"]} if asks else {}))
+    return float(getattr(answer, "score", answer))
 
 
 @tasks.register("segmentation")

@@ -10,7 +10,8 @@ from PIL import Image
 import zoo
 from mmoe.errors import BadInput, Refused
 from train.data.base import DataSet
-from train.evaluate import correlations, features, overlap, recall, tasks
+from train.evaluate import features, overlap, recall, tasks
+from train.quality import srcc
 
 
 class Listed(DataSet):
@@ -173,8 +174,31 @@ def test_features_are_those_of_the_model():
 def test_quality():
     samples = [{"image": None, "score": score} for score in (1.0, 2.0, 3.0, 4.0)]
     found = tasks.build("quality").measure(Says(10, 20, 40, 30), Listed(samples))
-    assert found == {"SRCC": 0.8, "PLCC": 0.8}
-    assert correlations([1, 1], [1, 2]) == {"SRCC": 0.0, "PLCC": 0.0}
+    assert (found["SRCC"], found["PLCC"]) == (0.8, 0.8) and found["PLCC logistic-4"] > 0.8
+    assert set(found) == {"SRCC", "PLCC", "PLCC logistic-4"}, "there are no groups and no series"
+
+
+def test_quality_of_groups_and_of_levels():
+    samples = [
+        {"image": None, "score": 1 - level / 4, "group": group, "photo": "a", "kind": group, "severity": level}
+        for group in ("blur", "noise")
+        for level in range(1, 4)
+    ]
+    samples.append({"image": None, "score": 1.0, "group": "pristine", "photo": "a", "kind": "pristine", "severity": 0})
+    found = tasks.build("quality").measure(Says(0.9, 0.5, 0.2, 0.2, 0.5, 0.9, 1.0), Listed(samples))
+    assert (found["blur/SRCC"], found["noise/SRCC"], found["monotone"]) == (1.0, -1.0, 0.5)
+    assert "pristine/SRCC" not in found, "all its scores are the same"
+
+
+def test_models_that_ask_for_a_scene_are_told():
+    class OfScenes:
+        def predict(self, image, scene=None):
+            return {"texture": 0.1, "natural": 0.2, None: 0.3}[scene]
+
+    samples = [
+        {"image": None, "score": i, **scene} for i, scene in enumerate(({"scene": "texture"}, {"scene": "natural"}, {}))
+    ]
+    assert tasks.build("quality").measure(OfScenes(), Listed(samples))["SRCC"] == 1.0
 
 
 def test_segmentation_leaves_255_out():
@@ -199,7 +223,7 @@ def test_masks_that_cannot_be_compared(answer, mask, told):
 
 def test_what_cannot_be_scored_is_told():
     with pytest.raises(BadInput, match="some are no numbers"):
-        correlations([1.0, float("nan")], [1.0, 2.0])
+        srcc([1.0, float("nan")], [1.0, 2.0])
     samples = [{"image": picture(255, 0, 0), "label": 0}]
     with pytest.raises(BadInput, match="tell classes apart"):
         tasks.build("zero_shot").measure(Colours(), Listed(samples, classes=["red"]))
