@@ -173,7 +173,7 @@ def test_nothing_but_broken_files(tmp_path):
         load("pairs", tmp_path, held_out=0.0).samples([0])
 
 
-@pytest.mark.parametrize("name", ["pairs", "classes", "speech", "conversations", "segmentation"])
+@pytest.mark.parametrize("name", ["pairs", "classes", "speech", "conversations", "segmentation", "quality"])
 def test_an_empty_folder_says_what_is_wanted(tmp_path, name):
     with pytest.raises(BadInput, match=f"no data in '{tmp_path}'\n  wanted: "):
         load(name, tmp_path)
