@@ -144,6 +144,12 @@ def _kept(photo: Photo, size: int) -> Path:
     return _folder(size) / f"{photo.id}-{str(photo.file.sha256)[:8]}.npy"
 
 
+@cache
+def _opened(file: Path) -> np.ndarray:
+    """The kept pictures of one photograph (n, S, S, 3), on the disk until they are asked for."""
+    return np.load(file, mmap_mode="r")
+
+
 def make(wanted: Sequence[Photo], size: int) -> None:
     """Makes the distorted pictures of photographs that are not kept yet; whole files only, so it can be stopped.
 
@@ -217,6 +223,7 @@ class DistortedPhotos(DataSet):
         self.size, self.crop, self.content, self.scales = size, crop, content, scales
         own = [photo for photo in photos(packaged) if (places()[photo.id] % FOLDS == fold) == (split == "eval")]
         make(own, size)
+        self.kept = {photo.id: _kept(photo, size) for photo in own}
         found = [(photo, cell) for photo in own for cell in cells_of(photo) if _wanted(cell, split, without)]
         self.samples_of = found if limit is None else found[:: max(1, len(found) // limit)][:limit]
         self.notes.append("the labels are pseudo-labels: nobody rated these pictures")
@@ -241,7 +248,7 @@ class DistortedPhotos(DataSet):
         those of its kind.
         """
         photo, (kind, level, row) = self.samples_of[index]
-        pictures = np.load(_kept(photo, self.size), mmap_mode="r")  # (n, S, S, 3)
+        pictures = _opened(self.kept[photo.id])
         about = {"scene": photo.scene, "photo": photo.id, "kind": kind, "level": level}
         about["group"] = KINDS[kind].group if level else PRISTINE
         about |= {"severity": severity(kind, level) if level else 0, "human": opinions()[kind, level]}

@@ -35,7 +35,7 @@ class RatedPictures(Files):
         limit: uses so many samples.
     """
 
-    fields = ("image", "score", "scene", "group")
+    fields = ("image", "score")
     task = "quality"
 
     def __init__(
