@@ -230,9 +230,9 @@ class _Answers(Task):
 class Quality(Task):
     """Rank (SRCC) and linear (PLCC) correlation of predicted scores with opinions, PLCC after a logistic curve too.
 
-    Of all samples, and of each group as "blur/SRCC" where samples have one. Where photographs are distorted at several
-    levels, "monotone" is the share of such series whose scores never rise. A sample's scene is told to models that ask
-    for one.
+    Where photographs are distorted at several levels, "monotone" is the share of such series whose scores never rise.
+    All are told of all samples, and as "blur/SRCC" of each group where samples have one. A sample's scene is told to
+    models that ask for one.
     """
 
     fields = ("image", "score")

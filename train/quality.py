@@ -104,25 +104,25 @@ def agreement(predicted: Scores, given: Scores) -> dict[str, float]:
 
 
 def agreement_by_group(predicted: Scores, samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Agreement with the scores of samples, of all and as "GROUP/SRCC" of each group, and of how many series fall.
+    """Agreement with the scores of samples and share of series that fall; of all, and as "GROUP/SRCC" of each group.
 
     Args:
         predicted: one per sample.
         samples: with "score" and, where they have it, "group"; "photo", "kind" and "severity" make series.
     """
-    given = [float(sample["score"]) for sample in samples]
-    found = agreement(predicted, given)
-    groups = defaultdict(list)
+    groups: dict[str, list[int]] = {"": list(range(len(samples)))}
     for number, sample in enumerate(samples):
         if sample.get("group") is not None:
-            groups[str(sample["group"])].append(number)
+            groups.setdefault(f"{sample['group']}/", []).append(number)
+    found = {}
     for name, numbers in sorted(groups.items()):
-        right = [given[number] for number in numbers]
-        if len(set(right)) > 1:  # all pristine pictures have the same score
-            parts = agreement([predicted[number] for number in numbers], right)
-            found |= {f"{name}/{metric}": value for metric, value in parts.items()}
-    falling = monotone(predicted, samples)
-    return found if falling is None else {**found, "monotone": falling}
+        said, part = [predicted[number] for number in numbers], [samples[number] for number in numbers]
+        given = [float(sample["score"]) for sample in part]
+        metrics = agreement(said, given) if not name or len(set(given)) > 1 else {}  # pristine pictures have one score
+        falling = monotone(said, part)
+        metrics |= {} if falling is None else {"monotone": falling}
+        found |= {f"{name}{metric}": value for metric, value in metrics.items()}
+    return found
 
 
 def monotone(predicted: Scores, samples: Sequence[Mapping[str, Any]]) -> float | None:

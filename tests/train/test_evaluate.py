@@ -187,6 +187,7 @@ def test_quality_of_groups_and_of_levels():
     samples.append({"image": None, "score": 1.0, "group": "pristine", "photo": "a", "kind": "pristine", "severity": 0})
     found = tasks.build("quality").measure(Says(0.9, 0.5, 0.2, 0.2, 0.5, 0.9, 1.0), Listed(samples))
     assert (found["blur/SRCC"], found["noise/SRCC"], found["monotone"]) == (1.0, -1.0, 0.5)
+    assert (found["blur/monotone"], found["noise/monotone"]) == (1.0, 0.0)
     assert "pristine/SRCC" not in found, "all its scores are the same"
 
 

@@ -1,8 +1,9 @@
 """What every data set is: numbered samples, the batches of a pass in an order that a seed gives, tensors for a model.
 
 A sample is a mapping with plain values: "image" (RGB picture), "text", "label" (number of a class), "mask" (picture of
-class numbers), "audio" ((n,) floats at 16 kHz), "turns" (question, answer, ...). Which of them a data set has is said
-by `fields`, and a model turns those that it trains on into tensors (`Model.training_batch`).
+class numbers), "audio" ((n,) floats at 16 kHz), "turns" (question, answer, ...), "score" (opinion of a picture, 0 to
+1). Which of them a data set has is said by `fields`, and a model turns those that it trains on into tensors
+(`Model.training_batch`).
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmoe.atomic import open_atomic
+from mmoe.errors import BadInput
 from mmoe.options import check_bool, check_choice, check_int
 from train.data import distortions, lab
 from train.data.base import DataSet, Sample, Split, data_sets
@@ -164,7 +165,11 @@ def make(wanted: Sequence[Photo], size: int) -> None:
         return
     from filelock import FileLock
 
-    _folder(size).mkdir(parents=True, exist_ok=True)
+    try:
+        _folder(size).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fix = "MMOE_HOME=FOLDER in front of the command"
+        raise BadInput("keep distorted pictures", f"'{_folder(size)}': {error.strerror}", fix) from error
     with FileLock(_folder(size) / ".lock"), Progress("distorting", len(wanted), unit="photos") as bar:
         for number, photo in enumerate(wanted, 1):
             if not _kept(photo, size).is_file():
