@@ -48,6 +48,9 @@ def test_rows_that_cannot_be_used(tmp_path):
     assert [sample["score"] for _, sample in data.readable(range(6))] == [0.5]
     assert data.broken["1.png"] == "its score is 7, not between low=0 and high=1"
     assert data.broken["2.png"] == "its score is 'much'" and len(data.broken) == 5
+    (tmp_path / "scores.jsonl").write_text('{"image": "0.png", "score": 1}\n{"image": "1.png"}')
+    data = load(tmp_path)
+    assert len(data.readable(range(2))) == 1 and list(data.broken.values()) == ["its score is None"]
     with pytest.raises(BadInput, match=r"row 1 of .* has no 'score'\n  did you mean: scores"):
         rated(tmp_path, [{"image": "a.png", "scores": 1}])
 

@@ -101,7 +101,8 @@ class Files(DataSet):
             if missing and number == 1:
                 wrong = did_you_mean(missing[0], [str(key) for key in row if key is not None])
                 raise BadInput(f"row 1 of '{path}' has no {missing[0]!r}", wrong, f"columns {', '.join(needed)}")
-            odd = [field for field in (needed if texts is None else texts) if not _is_text(row.get(field))]
+            wordless = [field for field in (needed if texts is None else texts) if not _is_text(row.get(field))]
+            odd = [*missing, *wordless]
             kept = {field: value for field, value in row.items() if field not in ("name", "key", "wrong")}
             yield {**kept, "name": name, **({"wrong": f"its {odd[0]} is {row.get(odd[0])!r}"} if odd else {})}
 
