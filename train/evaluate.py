@@ -239,7 +239,7 @@ class Quality(Task):
 
     def measure(self, model: Any, data: DataSet) -> dict[str, float]:
         """Correlations, -1 to 1; 0 where all answers are the same."""
-        from train.quality import agreement_by_group
+        from train.quality_groups import agreement_by_group
 
         said, given = list[float](), list[Sample]()
         for (sample,) in self.batches(data, 1):
@@ -249,10 +249,10 @@ class Quality(Task):
 
 
 def _predicted_score(model: Any, sample: Sample) -> float:
-    """A score that `predict` answers with, alone or as the part of its answer that is called so."""
-    asks = "scene" in inspect.signature(model.predict).parameters and sample.get("scene") is not None
-    answer = model.predict(image=sample["image"], **({"scene": sample["scene"]} if asks else {}))
-    return float(getattr(answer, "score", answer))
+    known = inspect.signature(model.predict).parameters
+    asks = "scene" in known or any(one.kind is one.VAR_KEYWORD for one in known.values())
+    scene = {"scene": sample["scene"]} if asks and sample.get("scene") is not None else {}
+    return float(model.predict(image=sample["image"], **scene))
 
 
 @tasks.register("segmentation")

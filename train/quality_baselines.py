@@ -31,10 +31,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from train.data import build
-from train.data.distorted_photos import CONTENT, FOLDS, standings
+from train.data.distorted_photos import FOLDS
 from train.data.lab import to_lab
 from train.progress import Progress
-from train.quality import agreement, monotone, srcc
+from train.quality import agreement
+from train.quality_groups import monotone
 from train.sections import DataSection
 from zoo.images import read_image
 
@@ -114,7 +115,7 @@ def statistics_of(picture: Any) -> list[float]:
 
 def measured(packaged: bool, size: int) -> list[dict[str, Any]]:
     """Every picture of the data with its fold and what the baselines see of it."""
-    options = {"packaged": packaged, "size": size, "content": False}
+    options = {"packaged": packaged, "size": size}
     sets = [build(DataSection(name="distorted_photos", options={**options, "fold": f}), "eval") for f in range(FOLDS)]
     found = []
     with Progress("measuring", sum(map(len, sets)), unit="pictures") as bar:
@@ -146,7 +147,7 @@ def predictions(name: str, train: list[dict[str, Any]], test: list[dict[str, Any
         model.fit([row["statistics"] for row in train], [row[label] for row in train])
         return [float(value) for value in model.predict([row["statistics"] for row in test])]
     seen, right = [row[name] for row in train], [row[label] for row in train]
-    sign = 1 if name == "PIQE" or srcc(seen, right) >= 0 else -1
+    sign = 1 if name == "PIQE" or agreement(seen, right)["SRCC"] >= 0 else -1
     return [sign * row[name] for row in test]
 
 
@@ -186,11 +187,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=192, help="side of the pictures in pixels")
     given = parser.parse_args()
     pictures = measured(given.packaged, given.size)
-    for row in pictures:
-        moved = standings()[row["photo"], row["kind"], row["level"]] if row["level"] else 0.0
-        row["with content"] = min(1.0, max(0.0, row["human"] + CONTENT * moved))
     folds = range(FOLDS) if given.fold is None else [given.fold]
-    for label, told in (("human", "human part of the pseudo-labels"), ("with content", "pseudo-labels with content")):
+    for label, told in (("human", "human part of the pseudo-labels"), ("score", "pseudo-labels with content")):
         print(f"{told}, fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}")
         print(table([compare(pictures, fold, label) for fold in folds]), end="\n\n")
 

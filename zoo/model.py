@@ -134,9 +134,8 @@ class Model(nn.Module):
         Raises:
             Refused: the model trains on no such samples.
         """
-        raise Refused(
-            f"train {type(self).__name__} on {', '.join(samples[0])}", "its family has no training", "mmoe list"
-        )
+        given = ", ".join(name for name in samples[0] if name != "seed")
+        raise Refused(f"train {type(self).__name__} on {given}", "its family has no training", "mmoe list")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Computes the activations of its layers again in backward instead of keeping them.

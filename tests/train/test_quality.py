@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmoe.errors import BadInput
-from train.quality import agreement, fit_logistic4, fit_logistic5, monotone, plcc, srcc
+from train.quality import agreement, fit_logistic4, fit_logistic5, plcc, srcc
 
 
 def test_correlations_by_hand():
@@ -34,11 +34,3 @@ def test_logistic4_falls_where_scores_do():
     scores = np.linspace(0, 1, 30)
     assert agreement(scores, 1 - scores)["PLCC"] == -1.0
     assert agreement(scores, 1 - scores)["PLCC logistic-4"] > 0.99
-
-
-def test_series_are_of_one_photograph_and_kind():
-    rows = [("a", "blur", 1), ("b", "blur", 2), ("a", "blur", 2), ("b", "blur", 1), ("a", "noise", 1)]
-    samples = [dict(zip(("photo", "kind", "severity"), row, strict=True)) for row in rows]
-    assert monotone([0.9, 0.9, 0.8, 0.1, 0.5], samples) == 0.5
-    assert monotone([0.9, 0.1, 0.9, 0.1, 0.5], samples) == 1.0, "the same score twice is no rise"
-    assert monotone([0.5], samples[4:]) is None, "one picture is no series"

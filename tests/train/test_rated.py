@@ -9,7 +9,6 @@ from PIL import Image
 
 from mmoe.errors import BadInput, BadOverride
 from train.data import build
-from train.data.crops import cropped
 from train.sections import DataSection
 
 
@@ -66,19 +65,12 @@ def test_a_photograph_stays_on_one_side(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"low": 5, "high": 1}, "low is the smaller one"), ({"crop": 2}, "crop is"), ({"high": "5"}, "high is a finite")],
+    [
+        ({"low": 5, "high": 1}, "low is the smaller one"),
+        ({"lower_is_better": 1}, "true or false"),
+        ({"high": "5"}, "high is a finite"),
+    ],
 )
 def test_wrong_options(tmp_path, options, told):
     with pytest.raises(BadOverride, match=told):
         rated(tmp_path, [{"image": "a.png", "score": 1}], **options)
-
-
-def test_crops_depend_on_their_seeds_alone():
-    wide = Image.linear_gradient("L").convert("RGB").rotate(90).resize((64, 32))
-    samples = [{"image": wide, "score": 1.0}] * 8
-    parts = [sample["image"] for sample in cropped(samples, 24, range(8))]
-    assert {part.size for part in parts} == {(24, 24)} and len({part.tobytes() for part in parts}) > 4
-    assert parts[5] == cropped(samples[:1], 24, [5])[0]["image"]
-    whole = [sample["image"] for sample in cropped(samples, None, range(8))]
-    assert {part.getpixel((0, 0)) > part.getpixel((63, 0)) for part in whole} == {True, False}, "mirrored or not"
-    assert cropped(samples[:1], 48, [0])[0]["image"].size == (48, 48), "smaller pictures are enlarged"

@@ -1,9 +1,9 @@
 """What every data set is: numbered samples, the batches of a pass in an order that a seed gives, tensors for a model.
 
 A sample is a mapping with plain values: "image" (RGB picture), "text", "label" (number of a class), "mask" (picture of
-class numbers), "audio" ((n,) floats at 16 kHz), "turns" (question, answer, ...), "score" (opinion of a picture, 0 to
-1). Which of them a data set has is said by `fields`, and a model turns those that it trains on into tensors
-(`Model.training_batch`).
+class numbers), "audio" ((n,) floats at 16 kHz), "turns" (question, answer, ...), "score" (opinion in [0, 1]). Which of
+them a data set has is said by `fields`, and a model turns those that it trains on into tensors
+(`Model.training_batch`); it is given a "seed" with each, of random crops and the like.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class DataSet(ABC):
             model: that takes them.
             seeds: one per sample, of random crops and the like.
         """
-        return model.training_batch(self.samples(indices))
+        samples = self.samples(indices)
+        return model.training_batch([{**sample, "seed": seed} for sample, seed in zip(samples, seeds, strict=True)])
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """Samples; the next one that can be read stands in for one that cannot, so that batches keep their size.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import random
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,20 +20,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from mmoe.atomic import open_atomic
 from mmoe.errors import BadInput
 from mmoe.options import check_bool, check_choice, check_int
 from train.data import distortions, lab
 from train.data.base import DataSet, Sample, Split, data_sets
-from train.data.crops import cropped
 from train.data.distortions import GROUPS, KINDS, LEVELS, NEED_COLOUR, distort
 from train.data.loader import seed_of
 from train.data.photos import Photo, open_photo, photos
 from train.progress import Progress
 from zoo.assets import asset
-from zoo.model import Model
 from zoo.packages import PackagedFile, home
 
 FOLDS = 5
@@ -191,12 +189,11 @@ class DistortedPhotos(DataSet):
         split: "train" has four of the five folds, "eval" the other one.
         fold: that is evaluated on, 0 to 4.
         size: side of the pictures in pixels.
-        crop: side of the random part that is trained on, mirrored half of the time; the whole picture when None.
         packaged: only the pictures inside scikit-image and scikit-learn.
         content: adds to the labels how well the picture stands the distortion.
         scales: gives each third of the photographs to people with another scale ("set" of a sample: A, B or C).
         without: a group of kinds that is not trained on, and alone evaluated on.
-        limit: uses so many samples, spread evenly.
+        limit: uses so many samples, drawn at random.
     """
 
     fields = ("image", "score", "scene", "group")
@@ -209,7 +206,6 @@ class DistortedPhotos(DataSet):
         *,
         fold: int = 0,
         size: int = 192,
-        crop: int | None = None,
         packaged: bool = False,
         content: bool = False,
         scales: bool = False,
@@ -221,16 +217,14 @@ class DistortedPhotos(DataSet):
         check_int("size", size, 16, 2048)
         for option, value in {"packaged": packaged, "content": content, "scales": scales}.items():
             check_bool(option, value)
-        if crop is not None:
-            check_int("crop", crop, 8, size)
         if without is not None:
             check_choice("without", without, GROUPS)
-        self.size, self.crop, self.content, self.scales = size, crop, content, scales
+        self.size, self.content, self.scales = size, content, scales
         own = [photo for photo in photos(packaged) if (places()[photo.id] % FOLDS == fold) == (split == "eval")]
         make(own, size)
         self.kept = {photo.id: _kept(photo, size) for photo in own}
         found = [(photo, cell) for photo in own for cell in cells_of(photo) if _wanted(cell, split, without)]
-        self.samples_of = found if limit is None else found[:: max(1, len(found) // limit)][:limit]
+        self.samples_of = found if limit is None else random.Random(0).sample(found, min(limit, len(found)))
         self.notes.append("the labels are pseudo-labels: nobody rated these pictures")
 
     @classmethod
@@ -269,10 +263,6 @@ class DistortedPhotos(DataSet):
         if level and self.content:
             score += CONTENT * standings()[photo.id, kind, level]
         return min(1.0, max(0.0, score))
-
-    def batch(self, indices: Sequence[int], model: Model, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """Tensors that `model(**batch)` trains on, of a random part of each picture."""
-        return model.training_batch(cropped(self.samples(indices), self.crop, seeds))
 
 
 def _wanted(cell: Cell, split: Split, without: str | None) -> bool:

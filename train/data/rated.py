@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mmoe.errors import BadOverride
-from mmoe.options import check_bool, check_float, check_int
+from mmoe.options import check_bool, check_float
 from train.data.base import Split, data_sets
-from train.data.crops import cropped
 from train.data.files import TABLES, Files
-from zoo.model import Model
 
 
 @data_sets.register("quality")
@@ -31,7 +27,6 @@ class RatedPictures(Files):
         held_out: share of the pictures that is "eval".
         low, high: ends of the scale that people used, such as 1 and 5; scores are brought to 0 .. 1 by them.
         lower_is_better: a small score says a good picture.
-        crop: side of the random part that is trained on, mirrored half of the time; the whole picture when None.
         limit: uses so many samples.
     """
 
@@ -47,17 +42,14 @@ class RatedPictures(Files):
         low: float = 0.0,
         high: float = 1.0,
         lower_is_better: bool = False,
-        crop: int | None = None,
         limit: int | None = None,
     ) -> None:
         check_float("low", low)
         check_float("high", high)
         check_bool("lower_is_better", lower_is_better)
-        if crop is not None:
-            check_int("crop", crop, 8)
         if not low < high:
             raise BadOverride(f"low={low}, high={high}", "low is the smaller one", "data.options={low: 1, high: 5}")
-        self.low, self.high, self.lower_is_better, self.crop = low, high, lower_is_better, crop
+        self.low, self.high, self.lower_is_better = low, high, lower_is_better
         super().__init__(split, path=path, held_out=held_out, limit=limit)
 
     def _records(self) -> Iterator[dict[str, Any]]:
@@ -82,10 +74,6 @@ class RatedPictures(Files):
         share = (score - self.low) / (self.high - self.low)
         record |= {"score": 1 - share if self.lower_is_better else share}
         return {**record, "key": record.get("photo", record["name"])}
-
-    def batch(self, indices: Sequence[int], model: Model, seeds: Sequence[int]) -> dict[str, Tensor]:
-        """Tensors that `model(**batch)` trains on, of a random part of each picture."""
-        return model.training_batch(cropped(self.samples(indices), self.crop, seeds))
 
 
 def _number(value: Any) -> float | None:
