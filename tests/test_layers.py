@@ -26,7 +26,7 @@ BACKBONES = {"open_clip", "timm", "transformers", "diffusers"}
 # Libraries at module level. rich and matplotlib are on no list: they are imported by the function that prints or draws.
 CORE = {"torch", "numpy", "safetensors"}
 ZOO = CORE | {"yaml", "PIL", "huggingface_hub"}
-TRAIN = ZOO | {"torchvision", "pydantic", "accelerate", "peft", "sklearn"}
+TRAIN = ZOO | {"torchvision", "pydantic", "accelerate", "peft", "sklearn", "scipy"}
 DEMOS = TRAIN | {"gradio", "gradio_client"}
 LIBRARIES = {"mmoe": CORE, "zoo": ZOO, "zoo family": ZOO | BACKBONES | {"torchvision"}, "train": TRAIN, "demos": DEMOS}
 COMMAND_LINE = {  # these may import typer as well

@@ -7,6 +7,7 @@ Shapes: n samples, C embedding.
 
 from __future__ import annotations
 
+import inspect
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,6 @@ from mmoe.errors import BadInput, Refused, did_you_mean
 from mmoe.registry import Registry
 from train.data.base import DataSet, Sample, data_sets
 from train.progress import Progress
-from train.quality import agreement
 
 RANKS = (1, 5, 10)
 PROBES = 4  # samples that show which metrics a task has
@@ -249,22 +249,32 @@ class _Answers(Task):
 
 
 @tasks.register("quality")
-class Quality(_Answers):
-    """Rank (SRCC, KRCC) and linear (PLCC) correlation of predicted scores with opinions, also behind a fitted curve.
+class Quality(Task):
+    """Rank (SRCC) and linear (PLCC) correlation of predicted scores with opinions, PLCC after a logistic curve too.
 
-    Samples may say their "scene".
+    Where photographs are distorted at several levels, "monotone" is the share of such series whose scores never rise.
+    All are told of all samples, and as "blur/SRCC" of each group where samples have one. A sample's scene is told to
+    models that ask for one.
     """
 
     fields = ("image", "score")
 
-    def answers(self, model: Any, sample: Sample) -> list[tuple[Any, Any]]:
-        """The model's score, of the sample's scene where it has one, and the opinion."""
-        scene = {"scene": sample["scene"]} if "scene" in sample else {}
-        return [(model.predict(image=sample["image"], **scene), sample["score"])]
+    def measure(self, model: Any, data: DataSet) -> dict[str, float]:
+        """Correlations, -1 to 1; 0 where all answers are the same."""
+        from train.quality_groups import agreement_by_group
 
-    def score(self, said: Sequence[Any], given: Sequence[Any]) -> dict[str, float]:
-        """See `train.quality.agreement`."""
-        return agreement([float(one) for one in said], [float(one) for one in given])
+        said, given = list[float](), list[Sample]()
+        for (sample,) in self.batches(data, 1):
+            said.append(_predicted_score(model, sample))
+            given.append({name: value for name, value in sample.items() if name != "image"})
+        return agreement_by_group(said, given)
+
+
+def _predicted_score(model: Any, sample: Sample) -> float:
+    known = inspect.signature(model.predict).parameters
+    asks = "scene" in known or any(one.kind is one.VAR_KEYWORD for one in known.values())
+    scene = {"scene": sample["scene"]} if asks and sample.get("scene") is not None else {}
+    return float(model.predict(image=sample["image"], **scene))
 
 
 @tasks.register("segmentation")

@@ -173,7 +173,7 @@ def test_nothing_but_broken_files(tmp_path):
         load("pairs", tmp_path, held_out=0.0).samples([0])
 
 
-@pytest.mark.parametrize("name", ["pairs", "classes", "speech", "conversations", "segmentation"])
+@pytest.mark.parametrize("name", ["pairs", "classes", "speech", "conversations", "segmentation", "quality"])
 def test_an_empty_folder_says_what_is_wanted(tmp_path, name):
     with pytest.raises(BadInput, match=f"no data in '{tmp_path}'\n  wanted: "):
         load(name, tmp_path)
@@ -318,10 +318,11 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path):
     assert [sample["text"] for _, sample in data.readable(range(5))] == ["text 0", "text 4"]
     assert set(data.broken) == {f"captions.jsonl row {number}" for number in (2, 3, 4)}
     good = [TURN, {"from": "gpt", "value": "x"}]
-    odd = [[], 3, [TURN], [TURN, {"from": "gpt", "value": None}], [{"from": "system", "value": "x"}, *good]]
-    (tmp_path / "talk.json").write_text(json.dumps([{"conversations": turns} for turns in [good, *odd]]))
+    odd = [[], 3, None, [TURN], [TURN, {"from": "gpt", "value": None}], [{"from": "system", "value": "x"}, *good]]
+    rows = [*({"conversations": turns} for turns in [good, *odd]), {"id": 8}]
+    (tmp_path / "talk.json").write_text(json.dumps(rows))
     data = load("conversations", tmp_path / "talk.json", held_out=0.0)
-    assert len(data.readable(range(6))) == 1 and len(data.broken) == 5
+    assert len(data.readable(range(len(data)))) == 1 and len(data.broken) == 7
 
 
 def test_captions_keep_their_lines_and_odd_signs(tmp_path):

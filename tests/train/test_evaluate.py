@@ -172,17 +172,33 @@ def test_features_are_those_of_the_model():
 
 def test_quality():
     samples = [{"image": None, "score": score} for score in (1.0, 2.0, 3.0, 4.0)]
-    model = Says(10, 20, 40, 30)
-    found = tasks.build("quality").measure(model, Listed(samples))
-    assert {name: found[name] for name in ("SRCC", "PLCC", "KRCC")} == {"SRCC": 0.8, "PLCC": 0.8, "KRCC": 0.6667}
-    assert model.asked == [{"image": None}] * 4
+    found = tasks.build("quality").measure(Says(10, 20, 40, 30), Listed(samples))
+    assert (found["SRCC"], found["PLCC"]) == (0.8, 0.8) and found["PLCC logistic-4"] > 0.8
+    assert set(found) == {"SRCC", "PLCC", "KRCC", "PLCC logistic-4"}, "there are no groups and no series"
 
 
-def test_quality_tells_the_model_the_scene_of_a_sample():
-    samples = [{"image": None, "score": score, "scene": f"s{score}"} for score in (1.0, 2.0)]
-    model = Says(1, 2)
-    tasks.build("quality").measure(model, Listed(samples))
-    assert [asked["scene"] for asked in model.asked] == ["s1.0", "s2.0"]
+def test_quality_of_groups_and_of_levels():
+    samples = [
+        {"image": None, "score": 1 - level / 4, "group": group, "photo": "a", "kind": group, "severity": level}
+        for group in ("blur", "noise")
+        for level in range(1, 4)
+    ]
+    samples.append({"image": None, "score": 1.0, "group": "pristine", "photo": "a", "kind": "pristine", "severity": 0})
+    found = tasks.build("quality").measure(Says(0.9, 0.5, 0.2, 0.2, 0.5, 0.9, 1.0), Listed(samples))
+    assert (found["blur/SRCC"], found["noise/SRCC"], found["monotone"]) == (1.0, -1.0, 0.5)
+    assert (found["blur/monotone"], found["noise/monotone"]) == (1.0, 0.0)
+    assert "pristine/SRCC" not in found, "all its scores are the same"
+
+
+def test_models_that_ask_for_a_scene_are_told():
+    class OfScenes:
+        def predict(self, image, scene=None):
+            return {"texture": 0.1, "natural": 0.2, None: 0.3}[scene]
+
+    samples = [
+        {"image": None, "score": i, **scene} for i, scene in enumerate(({"scene": "texture"}, {"scene": "natural"}, {}))
+    ]
+    assert tasks.build("quality").measure(OfScenes(), Listed(samples))["SRCC"] == 1.0
 
 
 def test_segmentation_leaves_255_out():

@@ -47,3 +47,16 @@ def test_scales_of_opinions() -> None:
         assert scale.to_unit([worst, best]).tolist() == [0.0, 1.0]
     assert OpinionScale(low=1, high=5).to_unit([2.0]).tolist() == [0.25]
     assert {name for name, scale in SCALES.items() if scale.lower_is_better} == {"LIVE", "CSIQ"}
+
+
+def test_correlations_by_hand() -> None:
+    found = agreement([1, 2, 3, 4], [1, 2, 4, 3])
+    assert (found["SRCC"], found["KRCC"]) == (0.8, 0.6667)
+    found = agreement([1, 10, 100], [1, 2, 3])
+    assert found["SRCC"] == 1.0 and found["PLCC"] < 0.95
+
+
+def test_a_curve_falls_where_scores_do() -> None:
+    scores = np.linspace(0, 1, 30)
+    found = agreement(scores.tolist(), (1 - scores).tolist())
+    assert found["PLCC"] == -1.0 and found["PLCC logistic-4"] > 0.99

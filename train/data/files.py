@@ -84,8 +84,14 @@ class Files(DataSet):
         path, root = Path(os.path.abspath(path)), Path(os.path.abspath(self.root))
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
-    def _table(self, path: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Rows of a CSV, TSV, JSON or JSONL file, and where each stands; a row that cannot be used has "wrong"."""
+    def _table(self, path: Path, needed: Sequence[str], texts: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Rows of a CSV, TSV, JSON or JSONL file, and where each stands; a row that cannot be used has "wrong".
+
+        Args:
+            path: of the table.
+            needed: columns.
+            texts: those that have to hold a text; all when None.
+        """
         for number, row in enumerate(_rows(path), 1):
             name = f"{path.name} row {number}"
             if not isinstance(row, Mapping):
@@ -95,8 +101,8 @@ class Files(DataSet):
             if missing and number == 1:
                 wrong = did_you_mean(missing[0], [str(key) for key in row if key is not None])
                 raise BadInput(f"row 1 of '{path}' has no {missing[0]!r}", wrong, f"columns {', '.join(needed)}")
-            odd = [field for field in needed if not _is_text(row.get(field))]
-            odd = [field for field in odd if field != "conversations"]
+            wordless = [field for field in (needed if texts is None else texts) if not _is_text(row.get(field))]
+            odd = [*missing, *wordless]
             kept = {field: value for field, value in row.items() if field not in ("name", "key", "wrong")}
             yield {**kept, "name": name, **({"wrong": f"its {odd[0]} is {row.get(odd[0])!r}"} if odd else {})}
 
@@ -344,7 +350,7 @@ class Conversations(Files):
     def _records(self) -> Iterator[dict[str, Any]]:
         if not self.path.is_file():
             return
-        for row in self._table(self.path, ("conversations",)):
+        for row in self._table(self.path, ("conversations",), texts=()):
             record = {"name": row["name"], "wrong": row.get("wrong") or _odd_turns(row["conversations"])}
             if record["wrong"] is None:
                 record = {"name": row["name"], "turns": tuple(turn["value"] for turn in row["conversations"])}

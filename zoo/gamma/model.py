@@ -106,6 +106,15 @@ class Assessment:
         best = self.probs[picture].topk(min(k, len(self.labels)))
         return [(self.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
+    def table(self, picture: int = 0) -> tuple[list[str], list[list[str]]]:
+        """Header and rows that show one picture's score and levels."""
+        scene = self.scenes[picture] + (", scaled up" if self.upscaled[picture] else "")
+        levels = zip(self.labels, self.probs[picture].tolist(), strict=True)
+        return ["", ""], [
+            ["score", f"{self.scores[picture]:.3f}", scene],
+            *([label, f"{probability:.1%}", ""] for label, probability in levels),
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
@@ -201,10 +210,14 @@ class Gamma(Model):
     def scene_ids(self, scene: str | Sequence[str], count: int) -> Tensor:
         """Numbers of scenes, (count,), on the model's device; "auto" is `AUTO`.
 
+        A model with naive prompts has one set for every scene, whatever its name.
+
         Raises:
             UnknownName: there is no such scene. BadInput: there are more or fewer than pictures.
         """
         names = [scene] * count if isinstance(scene, str) else list(scene)
+        if self.config.prompts == "naive":
+            names = ["auto"] * len(names)
         if len(names) != count:
             asked, wrong = f"{len(names)} scenes for {count} pictures", "each has one"
             raise BadInput(asked, wrong, "scene='auto', or a list as long as that of the pictures")

@@ -1,0 +1,138 @@
+"""Distorted photographs: folds, labels, what is kept on the disk, and batches."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+
+import pytest
+
+from mmoe.errors import BadInput, BadOverride
+from train.data import build
+from train.data.base import data_sets
+from train.data.distorted_photos import _kept, on_scale, opinions, severity
+from train.data.distortions import GROUPS
+from train.data.photos import SCENES, photos
+from train.sections import DataSection
+from zoo.packages import find_local, home
+
+SIZE = 32
+
+
+def load(split="train", limit=None, **options):
+    options = {"packaged": True, "size": SIZE} | options
+    return build(DataSection(name="distorted_photos", limit=limit, options=options), split)
+
+
+@pytest.fixture(autouse=True)
+def packaged():
+    """Skips where the pictures of Python packages are not installed."""
+    if any(find_local(photo.file) is None for photo in photos(only_packaged=True)):
+        pytest.skip("scikit-image and scikit-learn are not installed in the releases of the list: make install")
+
+
+def photographs(data):
+    return Counter(photo.id for photo, _ in data.samples_of)
+
+
+def test_no_photograph_is_on_both_sides():
+    found = []
+    for fold in range(5):
+        train, test = (photographs(load(split, fold=fold)) for split in ("train", "eval"))
+        assert not set(train) & set(test) and len({**train, **test}) == len(photos(True))
+        found += test
+    assert sorted(found) == sorted(photo.id for photo in photos(True)), "each is evaluated on once"
+
+
+def test_every_fold_has_its_share_of_every_scene():
+    from train.data.distorted_photos import FOLDS, places
+
+    for scene in SCENES:
+        counts = Counter(places()[photo.id] % FOLDS for photo in photos() if photo.scene == scene)
+        assert len(counts) == FOLDS and max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_samples():
+    data = load("eval")
+    samples = [data.read(i) for i in range(len(data))]
+    assert all(name in sample for sample in samples for name in data.fields)
+    assert all(sample["image"].size == (SIZE, SIZE) and 0 <= sample["score"] <= 1 for sample in samples)
+    assert {sample["group"] for sample in samples} == {*GROUPS, "pristine"}
+    grey = {photo.id for photo in photos() if not photo.colour}
+    counts = photographs(data)
+    assert {counts[photo] for photo in counts if photo in grey} <= {111} and set(counts.values()) <= {126, 111}
+    assert data.name(0).endswith("pristine 0") and samples[0]["score"] == samples[0]["human"] == 1
+    assert any("pseudo-labels" in note for note in data.notes)
+
+
+def test_labels_by_people():
+    data = load("eval")
+    for index in range(1, len(data), 17):
+        sample = data.read(index)
+        assert sample["score"] == sample["human"] == opinions()[sample["kind"], sample["level"]]
+    assert opinions()["gaussian_blur", 5] == pytest.approx((1.303 - 1) / 4)
+    assert len(opinions()) == 126
+
+
+def test_levels_with_two_sides_are_ordered_by_opinion():
+    assert [severity("jpeg", level) for level in range(1, 6)] == [1, 2, 3, 4, 5]
+    for kind in ("mean_shift", "contrast_change"):
+        ordered = sorted(range(1, 6), key=lambda level: severity(kind, level))
+        liked = [opinions()[kind, level] for level in ordered]
+        assert liked == sorted(liked, reverse=True) and ordered[0] == 3
+
+
+def test_pictures_are_made_once_and_whole(monkeypatch):
+    data = load("eval")
+    folder = home() / "distorted_photos"
+    kept = [_kept(photo, SIZE) for photo in {photo for photo, _ in data.samples_of}]
+    before = data.read(5)["image"]
+    kept[0].unlink()
+    times = {path: path.stat().st_mtime_ns for path in kept[1:]}
+    assert load("eval").read(5)["image"] == before
+    assert kept[0].is_file() and {path: path.stat().st_mtime_ns for path in kept[1:]} == times
+    monkeypatch.setattr("train.data.distorted_photos.np.save", lambda file, pictures: file.write(b"half") / 0)
+    kept[0].unlink()
+    with pytest.raises(ZeroDivisionError):
+        load("eval")
+    assert not kept[0].exists() and not list(folder.rglob(f"*{kept[0].stem}*")), "nothing half is left"
+    monkeypatch.undo()
+    assert load("eval").read(5)["image"] == before
+
+
+def test_scales_bend_the_labels_of_a_third_each():
+    data, plain = load(scales=True), load()
+    sets = {}
+    for index in range(0, len(data), 7):
+        sample, right = data.read(index), plain.read(index)["score"]
+        assert sets.setdefault(sample["photo"], sample["set"]) == sample["set"]
+        assert sample["score"] == on_scale(right, sample["set"])
+    assert set(sets.values()) == set("ABC")
+    assert [on_scale(0, scale) for scale in "ABC"] == [0, 0, pytest.approx(0.2)]
+    assert [on_scale(1, scale) for scale in "ABC"] == [1, 1, pytest.approx(0.9)]
+
+
+def test_a_group_is_left_out_of_training_and_alone_tested():
+    train, test = (load(split, without="noise") for split in ("train", "eval"))
+    groups = [{data.read(i)["group"] for i in range(len(data))} for data in (train, test)]
+    assert groups == [{*GROUPS, "pristine"} - {"noise"}, {"noise", "pristine"}]
+
+
+def test_options():
+    assert len(load(limit=50)) == 50 and len(photographs(load(limit=50))) > 10
+    for options, told in (
+        ({"fold": 5}, "fold is"),
+        ({"scales": 1}, "scales is true or false"),
+        ({"without": "nois"}, "did you mean: noise"),
+    ):
+        with pytest.raises(BadOverride, match=told):
+            load(**options)
+
+
+def test_what_is_missing_is_told_with_the_command_that_fetches_it(monkeypatch):
+    monkeypatch.setattr("zoo.packages._places", lambda file: iter(()))
+    shutil.rmtree(home() / "distorted_photos", ignore_errors=True)
+    with pytest.raises(BadInput, match="mmoe recipe fetch distorted_photos"):
+        load("eval")
+    assert len(data_sets.get("distorted_photos").files({})) == len(photos())
+    assert len(data_sets.get("distorted_photos").files({"packaged": True})) == 18
