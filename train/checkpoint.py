@@ -35,12 +35,14 @@ class State:
         losses: of the last logged interval.
         seconds: of training so far, over all interruptions.
         best: value of the metric that is kept, and its step.
+        best_metrics: all metrics of that step.
     """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     best: tuple[float, int] | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Checkpoints:

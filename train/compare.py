@@ -41,15 +41,13 @@ def compare(folders: Sequence[str | Path], patterns: Sequence[str] = ("*",)) -> 
     known: dict[str, None] = {}
     for stage in recipes[0].stages:
         results = [_results(Path(folder), stage) for folder in folders]
-        for part, metrics in _by_part(results[0]["metrics"], patterns).items():
-            about: Entry = {"data": _data(stage, part), "model": stage.name or recipes[0].name}
-            entry = about | results[0]["parameters"] | {"seeds": seeds}
-            for name, key in metrics.items():
-                values = [result["metrics"][key] for result in results]
-                entry[name] = round(statistics.mean(values), 4)
-                if len(values) > 1:
-                    entry[f"{name} sd"] = round(statistics.stdev(values), 4)
-            found.setdefault(part, []).append({**entry, "provenance": "ours", "command": _command(recipes[0], seeds)})
+        parameters = results[0]["parameters"]
+        more = {"seeds": seeds}, {"provenance": "ours", "command": _command(recipes[0], seeds)}
+        for model, measured in _checkpoints(stage, stage.name or recipes[0].name, results).items():
+            for part, metrics in _by_part(measured[0], patterns).items():
+                numbers = _spread({name: [one[key] for one in measured] for name, key in metrics.items()})
+                about: Entry = {"data": _data(stage, part), "model": model}
+                found.setdefault(part, []).append(about | parameters | more[0] | numbers | more[1])
         known |= dict.fromkeys(results[0]["metrics"])
     if not found:
         raise BadInput(f"compare {', '.join(patterns)}", did_you_mean(patterns[0], list(known)), "--metric '*'")
@@ -87,6 +85,25 @@ def _results(folder: Path, stage: Stage) -> Mapping[str, Any]:
         wrong = f"its stage {stage.name!r} is not finished" if stage.name else "it is not finished"
         raise BadInput(f"compare '{folder}'", wrong, f"mmoe train {folder} --resume")
     return read_json(path, f"rm '{path}'   (the stage begins again)")
+
+
+def _checkpoints(stage: Stage, name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, float]]]:
+    """Metrics of each run at its end, and at the step that was best by what the recipe keeps."""
+    last = [result["metrics"] for result in results]
+    best = [(result.get("best") or {}).get("metrics") for result in results]
+    if not all(best):
+        return {name: last}
+    return {f"{name}, last step": last, f"{name}, best by {stage.run.best}": best}
+
+
+def _spread(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean and, of several, standard deviation by name."""
+    found = {}
+    for name, numbers in values.items():
+        found[name] = round(statistics.mean(numbers), 4)
+        if len(numbers) > 1:
+            found[f"{name} sd"] = round(statistics.stdev(numbers), 4)
+    return found
 
 
 def _by_part(metrics: Mapping[str, float], patterns: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -272,7 +272,7 @@ class StageRun:
         sign, name = (-1.0, name[1:]) if name.startswith("-") else (1.0, name)
         value = sign * metrics[name]
         if math.isfinite(value) and (self.state.best is None or value > self.state.best[0]):
-            self.state.best = value, self.state.step
+            self.state.best, self.state.best_metrics = (value, self.state.step), dict(metrics)
             write_model(self, self.folder / "best")
 
     def _shown(self) -> AbstractContextManager[None]:
@@ -331,7 +331,7 @@ class StageRun:
         self.data.broken.update(state["broken"])
         self.state = State(**state["state"])
         if state["best_of"] != self.stage.run.best:
-            self.state.best = None  # it was another metric's
+            self.state.best, self.state.best_metrics = None, {}  # it was another metric's
         self.log.cut(state["log"])
 
     @property
@@ -345,12 +345,13 @@ class StageRun:
             self.log.note(f"left out: {name}: {known[name].splitlines()[0]}")
         self._told |= known.keys()
 
-    def _best(self) -> dict[str, float] | None:
-        """Value of the metric whose best checkpoint was kept, and its step."""
+    def _best(self) -> dict[str, Any] | None:
+        """Value of the metric whose best checkpoint was kept, its step, and all metrics of it."""
         if self.state.best is None:
             return None
         sign = -1 if str(self.stage.run.best).startswith("-") else 1
-        return {"value": sign * self.state.best[0], "step": self.state.best[1]}
+        value, step = self.state.best
+        return {"value": sign * value, "step": step, "metrics": self.state.best_metrics}
 
     def _unread(self) -> dict[str, str]:
         return {**self.data.broken, **(self.eval_data.broken if self.eval_data is not None else {})}

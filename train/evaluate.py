@@ -233,10 +233,18 @@ class _Answers(Task):
     """Tasks that compare what `predict` says with what is right, sample by sample."""
 
     def measure(self, model: Any, data: DataSet) -> dict[str, float]:
-        """Metrics of all answers."""
-        pairs = [pair for (sample,) in self.batches(data, 1) for pair in self.answers(model, sample)]
-        said, given = zip(*pairs, strict=True)
-        return {name: round(float(value), 4) for name, value in self.score(said, given).items()}
+        """Metrics of all answers, and as "GROUP/METRIC" of those of each group where samples have one."""
+        pairs: dict[str, list[tuple[Any, Any]]] = {"": []}
+        for (sample,) in self.batches(data, 1):
+            found = self.answers(model, sample)
+            pairs[""] += found
+            if sample.get("group") is not None:
+                pairs.setdefault(f"{sample['group']}/", []).extend(found)
+        return {
+            f"{group}{name}": round(float(value), 4)
+            for group, answers in pairs.items()
+            for name, value in self.score(*zip(*answers, strict=True)).items()
+        }
 
     def answers(self, model: Any, sample: Sample) -> list[tuple[Any, Any]]:
         """(what the model says, what is right): of the last field from those before it."""

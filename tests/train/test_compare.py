@@ -53,6 +53,18 @@ def test_mean_and_spread_over_seeds(finished):
     assert entries[0]["command"] == "mmoe train two run.seed=S, S = 0, 1"
 
 
+def test_the_last_step_and_the_best_one_are_told_apart(finished):
+    folders = [finished("a", 0, 0.2, "run.best=R@1"), finished("b", 1, 0.4, "run.best=R@1")]
+    for folder in folders:
+        path = folder / "longer" / "results.json"
+        results = json.loads(path.read_text())
+        metrics = {name: value + 0.1 for name, value in results["metrics"].items()}
+        path.write_text(json.dumps({**results, "best": {"value": 1, "step": 1, "metrics": metrics}}))
+    entries = [entry for entry in compare(folders, ["R@1"]) if entry["model"] != "base"]
+    assert [entry["model"] for entry in entries] == ["longer, last step", "longer, best by R@1"]
+    assert [entry["R@1"] for entry in entries] == pytest.approx([0.3, 0.4])
+
+
 def test_one_run_has_no_spread(finished):
     entries = compare([finished("a", 3, 0.2)], ["R@*"])
     assert len(entries) == 2 and "R@1 sd" not in entries[0]

@@ -551,7 +551,11 @@ def test_the_best_model_is_that_of_the_best_evaluation(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     told = {line["step"]: line[f"eval/{name}"] for line in lines if f"eval/{name}" in line}
     step = max(told, key=lambda step: (told[step], -step))
-    assert len(set(told.values())) > 1 and result["best"] == {"value": told[step], "step": step}
+    assert len(set(told.values())) > 1
+    best = result["best"]
+    assert (best["value"], best["step"], best["metrics"][name]) == (told[step], step, told[step])
+    (line,) = (line for line in lines if line["step"] == step and f"eval/{name}" in line)
+    assert {f"eval/{key}": value for key, value in best["metrics"].items()}.items() <= line.items()
     again = train.measure(str(tmp_path / "a" / "best"), on="emoji", limit=128)["metrics"]
     assert again[name] == told[step]
 
@@ -561,7 +565,8 @@ def test_a_metric_where_less_is_better(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     told = {line["step"]: line["eval/R@1"] for line in lines if "eval/R@1" in line}
     step = min(told, key=lambda step: (told[step], step))
-    assert list(told) == [2, 4, 6, 8] and result["best"] == {"value": told[step], "step": step}
+    assert list(told) == [2, 4, 6, 8]
+    assert (result["best"]["value"], result["best"]["step"]) == (told[step], step)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,14 @@ def test_models_that_ask_for_a_scene_are_told():
     assert tasks.build("quality").measure(OfScenes(), Listed(samples))["SRCC"] == 1.0
 
 
+def test_metrics_of_each_group():
+    masks = {"land": np.array([[0, 1]]), "sea": np.array([[1, 1]])}
+    samples = [{"image": None, "mask": mask, "group": group} for group, mask in masks.items()]
+    found = tasks.build("segmentation").measure(Says(np.array([[0, 1]]), np.array([[0, 1]])), Listed(samples))
+    assert found["land/accuracy"] == 1.0 and found["sea/accuracy"] == 0.5 and found["accuracy"] == 0.75
+    assert found["sea/mIoU"] == 0.25
+
+
 def test_segmentation_leaves_255_out():
     mask = np.array([[0, 0, 1], [1, 255, 255]])
     answer = np.array([[0, 1, 1], [1, 0, 1]])
