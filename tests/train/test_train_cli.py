@@ -347,7 +347,7 @@ WRONG = {
     "stages=[{name: a}, {name: b, start: a, run: {accumulate: 3}}]": "data.batch_size=9",
     "stages=[{name: a}, {name: b, run: {steps: null, epochs: 0.01}}]": "one has 1 steps",
     "stages=[{name: a}, {name: b, run: {best: R@7}}]": "did you mean: R@1",
-    "stages=[{name: a}, {name: b, start: a, model: {overrides: {vision_width: 64}}}]": "model.overrides as 'a' has them",
+    "stages=[{name: a}, {name: b, start: a, model: {overrides: {vision_width: 64}}}]": "model.overrides as 'a' has",
     "stages=[{name: a}, {name: b, start: a, data: {name: speech, path: sounds}}]": "its samples have no image",
     "data.options={clusters: x}": "clusters='x'",
     "tune={method: lora, modules: ['*.router', '*.typo']}": "adapt '*.typo'",
