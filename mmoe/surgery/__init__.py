@@ -1,5 +1,7 @@
 """Surgery: conversions of trained models, one file per conversion, all written against the `Site` view of a host."""
 
+from mmoe.surgery.blocks import BlockStack, vision_blocks
+from mmoe.surgery.frequency_adapters import add_frequency_adapters, frequency_adapters
 from mmoe.surgery.site import (
     ExpertWeights,
     HostedMoE,
@@ -12,14 +14,18 @@ from mmoe.surgery.site import (
 from mmoe.surgery.upcycle import UpcycledSite, UpcycleReport, upcycle
 
 __all__ = [
+    "BlockStack",
     "ExpertWeights",
     "HostedMoE",
     "RouterWeights",
     "Site",
     "UpcycleReport",
     "UpcycledSite",
+    "add_frequency_adapters",
+    "frequency_adapters",
     "get_site",
     "refused_sites",
     "sites",
     "upcycle",
+    "vision_blocks",
 ]
