@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -288,7 +289,8 @@ def _in_our_layout(state: State, label: str, model: Model) -> tuple[State, str]:
     if set(state) & set(model.state_dict()):
         return state, label
     convert = import_module(f"zoo.{model.family}.convert")
-    found, state = convert.from_original(state)
+    takes = inspect.signature(convert.from_original).parameters  # options that a file does not show
+    found, state = convert.from_original(state, **({"like": model.config} if "like" in takes else {}))
     wrong = [
         f"{key}: {getattr(found, key)} in the file, {getattr(model.config, key)} asked"
         for key in convert.SHOWN_BY_TENSORS
