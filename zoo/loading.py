@@ -285,10 +285,17 @@ def _weights_file(origin: _Origin, weights: bool | str | Path, config: Any) -> t
 
 
 def _in_our_layout(state: State, label: str, model: Model) -> tuple[State, str]:
-    """The state dict, through the family's converter where it has none of our names, and what to call it."""
-    if set(state) & set(model.state_dict()):
+    """The state dict, through the family's converter where it is the authors', and what to call it.
+
+    A family whose names are partly the authors' tells them apart by `is_original`; elsewhere none of them is ours.
+    """
+    names = set(model.state_dict())
+    if set(state) <= names:
         return state, label
     convert = import_module(f"zoo.{model.family}.convert")
+    tells = getattr(convert, "is_original", None)
+    if not (not set(state) & names if tells is None else tells(state)):
+        return state, label
     takes = inspect.signature(convert.from_original).parameters  # options that a file does not show
     found, state = convert.from_original(state, **({"like": model.config} if "like" in takes else {}))
     wrong = [

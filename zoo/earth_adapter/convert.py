@@ -10,7 +10,7 @@ Shapes: L layers, D width, d inner width, N patches, C width of learned vectors.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -69,6 +69,11 @@ _HEAD = {
 _CROSS = re.compile(r"transformer_decoder\.layers\.(\d+)\.cross_attn\.attn\.in_proj_(weight|bias)")
 _SELF = re.compile(r"transformer_decoder\.layers\.(\d+)\.self_attn\.attn\.in_proj_(weight|bias)")
 _LEVELS = "pixel_decoder.level_encoding.weight", "pixel_decoder.level_embed"
+
+
+def is_original(state: Iterable[str]) -> bool:
+    """True for names of tensors in the authors' layout: those of the backbone alone are the same in ours."""
+    return any("refine_feat." in name or name.startswith("decode_head.") for name in state)
 
 
 def from_original(
