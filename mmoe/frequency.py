@@ -11,7 +11,9 @@ The three adapters are packed experts under a dense softmax router, so tracing, 
 F_low is the part of F inside a box of 2h x 2h low frequencies of an orthonormal FFT over rows and columns, with
 h = int(min(H, W) * cutoff // 2), and F_high is the rest. The published box holds the frequencies -h to h - 1, which
 is not symmetric: its inverse is complex and the imaginary part is dropped. That is the same as a real filter that
-takes every frequency together with its opposite and weights the edges by half, which is what is computed here.
+takes every frequency together with its opposite and weights the edges by half, which is what is computed here. A
+filter over patches and a product over channels commute, V F_low = (V F)_low, so the F inner channels are filtered in
+place of the D outer ones, and the weights w are applied to them too.
 
 Shapes: B pictures, H rows and W columns of patches, N = H*W, P prefix tokens, D width, F inner width, T = B*N.
 """
@@ -66,8 +68,17 @@ def low_pass(grid: tuple[int, int], half: int, box: Box = "half_open", device: A
     return ((row[:, None] & column).float() + (opposite_row[:, None] & opposite_column).float()) / 2
 
 
+def low_frequencies(maps: Tensor, cutoff: float = 0.3, box: Box = "half_open") -> Tensor:
+    """The low spatial frequencies of maps (..., H, W, C) in fp32; see `frequency_split`."""
+    grid = maps.shape[-3], maps.shape[-2]
+    with torch.autocast("cpu" if maps.is_meta else maps.device.type, enabled=False):
+        kept = low_pass(grid, half_width(grid, cutoff), box, maps.device)[..., None]  # (H, W // 2 + 1, 1)
+        spectrum = torch.fft.rfft2(maps.float(), dim=(-3, -2), norm="ortho")  # (..., H, W // 2 + 1, C)
+        return torch.fft.irfft2(spectrum * kept, s=grid, dim=(-3, -2), norm="ortho")
+
+
 def frequency_split(maps: Tensor, cutoff: float = 0.3, box: Box = "half_open") -> tuple[Tensor, Tensor]:
-    """Low and high spatial frequencies of maps (..., H, W, D); they add up to the maps.
+    """Low and high spatial frequencies of maps (..., H, W, C); they add up to the maps.
 
     Computed in fp32 whatever autocast says, since half-precision FFTs know few sizes; returned in the maps' type.
 
@@ -82,45 +93,72 @@ def frequency_split(maps: Tensor, cutoff: float = 0.3, box: Box = "half_open") -
         >>> torch.allclose(low + high, maps, atol=1e-6)
         True
     """
-    grid = maps.shape[-3], maps.shape[-2]
-    kind = "cpu" if maps.is_meta else maps.device.type
-    with torch.autocast(kind, enabled=False):
-        whole = maps.float()
-        kept = low_pass(grid, half_width(grid, cutoff), box, maps.device)[..., None]  # (H, W // 2 + 1, 1)
-        spectrum = torch.fft.rfft2(whole, dim=(-3, -2), norm="ortho")  # (..., H, W // 2 + 1, D)
-        low = torch.fft.irfft2(spectrum * kept, s=grid, dim=(-3, -2), norm="ortho")
-        return low.to(maps.dtype), (whole - low).to(maps.dtype)
+    low = low_frequencies(maps, cutoff, box)
+    return low.to(maps.dtype), (maps - low).to(maps.dtype)
 
 
 class AdapterExperts(FFNExperts):
-    """Packed adapters, of which the first may also read a learned vector per patch (its input is D + C wide).
+    """Packed adapters: one on maps, or three on maps and on their low and high frequencies.
 
     Args:
         dim: D.
         hidden_dim: F.
         num_experts: 1 (spatial), or 3 (spatial, low, high).
-        num_tokens: N of the grid that the vectors belong to; 0 where there are none.
+        cutoff, box: see `frequency_split`.
+        num_tokens: N of the grid that learned vectors of the patches belong to, which the spatial adapter also reads
+            (its input is D + C wide); 0 where there are none.
         token_dim: C.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, num_experts: int, num_tokens: int = 0, token_dim: int = 0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        *,
+        cutoff: float = 0.3,
+        box: Box = "half_open",
+        num_tokens: int = 0,
+        token_dim: int = 0,
+    ) -> None:
         super().__init__(dim, hidden_dim, num_experts, act="relu")
+        check_float("cutoff", cutoff, low=0, usual=0.3)
+        if cutoff > 1:
+            raise BadOverride(f"cutoff={cutoff}", "it is a share of the grid, 0 to 1", "cutoff=0.3")
+        check_choice("box", box, get_args(Box))
+        self.cutoff, self.box = cutoff, box
         self.tokens: nn.Parameter | None = None
         if token_dim:
             spread, bound = math.sqrt(6 / (3 * 16 * 16 + dim)), 1 / math.sqrt(dim + token_dim)
             self.tokens = nn.Parameter(torch.empty(num_tokens, token_dim).uniform_(-spread, spread))
             self.token_proj = nn.Parameter(torch.empty(hidden_dim, token_dim).uniform_(-bound, bound))
 
-    def _hidden(self, x: Tensor, counts: Tensor) -> Tensor:
-        hidden = super()._hidden(x, counts)  # (E * T, F)
-        if self.tokens is None:
-            return hidden
-        first = len(x) // self.num_experts
-        if first % len(self.tokens):
+    def forward(self, x: Tensor, counts: Tensor | None = None, routing: Routing | None = None) -> Tensor:
+        """Maps (B, H, W, D) -> weighted sums of what the adapters make of them, (T, D); without a routing the sum."""
+        hidden = F.linear(x, self.up_proj.flatten(0, 1)).unflatten(-1, (self.num_experts, -1))  # (B, H, W, E, F)
+        spatial = hidden[..., 0, :]
+        if self.tokens is not None:
+            spatial = spatial + self._of_tokens(x.shape[1] * x.shape[2]).unflatten(0, x.shape[1:3]).to(hidden.dtype)
+        parts = [spatial]
+        if self.num_experts > 1:
+            both = low_frequencies(hidden[..., 1:, :].flatten(-2), self.cutoff, self.box)
+            low, others = both.chunk(2, -1)  # (B, H, W, F) each
+            parts += [low.to(hidden.dtype), (hidden[..., 2, :] - others).to(hidden.dtype)]
+        assert self.up_bias is not None and self.down_bias is not None
+        active = self.act(torch.stack(parts, dim=-2) + self.up_bias.to(hidden.dtype)).flatten(0, 2)  # (T, E, F)
+        down = self.down_proj.transpose(1, 2).flatten(0, 1)  # (E * F, D)
+        if routing is None:
+            return active.flatten(1) @ down + self.down_bias.sum(0)
+        weights = routing.dense_weights().to(active.dtype)  # (T, E)
+        return (weights[..., None] * active).flatten(1) @ down + weights @ self.down_bias
+
+    def _of_tokens(self, patches: int) -> Tensor:
+        """What the learned vectors add to the inner channels of each patch, (N, F)."""
+        assert self.tokens is not None
+        if patches != len(self.tokens):
             wrong = f"its learned vectors belong to {len(self.tokens)} patches"
-            raise BadInput(f"adapt pictures of {first} patches together", wrong, "pictures of one size, or token_dim=0")
-        own = (self.tokens @ self.token_proj.t()).to(hidden.dtype).repeat(first // len(self.tokens), 1)  # (T, F)
-        return hidden + F.pad(own, (0, 0, 0, len(x) - first))
+            raise BadInput(f"adapt a picture of {patches} patches", wrong, "pictures of one size, or token_dim=0")
+        return self.tokens @ self.token_proj.t()
 
 
 class FrequencyMoE(MoE):
@@ -141,6 +179,8 @@ class FrequencyMoE(MoE):
         (torch.Size([2, 4, 6, 8]), torch.Size([48, 3]))
     """
 
+    experts: AdapterExperts
+
     def __init__(
         self,
         dim: int,
@@ -151,20 +191,23 @@ class FrequencyMoE(MoE):
         num_tokens: int = 0,
         token_dim: int = 0,
     ) -> None:
-        experts = AdapterExperts(dim, hidden_dim, len(ADAPTERS), num_tokens, token_dim)
+        learned = {"num_tokens": num_tokens, "token_dim": token_dim}
+        experts = AdapterExperts(dim, hidden_dim, len(ADAPTERS), cutoff=cutoff, box=box, **learned)
         super().__init__(DenseRouter(dim, len(ADAPTERS), gate_bias=True), experts)
-        check_float("cutoff", cutoff, low=0, usual=0.3)
-        if cutoff > 1:
-            raise BadOverride(f"cutoff={cutoff}", "it is a share of the grid, 0 to 1", "cutoff=0.3")
-        check_choice("box", box, get_args(Box))
-        self.cutoff, self.box = cutoff, box
+
+    @property
+    def cutoff(self) -> float:
+        """Side of the low-pass box as a share of the shorter side."""
+        return self.experts.cutoff
+
+    @property
+    def box(self) -> Box:
+        """Which low-pass box."""
+        return self.experts.box
 
     def _mix(self, inputs: Tensor, routing: Routing, shape: torch.Size) -> Tensor:
-        low, high = frequency_split(inputs.unflatten(0, shape), self.cutoff, self.box)
-        rows = torch.cat([inputs, low.flatten(0, -2), high.flatten(0, -2)])  # (3T, D), sorted by expert
-        counts = torch.full((len(ADAPTERS),), len(inputs), device=inputs.device)
-        out = self.experts(rows, counts).unflatten(0, (len(ADAPTERS), -1))  # (3, T, D)
-        return (routing.dense_weights().t().to(out.dtype)[:, :, None] * out).sum(0)
+        y: Tensor = self.experts(inputs.unflatten(0, shape), None, routing)
+        return y
 
 
 class SpatialAdapter(nn.Module):
@@ -172,12 +215,11 @@ class SpatialAdapter(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, *, num_tokens: int = 0, token_dim: int = 0) -> None:
         super().__init__()
-        self.experts = AdapterExperts(dim, hidden_dim, 1, num_tokens, token_dim)
+        self.experts = AdapterExperts(dim, hidden_dim, 1, num_tokens=num_tokens, token_dim=token_dim)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Applies the adapter."""
-        rows = maps.flatten(0, -2)
-        out: Tensor = self.experts(rows, torch.full((1,), len(rows), device=maps.device))
+        out: Tensor = self.experts(maps)
         return out.reshape(maps.shape)
 
 

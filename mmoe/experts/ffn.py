@@ -119,16 +119,13 @@ class FFNExperts(_PackedFFN):
     def _up(self) -> tuple[Tensor, Tensor | None]:
         return self.up_proj, self.up_bias
 
-    def _hidden(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Rows (N, D) sorted by expert -> (N, F) before the activation."""
-        return grouped_linear(x, self.up_proj, counts, self.up_bias, self.backend)
-
     def forward(self, x: Tensor, counts: Tensor | None, routing: Routing | None = None) -> Tensor:
         """Rows (N, D) sorted by expert -> (N, O); with a routing, rows (T, D) -> their weighted sums (T, O)."""
         if counts is None:
             assert routing is not None
             return self._fused(x, routing)
-        hidden = F.dropout(self.act(self._hidden(x, counts)), self.dropout, self.training)  # (N, F)
+        hidden = self.act(grouped_linear(x, self.up_proj, counts, self.up_bias, self.backend))  # (N, F)
+        hidden = F.dropout(hidden, self.dropout, self.training)
         return grouped_linear(hidden, self.down_proj, counts, self.down_bias, self.backend)
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmoe
 from mmoe.errors import BadInput, BadOverride, Refused
-from mmoe.frequency import AdapterExperts, FrequencyAdapter, FrequencyMoE, frequency_split, half_width
+from mmoe.frequency import FrequencyAdapter, FrequencyMoE, frequency_split, half_width
 from mmoe.frequency_maps import frequency_figure, frequency_maps
 
 GRIDS = [(8, 8), (5, 7), (7, 4), (6, 9), (16, 3), (1, 1)]
@@ -89,9 +89,9 @@ def by_hand(layer: FrequencyMoE, maps: Tensor, weights: Tensor | None = None) ->
     return total
 
 
-@pytest.mark.parametrize("hidden", [6, 8])  # grouped products do not take the first
-def test_the_mixture_is_that_of_the_equation(hidden: int) -> None:
-    layer, maps = FrequencyMoE(8, hidden, cutoff=0.5), torch.randn(2, 6, 5, 8)
+@pytest.mark.parametrize("box", ["half_open", "symmetric"])
+def test_the_mixture_is_that_of_the_equation(box: Any) -> None:
+    layer, maps = FrequencyMoE(8, 6, cutoff=0.5, box=box), torch.randn(2, 6, 5, 8)
     torch.testing.assert_close(layer(maps), by_hand(layer, maps), atol=1e-6, rtol=1e-5)
 
 
@@ -175,19 +175,20 @@ def test_dead_parts_are_counted_frozen_and_never_run() -> None:
 
 
 def test_learned_vectors_are_read_by_the_spatial_adapter_only() -> None:
-    experts = AdapterExperts(8, 4, 3, num_tokens=6, token_dim=5)
-    rows, counts = torch.randn(3 * 12, 8), torch.full((3,), 12)
-    out = experts(rows, counts).unflatten(0, (3, 2, 6))
-    wide = torch.cat([rows[:12].unflatten(0, (2, 6)), experts.tokens.expand(2, -1, -1)], -1)
+    layer, maps = FrequencyMoE(8, 4, cutoff=0.6, num_tokens=20, token_dim=5), torch.randn(2, 4, 5, 8)
+    experts = layer.experts
+    wide = torch.cat([maps, experts.tokens.unflatten(0, (4, 5)).expand(2, -1, -1, -1)], -1)
     weight = torch.cat([experts.up_proj[0], experts.token_proj], 1)
     hidden = (wide @ weight.t() + experts.up_bias[0]).relu()
-    torch.testing.assert_close(out[0], hidden @ experts.down_proj[0].t() + experts.down_bias[0])
-    with torch.no_grad():
-        experts.tokens += 1
-    changed = experts(rows, counts).unflatten(0, (3, 2, 6))
-    assert changed[1:].equal(out[1:]) and not changed[0].equal(out[0])
-    with pytest.raises(BadInput, match="its learned vectors belong to 6 patches"):
-        experts(torch.randn(3 * 10, 8), torch.full((3,), 10))
+    with mmoe.override(layer, mmoe.switch_off([1, 2])):
+        torch.testing.assert_close(layer(maps), hidden @ experts.down_proj[0].t() + experts.down_bias[0])
+    with mmoe.override(layer, mmoe.switch_off([0])):
+        before = layer(maps)
+        with torch.no_grad():
+            experts.tokens += 1
+        assert layer(maps).equal(before)
+    with pytest.raises(BadInput, match="adapt a picture of 16 patches\n  its learned vectors belong to 20 patches"):
+        layer(torch.randn(1, 4, 4, 8))
 
 
 def test_bf16_and_autocast_agree_with_fp32() -> None:
