@@ -5,7 +5,7 @@
     Adapter(z) = U relu(V z + a) + b
 
 Paper: Hu et al., "Earth-Adapter: Bridge the Geospatial Domain Gaps with Mixture of Frequency Adaptation", arXiv
-2504.06220, sections 3.2 and 3.3. Authors' code: github.com/VisionXLab/Earth-Adapter (GPL-3); written from the paper.
+2504.06220. Authors' code: github.com/VisionXLab/Earth-Adapter (GPL-3); written from the paper.
 The three adapters are packed experts under a dense softmax router, so tracing, overrides and figures see them.
 
 F_low is the part of F inside a box of 2h x 2h low frequencies of an orthonormal FFT over rows and columns, with
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmoe.errors import BadInput, BadOverride
+from mmoe.experts.base import Experts
 from mmoe.experts.ffn import FFNExperts
 from mmoe.moe import MoE
 from mmoe.options import check_choice, check_float, check_int
@@ -97,7 +98,7 @@ def frequency_split(maps: Tensor, cutoff: float = 0.3, box: Box = "half_open") -
     return low.to(maps.dtype), (maps - low).to(maps.dtype)
 
 
-class AdapterExperts(FFNExperts):
+class AdapterExperts(Experts):
     """Packed adapters: one on maps, or three on maps and on their low and high frequencies.
 
     Args:
@@ -110,6 +111,8 @@ class AdapterExperts(FFNExperts):
         token_dim: C.
     """
 
+    packed = FFNExperts.packed
+
     def __init__(
         self,
         dim: int,
@@ -121,12 +124,15 @@ class AdapterExperts(FFNExperts):
         num_tokens: int = 0,
         token_dim: int = 0,
     ) -> None:
-        super().__init__(dim, hidden_dim, num_experts, act="relu")
+        super().__init__()
         check_float("cutoff", cutoff, low=0, usual=0.3)
         if cutoff > 1:
             raise BadOverride(f"cutoff={cutoff}", "it is a share of the grid, 0 to 1", "cutoff=0.3")
         check_choice("box", box, get_args(Box))
-        self.cutoff, self.box = cutoff, box
+        self.num_experts, self.cutoff, self.box, self.act = num_experts, cutoff, box, F.relu
+        plain = FFNExperts(dim, hidden_dim, num_experts)
+        self.up_proj, self.down_proj = plain.up_proj, plain.down_proj
+        self.up_bias, self.down_bias = plain.up_bias, plain.down_bias
         self.tokens: nn.Parameter | None = None
         if token_dim:
             spread, bound = math.sqrt(6 / (3 * 16 * 16 + dim)), 1 / math.sqrt(dim + token_dim)

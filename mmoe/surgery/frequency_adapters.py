@@ -1,6 +1,6 @@
 """Puts frequency adapters after the blocks of a frozen vision transformer of any library.
 
-Paper: arXiv 2504.06220 (Earth-Adapter), section 3; the adapters are those of `mmoe.frequency`. The published module
+Paper: arXiv 2504.06220 (Earth-Adapter); the adapters are those of `mmoe.frequency`. The published module
 is made for one width, depth and grid and comes as a part of its own backbone; here every host that
 `mmoe.surgery.blocks` understands gets them, for pictures of any size.
 Shapes: B pictures, N patches, P prefix tokens, D width.

@@ -114,6 +114,13 @@ def test_an_override_changes_what_comes_out() -> None:
     torch.testing.assert_close(only_spatial, by_hand(layer, maps, torch.tensor([1.0, 0.0, 0.0]).expand(1, 8, 8, 3)))
 
 
+def test_other_surgery_does_not_take_it_for_plain_experts() -> None:
+    site = mmoe.sites(torch.nn.Sequential(FrequencyMoE(8, 4)))["0"]
+    assert site.kind == "moe"
+    with pytest.raises(Refused):
+        site.weights()
+
+
 def test_padding_gets_nothing() -> None:
     layer, maps = FrequencyMoE(8, 4), torch.randn(1, 4, 4, 8)
     valid = torch.ones(1, 4, 4, dtype=torch.bool)
