@@ -57,7 +57,7 @@ class MoE(nn.Module):
     _recorders: tuple[Recorder, ...] = ()
     _context: Context | None = None
     _override: Override | None = None
-    _calls: Calls | None = None
+    _calls: Calls[Around] | None = None
 
     def __init__(
         self,
@@ -132,18 +132,22 @@ class MoE(nn.Module):
             context = context.flatten(x.shape[:-1])
         routing = self._route(rows, context, state, override)
         inputs = rows if self.pre is None else self.pre(rows)
-        fuses = getattr(self.experts, "fuses", None)  # peft wraps experts in a module that does not have it
-        if fuses is not None and fuses(inputs, routing):
-            y = self.experts(inputs, None, routing)  # (T, D)
-        else:
-            sent = dispatch(routing)
-            out = self.experts(inputs[sent.token_idx], sent.counts)  # (N, D)
-            y = combine(out, sent, len(rows))  # (T, D)
+        y = self._mix(inputs, routing, x.shape[:-1])  # (T, D)
         if self.post is not None:
             y = self.post(y)
         if self.shared is not None:
             y = y + self.shared(rows)
         return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])  # a view confuses FSDP's hooks
+
+    def _mix(self, inputs: Tensor, routing: Routing, shape: torch.Size) -> Tensor:
+        """The weighted sums of what the experts make of the rows (T, D) of an input (*shape, D)."""
+        fuses = getattr(self.experts, "fuses", None)  # peft wraps experts in a module that does not have it
+        if fuses is not None and fuses(inputs, routing):
+            y: Tensor = self.experts(inputs, None, routing)
+            return y
+        sent = dispatch(routing)
+        out = self.experts(inputs[sent.token_idx], sent.counts)  # (N, D)
+        return combine(out, sent, len(inputs))
 
     def _around(self, rows: Tensor) -> Around:
         """What `with_context` and `override` set around this call, or its first run where backward repeats it."""
@@ -153,7 +157,7 @@ class MoE(nn.Module):
         if in_backward():
             return around if self._calls is None else self._calls.find(rows, around)
         if in_checkpoint():
-            self._calls = self._calls or Calls()
+            self._calls = self._calls or Calls(nothing=(None, None))
             self._calls.keep(rows, around)
         return around
 

@@ -7,10 +7,10 @@ had set is kept here with the rows of the call, by which the second run is known
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ MOST = 256
 _REENTRANT = CheckpointFunction.forward.__code__
 _WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Around = tuple[Context | None, Callable[..., Any] | None]
+A = TypeVar("A")
 
 
 def in_backward() -> bool:
@@ -50,32 +51,34 @@ def _in_reentrant_checkpoint() -> bool:
 
 
 @dataclass
-class _Call:
+class _Call(Generic[A]):
     known_by: tuple[Any, ...]
-    around: Around
+    around: A
     ran_again: bool = False
 
 
 @dataclass
-class Calls:
+class Calls(Generic[A]):
     """Calls of one layer that backward may run again, the latest last.
 
     Attributes:
+        nothing: what stands around a call that needs nothing.
         calls: those that wait, and those that ran again since the last forward.
         dropped: some that had something around them are no longer there.
     """
 
-    calls: list[_Call] = field(default_factory=list)
+    nothing: A | None = None
+    calls: list[_Call[A]] = field(default_factory=list)
     dropped: bool = False
 
-    def keep(self, rows: Tensor, around: Around) -> None:
+    def keep(self, rows: Tensor, around: A) -> None:
         """Notes what stands around a call with rows (T, D)."""
         calls = [*(call for call in self.calls if not call.ran_again), _Call(_known_by(rows), around)]
         gone = [*(call for call in self.calls if call.ran_again), *calls[:-MOST]]
-        self.dropped |= any(call.around != (None, None) for call in gone)
+        self.dropped |= any(call.around != self.nothing for call in gone)
         self.calls = calls[-MOST:]
 
-    def find(self, rows: Tensor, now: Around) -> Around:
+    def find(self, rows: Tensor, now: A) -> A:
         """What stood around the first run of a call; what stands there now if it has none.
 
         Raises:
@@ -85,7 +88,7 @@ class Calls:
         found = [call for call in self.calls if call.known_by == known_by]
         if not found and not self.dropped:
             return now
-        if not found or not all(_same(call.around, found[0].around) for call in found):
+        if not found or not all(_as_data(call.around) == _as_data(found[0].around) for call in found):
             none = f"its rows are not those of one of the last {MOST} calls that wait for backward"
             wrong = "the same rows came under different ones" if found else none
             asked = "tell which context and override a checkpointed call had"
@@ -101,12 +104,10 @@ def _known_by(rows: Tensor) -> tuple[Any, ...]:
     return tuple(rows.shape), rows.dtype, hash(bits.sum(-1).cpu().numpy().tobytes())
 
 
-def _same(one: Around, other: Around) -> bool:
-    return one[1] is other[1] and _as_data(one[0]) == _as_data(other[0])
-
-
-def _as_data(context: Context | None) -> Sequence[Any] | None:
-    if context is None:
-        return None
-    values = [getattr(context, f.name) for f in fields(context)]
-    return [(v.shape, v.tolist()) if isinstance(v, Tensor) else v for v in values]
+def _as_data(value: Any) -> Any:
+    """What can be compared: tensors inside a context cannot."""
+    if isinstance(value, tuple):
+        return [_as_data(item) for item in value]
+    if isinstance(value, Context):
+        return [_as_data(getattr(value, f.name)) for f in fields(value)]
+    return (value.shape, value.tolist()) if isinstance(value, Tensor) else value

@@ -138,6 +138,7 @@ def from_original(
     overrides = parse_settings(settings or [])
     convert = _family(family, "from_original")
 
+    from zoo.base import with_base
     from zoo.config import make_config
     from zoo.loading import family_class
     from zoo.packages import file_sha256
@@ -152,14 +153,18 @@ def from_original(
     if asked != {**asked, **overrides}:
         wrong = "they are the same option"
         raise BadOverride(f"--top-k {top_k} with --set top_k={overrides['top_k']}", wrong, f"--top-k {top_k}")
+    given = {**_read_note(path, family), **asked}
+    options: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
+    if "like" in takes:
+        options = {"like": make_config(family_class(family).config_class, given, family, "--set {}=...")}
     try:
-        config, state = convert.from_original(read_state(path), **({} if top_k is None else {"top_k": top_k}))
+        config, state = convert.from_original(read_state(path), **options)
     except (RuntimeError, TypeError, IndexError) as error:  # tensors of shapes that no model has
         wrong = str(error).splitlines()[0]
         raise LoadMismatch(f"convert this checkpoint to {family}", wrong, f"the state dict of a {family}") from error
-    given = {**_read_note(path, family), **asked}
     config = make_config(type(config), {**asdict(config), **given}, family, "--set {}=...")
     model = family_class(family)(config).eval()
+    state, _, _ = with_base(model, state)
     model.load_report = load_state(model, state, str(file))
     assumed = {key: value for key, value in convert.assumed(config).items() if key not in given}
     lineage = {"verb": "from-original", "source": file.name, "sha256": file_sha256(path), **asked, **assumed}
@@ -201,6 +206,8 @@ def to_original(
     convert.check_expressible(found.config)
     state = {name: value.detach().contiguous() for name, value in convert.to_original(found.state_dict()).items()}
     guessed, again = convert.from_original(state)
+    if "like" in inspect.signature(convert.from_original).parameters:
+        _, again = convert.from_original(state, like=found.config)
     if not _same(again, found.state_dict()):
         raise Refused(
             f"cannot write {model!r} under the authors' names", "it does not survive the way back", "model.save(folder)"

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, MissingExtra, did_you_mean, package_of
+from mmoe.errors import (
+    BadInput,
+    BadOverride,
+    CorruptFile,
+    LoadMismatch,
+    MissingExtra,
+    UnknownWeights,
+    did_you_mean,
+    package_of,
+)
 from mmoe.registry import parse_spec
+from zoo.base import with_base
 from zoo.card import Card
 from zoo.config import make_config
 from zoo.model import FORMAT, Model, pick_dtype
@@ -19,6 +30,7 @@ from zoo.registry import card, list_models, model_folder
 from zoo.state import LoadReport, State, load_state, read_json, read_state
 from zoo.weights import WEIGHTS, hub_errors, locate, online, require_online, split_hub
 
+BASE = "base"  # the tag of weights that stands for the model's base alone
 _SOURCES = ("bundled:", "hf-hub:", "pypi:")
 
 
@@ -52,6 +64,7 @@ def load(
             "hf-hub:org/repo[@revision]", or a folder that `Model.save` wrote (as "./clip_moe_tiny" where it has the
             name of a card).
         weights: True for the card's default, False for random ones, a tag, or a file in our layout or the authors'.
+            "base" takes those of the model's base alone: what the family adds is random, and listed as missing.
         device: "auto" takes CUDA, then MPS, then CPU; "meta" builds shapes only, without weights.
         dtype: "fp32", "bf16", "fp16" or a torch dtype; fp32 when None.
         router: registered router, as a name, "name:key=value" or a mapping, in place of the model's own. It takes over
@@ -78,20 +91,36 @@ def load(
     device, dtype = pick_device(device), pick_dtype(dtype)
     if not isinstance(weights, (bool, str, Path)):
         raise BadOverride(f"weights={weights!r}", "it is True, False, a tag or a file", f"zoo.load({str(name)!r})")
-    path, source = None, ""
-    if weights is not False and device.type != "meta":
-        path, source = _weights_file(origin, weights)  # before a large model is built
+    path, source, loads = None, "", weights is not False and device.type != "meta"
+    if loads and weights != BASE:
+        path, source = _weights_file(origin, weights, config)  # before a large model is built
     model = _build(origin, config, device)
     model.card = origin.card
     model.to(dtype)
     if origin.folder is not None:
         _restore_preprocessing(model, origin.folder / "preprocess.json")
-    if path is not None:
-        state, source = _in_our_layout(read_state(path), source, model)
+    if loads:
         allowed = _patterns(allow_missing)
         allowed += [pattern for key in swapped for pattern in _fresh_patterns(key)]
-        model.load_report = load_state(model, state, source, allow_missing=allowed)
+        model.load_report = _fill(model, path, source, allowed)
     return model.eval()
+
+
+def _fill(model: Model, path: Path | None, source: str, allowed: list[str]) -> LoadReport:
+    """Loads a file over the model's base, or the base alone where there is no file."""
+    state: State = {}
+    if path is not None:
+        state, source = _in_our_layout(read_state(path), source, model)
+    whole, from_base, base = with_base(model, state)
+    if path is None:
+        if not from_base:
+            wrong = "its config names none" if model.base_tensors else f"a {model.family} has none"
+            raise UnknownWeights("no weights of the base alone", wrong, "zoo.load(..., weights=False)")
+        allowed = [*allowed, *(name for name in model.state_dict() if name not in from_base)]
+        source = base
+    told = f"{source}, on the base {base}" if base and path is not None else source
+    report = load_state(model, whole, told, allow_missing=allowed)
+    return replace(report, source=source, base=base, from_base=from_base)
 
 
 def _build(origin: _Origin, config: Any, device: torch.device) -> Model:
@@ -236,7 +265,7 @@ def family_class(family: str) -> type[Model]:
     return found
 
 
-def _weights_file(origin: _Origin, weights: bool | str | Path) -> tuple[Path, str]:
+def _weights_file(origin: _Origin, weights: bool | str | Path, config: Any) -> tuple[Path, str]:
     """Path of the weights, fetched when they have to be, and what to call them in the report."""
     if isinstance(weights, Path):
         return locate(str(weights)), str(weights)
@@ -250,16 +279,27 @@ def _weights_file(origin: _Origin, weights: bool | str | Path) -> tuple[Path, st
         path = origin.folder / WEIGHTS
         return locate(str(path)), str(path)
     assert origin.card is not None
+    if not origin.card.weights and not isinstance(weights, str) and getattr(config, "base", None):
+        asked, wrong = f"no weights for {origin.label!r}", "its card lists none of its own; its base has some"
+        raise UnknownWeights(asked, wrong, f"zoo.load({origin.label!r}, weights={BASE!r})")
     tag, entry = origin.card.find_weights(weights if isinstance(weights, str) else origin.tag)
     return locate(entry.source, entry.sha256), f"{origin.card.name}.{tag} ({entry.source})"
 
 
 def _in_our_layout(state: State, label: str, model: Model) -> tuple[State, str]:
-    """The state dict, through the family's converter where it has none of our names, and what to call it."""
-    if set(state) & set(model.state_dict()):
+    """The state dict, through the family's converter where it is the authors', and what to call it.
+
+    A family whose names are partly the authors' tells them apart by `is_original`; elsewhere none of them is ours.
+    """
+    names = set(model.state_dict())
+    if set(state) <= names:
         return state, label
     convert = import_module(f"zoo.{model.family}.convert")
-    found, state = convert.from_original(state)
+    tells = getattr(convert, "is_original", None)
+    if not (not set(state) & names if tells is None else tells(state)):
+        return state, label
+    takes = inspect.signature(convert.from_original).parameters  # options that a file does not show
+    found, state = convert.from_original(state, **({"like": model.config} if "like" in takes else {}))
     wrong = [
         f"{key}: {getattr(found, key)} in the file, {getattr(model.config, key)} asked"
         for key in convert.SHOWN_BY_TENSORS

@@ -20,9 +20,10 @@ from mmoe.errors import BadOverride, Refused, did_you_mean
 from mmoe.moe import moe_layers
 from mmoe.profile import Params, count_params
 from mmoe.registry import routers
+from zoo.base import config_values, without_base
 from zoo.card import Card
 from zoo.config import make_config
-from zoo.state import LoadReport, collapse
+from zoo.state import LoadReport, State, collapse
 from zoo.weights import WEIGHTS, hub_errors, require_online
 
 FORMAT = 1
@@ -75,6 +76,7 @@ class Model(nn.Module):
         config_class: frozen dataclass of options.
         layer_methods: methods besides `forward` that run the layers.
         adapters: patterns of the parameters that the family trains on a backbone that stays frozen.
+        base_tensors: patterns of the tensors that `config.base` holds; see `zoo.base`.
         card: what is known about the model, or None for one built by hand.
         config: the options it was built with.
     """
@@ -83,6 +85,7 @@ class Model(nn.Module):
     config_class: ClassVar[type]
     layer_methods: ClassVar[tuple[str, ...]] = ()
     adapters: ClassVar[tuple[str, ...]] = ()
+    base_tensors: ClassVar[tuple[str, ...]] = ()
     card: Card | None = None
     _report: LoadReport | None = None
     _loaded: Mapping[str, _Mark] = MappingProxyType({})
@@ -128,6 +131,10 @@ class Model(nn.Module):
     def preprocessing(self, values: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def from_base(self, state: State) -> State:
+        """Tensors of the base's file under this model's names."""
+        return state
+
     def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Samples with "image", "text", ... as what `forward` takes to give a `loss`.
 
@@ -170,25 +177,24 @@ class Model(nn.Module):
         """Parameter counts, total and active."""
         return count_params(self)
 
-    def facts(self) -> dict[str, Any]:
-        """What a card says about the structure of a model: "config", "params" and "moe"."""
+    def facts(self, config: Any = None) -> dict[str, Any]:
+        """What a card says about the structure of a model: "config" (its own when None), "params" and "moe"."""
         params, layers = self.num_params(), list(moe_layers(self).values())
         moe: dict[str, Any] = {}
         if layers:
             router = layers[0].router
             moe = {"layers": len(layers), "experts": router.num_experts}
             moe |= {"top_k": router.experts_per_token, "router": routers.name_of(router)}
-        default = asdict(self.config_class())
-        config = {key: value for key, value in asdict(self.config).items() if value != default[key]}
-        return {"config": config, "params": {"total": params.total, "active": params.active}, "moe": moe}
+        values = config_values(self.config if config is None else config)
+        return {"config": values, "params": {"total": params.total, "active": params.active}, "moe": moe}
 
-    def _card_to_save(self) -> Card | None:
+    def _card_to_save(self, config: Any) -> Card | None:
         """A card for a folder: its structure and where it comes from, without numbers measured on other weights."""
         card, report = self.card, self.load_report
         if card is None:
             return None
         given: Any = make_config(self.config_class, card.config, card.name)
-        changed = {f.name: getattr(self.config, f.name) for f in fields(given)}
+        changed = {f.name: getattr(config, f.name) for f in fields(given)}
         changed = {key: value for key, value in changed.items() if value != getattr(given, key)}
         measured = card.weights or card.metrics or card.routing
         if report is not None and not (report.random or changed or measured):
@@ -199,7 +205,7 @@ class Model(nn.Module):
         lineage = {"verb": "save", "source": card.name, "weights": weights, **changed}
         return replace(
             card,
-            **self.facts(),
+            **self.facts(config),
             summary=f"Saved from {card.name}.",
             licence=card.whole_licence,
             weights={},
@@ -213,7 +219,7 @@ class Model(nn.Module):
         """Writes a folder that `zoo.load(folder)` reads alone: config, weights, preprocessing and card.
 
         The card tells the structure and where the model comes from. Numbers stay behind, since nobody measured them on
-        what is saved here.
+        what is saved here. Tensors that equal the model's base are left out; see `zoo.base`.
 
         Args:
             folder: made when it is not there. Its files are replaced only after all new ones are written, so that
@@ -230,9 +236,10 @@ class Model(nn.Module):
         self._check_layout()
         if not isinstance(card, Card | None):
             raise BadOverride(f"save with the card {card!r}", "it is no Card", "model.save(folder)")
-        folder, state = Path(folder).expanduser(), self._saved_state(None if dtype is None else pick_dtype(dtype))
-        config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(self.config)}
-        card = card or self._card_to_save()
+        folder, whole = Path(folder).expanduser(), self._saved_state(None if dtype is None else pick_dtype(dtype))
+        state, saved = without_base(self, whole)
+        config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(saved)}
+        card = card or self._card_to_save(saved)
         data = {} if card is None else {"card.json": card.as_dict()}
         data |= {"preprocess.json": self.preprocessing, "config.json": config}  # a folder is a model once it has this
         with atomic_paths(folder / WEIGHTS, *(folder / name for name in data)) as (weights, *texts):

@@ -123,6 +123,8 @@ class LoadReport:
         missing: names of the model that the weights lack; they keep their random initial values.
         unexpected: names in the weights that the model lacks.
         reshaped: names whose shapes differ, with both shapes.
+        base: where the model's base came from; empty where it was not read.
+        from_base: names among the matched that come from it.
     """
 
     source: str
@@ -130,6 +132,8 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     reshaped: tuple[str, ...] = ()
+    base: str = ""
+    from_base: tuple[str, ...] = ()
 
     @property
     def coverage(self) -> float:
@@ -147,6 +151,8 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{self.coverage:.1%} of the model's tensors loaded from {self.source}"]
+        if self.from_base and self.base != self.source:
+            lines.append(f"{len(self.from_base)} of them from the base {self.base}")
         for kind in ("missing", "unexpected", "reshaped"):
             names = getattr(self, kind)
             if names:

@@ -294,3 +294,26 @@ def test_the_engine_beside_a_bare_loop(capsys):
     assert main([*words, "--threads", "1", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["ratio"] == pytest.approx(told["engine_ms"] / told["bare_ms"], rel=0.01)
+
+
+def test_adapters_beside_the_bare_backbone(capsys):
+    words = ["bench", "adapters", "--width", "64", "--depth", "4", "--size", "32", "--batch", "1", "--seconds", "0"]
+    assert main([*words, "--threads", "1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    bare, spatial, some, every = told["rows"]
+    assert [row["name"] for row in told["rows"]][2:] == ["frequency in the last 3", "frequency in all"]
+    assert bare["parameters"] == 0 and bare["forward_ratio"] == bare["step_ratio"] == bare["flops_ratio"] == 1
+    one = 2 * 64 * 64 + 64 + 64
+    assert spatial["parameters"] == 4 * (one + 1)
+    assert some["parameters"] == spatial["parameters"] + 3 * (2 * one + 3 * 64 + 3)
+    assert 1 < spatial["flops_ratio"] < some["flops_ratio"] < every["flops_ratio"]
+    for row in told["rows"]:
+        assert row["step_ratio"] == pytest.approx(row["step_ms"] / bare["step_ms"], rel=0.01)
+    assert main([*words, "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and max(map(len, lines)) <= 100
+
+
+def test_pictures_for_adapters_have_whole_patches(capsys):
+    assert main(["bench", "adapters", "--size", "40"]) == 2
+    assert "patches must cover the picture" in capsys.readouterr().err

@@ -40,6 +40,7 @@ def both(context: typer.Context) -> None:
     mmoe bench scaling          over experts and over rows
     mmoe bench model clip_moe_tiny --sweep top_k=1,2,4
     mmoe bench gamma            side experts against a plain loop
+    mmoe bench adapters         beside a bare vision transformer
     """
     if context.invoked_subcommand is None:
         layer(quick=True)
@@ -302,6 +303,42 @@ def train(
         return
     print(f"{loaded.name}: a step takes {measured['engine_ms']:.1f} ms, in a bare loop {measured['bare_ms']:.1f} ms")
     print(f"ratio {measured['ratio']:.3f}, the median of {rounds} turns of {steps} steps")
+
+
+@app.command()
+def adapters(
+    width: Annotated[int, typer.Option(min=64, help="Of the vision transformer.")] = 384,
+    depth: Annotated[int, typer.Option(min=4, help="Blocks.")] = 12,
+    size: Annotated[int, typer.Option(min=16, help="Side of the pictures in pixels, a multiple of 16.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures.")] = 4,
+    seconds: Seconds = 3.0,
+    threads: Threads = 2,
+    as_json: Json = False,
+) -> None:
+    """Time Earth-Adapter's adapters beside the bare backbone.
+
+    \b
+    mmoe bench adapters
+    mmoe bench adapters --width 1024 --depth 24 --size 512 --batch 1
+    """
+    import torch
+
+    from train.bench.adapters import measure
+    from zoo.table import columns
+
+    torch.set_num_threads(threads)
+    found = measure(width=width, depth=depth, size=size, batch=batch, seconds=seconds)
+    if as_json:
+        print(json.dumps({"threads": threads, **found}, indent=1))
+        return
+    header = ["adapters", "parameters", "forward, ms", "ratio", "step, ms", "ratio", "FLOPs ratio"]
+    keys = ("forward_ms", "forward_ratio", "step_ms", "step_ratio", "flops_ratio")
+    rows = [
+        [row["name"], f"{row['parameters']:,}", *(f"{row[key]:.{1 if 'ms' in key else 3}f}" for key in keys)]
+        for row in found["rows"]
+    ]
+    typer.echo(f"width {width}, {depth} blocks, {batch} x {size} px, fp32, {threads} thread{'s' * (threads > 1)}")
+    typer.echo(columns(header, rows, right=range(1, len(header))))
 
 
 def _sweep(text: str | None) -> tuple[str, list[Any]]:

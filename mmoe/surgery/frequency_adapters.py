@@ -1,0 +1,150 @@
+"""Puts frequency adapters after the blocks of a frozen vision transformer of any library.
+
+Paper: arXiv 2504.06220 (Earth-Adapter); the adapters are those of `mmoe.frequency`. The published module
+is made for one width, depth and grid and comes as a part of its own backbone; here every host that
+`mmoe.surgery.blocks` understands gets them, for pictures of any size.
+Shapes: B pictures, N patches, P prefix tokens, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from mmoe.errors import BadInput, BadOverride, Refused
+from mmoe.frequency import Box, FrequencyAdapter
+from mmoe.options import check_int
+from mmoe.surgery.blocks import BlockStack, NotesGrid, PatchGrid, extend, vision_blocks
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class AdaptedBlock:
+    """Mixin of a transformer block: adapts what the block gives, the first entry where it gives several."""
+
+    frequency_adapter: FrequencyAdapter
+    patch_grid: PatchGrid
+    prefix: int
+    tokens_first: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host, and then the adapter."""
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]  # the host's
+        if isinstance(out, Tensor):
+            return self._adapt(out)
+        if isinstance(out, tuple | list) and out and isinstance(out[0], Tensor):
+            return type(out)([self._adapt(out[0]), *out[1:]])
+        kind = type(out).__name__
+        raise BadInput("adapt what a block gives", f"it is a {kind}, not tokens or a tuple", "a ViT of timm")
+
+    def _adapt(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.transpose(0, 1) if self.tokens_first else tokens  # (B, P + N, D)
+        adapted: Tensor = self.frequency_adapter(tokens, self.patch_grid.of(tokens, self.prefix))
+        return adapted.transpose(0, 1) if self.tokens_first else adapted
+
+
+def add_frequency_adapters(
+    model: Model,
+    dim: int = 64,
+    *,
+    fft_layers: Sequence[int] = (),
+    adapter_layers: Sequence[int] | None = None,
+    cutoff: float = 0.3,
+    box: Box = "half_open",
+    scale: float = 0.1,
+    token_dim: int = 0,
+    token_grid: tuple[int, int] | None = None,
+    zero_init: bool = False,
+    compact: bool = True,
+    freeze: bool = True,
+    inplace: bool = False,
+) -> Model:
+    """Puts an adapter after each chosen block of a vision transformer.
+
+    Names of the host's parameters stay; the adapters' are `BLOCKS.0.frequency_adapter.*`, on the device and of the
+    type of their blocks. Dropout of the host is not touched: for a backbone that stays as it is call `eval()`.
+
+    Args:
+        model: host of any library; see `mmoe.surgery.vision_blocks`.
+        dim: inner width of the adapters.
+        fft_layers: blocks, from 0, whose adapters split frequencies and have a router; the others are plain.
+        adapter_layers: blocks that get an adapter; None: all of them. Others stay as they are, listed in `fft_layers`
+            or not.
+        cutoff, box: see `mmoe.frequency_split`.
+        scale: initial value of the learned factor of each adapter.
+        token_dim: width of learned vectors per patch that the spatial adapters also read; they fix the grid.
+        token_grid: rows and columns of patches, for `token_dim`.
+        zero_init: the model computes at first what it did before.
+        compact: see `mmoe.FrequencyAdapter`.
+        freeze: freezes everything else.
+        inplace: changes `model` instead of a copy.
+
+    Returns:
+        The model with adapters.
+
+    Raises:
+        Refused: no blocks are found, or there are adapters already. BadOverride: there is no such block.
+
+    Example:
+        >>> class ViT(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.patch = nn.Conv2d(3, 8, 4, 4)
+        ...         block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        ...         self.blocks = nn.Sequential(block, copy.deepcopy(block))
+        ...
+        ...     def forward(self, x):
+        ...         return self.blocks(self.patch(x).flatten(2).transpose(1, 2))
+        >>> import torch
+        >>> vit = ViT().eval()
+        >>> adapted = add_frequency_adapters(vit, 4, fft_layers=[1], zero_init=True)
+        >>> x = torch.randn(1, 3, 16, 24)
+        >>> torch.allclose(adapted(x), vit(x), atol=1e-6)
+        True
+    """
+    if frequency_adapters(model):
+        raise Refused(f"add adapters to a {type(model).__name__}", "it has them already", "frequency_adapters(model)")
+    model = model if inplace else copy.deepcopy(model)
+    stack = vision_blocks(model)
+    depth = len(stack.blocks)
+    for name, layers in (("fft_layers", fft_layers), ("adapter_layers", adapter_layers or ())):
+        for layer in layers:
+            check_int(f"a layer of {name}", layer, 0, depth - 1)
+    if bool(token_dim) != (token_grid is not None):
+        asked, wrong = f"token_dim={token_dim} with token_grid={token_grid}", "they belong together"
+        raise BadOverride(asked, wrong, "token_dim=64, token_grid=(32, 32)")
+    if freeze:
+        model.requires_grad_(False)
+    extend(stack.patches, NotesGrid)
+    grid = stack.patches.patch_grid = PatchGrid()  # type: ignore[assignment]  # no module
+    for layer in range(depth) if adapter_layers is None else sorted(set(adapter_layers)):
+        adapter = FrequencyAdapter(
+            stack.dim,
+            dim,
+            frequency=layer in fft_layers,
+            cutoff=cutoff,
+            box=box,
+            scale=scale,
+            num_tokens=0 if token_grid is None else token_grid[0] * token_grid[1],
+            token_dim=token_dim,
+            zero_init=zero_init,
+            compact=compact,
+        )
+        _attach(stack, layer, adapter, grid)
+    return model
+
+
+def _attach(stack: BlockStack, layer: int, adapter: FrequencyAdapter, grid: PatchGrid) -> None:
+    block: Any = stack.blocks[layer]
+    like = next(block.parameters())
+    extend(block, AdaptedBlock)
+    block.frequency_adapter = adapter.to(like.device, like.dtype).train(block.training)
+    block.patch_grid, block.prefix, block.tokens_first = grid, stack.prefix, stack.tokens_first
+
+
+def frequency_adapters(model: nn.Module) -> dict[str, FrequencyAdapter]:
+    """Adapters of a model by name, in the order of its blocks."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, FrequencyAdapter)}
