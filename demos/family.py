@@ -33,7 +33,7 @@ from demos.store import ModelStore, Note, quiet
 from mmoe.errors import BadInput, MmoeError
 from zoo.assets import asset
 from zoo.card import Card
-from zoo.images import as_seen, read_image
+from zoo.images import read_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -355,7 +355,7 @@ class Family:
         by_name = dict(zip(self.parameters, inputs, strict=True))
         if "image" not in by_name:
             return None
-        picture = as_seen(by_name["image"], model.preprocessing.get("resize_mode", "squash")).copy()
+        picture = model.seen(by_name["image"]).copy()
         picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
         return picture
 

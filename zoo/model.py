@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,6 +24,7 @@ from mmoe.registry import routers
 from zoo.base import config_values, without_base
 from zoo.card import Card
 from zoo.config import make_config
+from zoo.images import as_seen
 from zoo.state import LoadReport, State, collapse
 from zoo.weights import WEIGHTS, hub_errors, require_online
 
@@ -130,6 +132,14 @@ class Model(nn.Module):
     @preprocessing.setter
     def preprocessing(self, values: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def seen(self, picture: Any) -> Image.Image:
+        """The part of a picture that the model's patches cover, at full resolution; of several crops the first.
+
+        Args:
+            picture: as for `zoo.images.read_image`.
+        """
+        return as_seen(picture, self.preprocessing.get("resize_mode", "squash"))
 
     def from_base(self, state: State) -> State:
         """Tensors of the base's file under this model's names."""

@@ -79,7 +79,7 @@ def predict(
     if files:
         views = model.views(model.preprocess(pictures, *words))
         about = {"model": name, "inputs": list(inputs), **more, "result": result.as_dict()}
-        routes.write(files, routing, views, about, pictures[0], model.preprocessing)
+        routes.write(files, routing.joined(), views, about, model.seen(pictures[0]))
     files |= {} if masks is None else {"out": masks}
     report = model.load_report
     if as_json:

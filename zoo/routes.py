@@ -16,7 +16,6 @@ from mmoe.errors import BadInput, Refused
 from mmoe.figures import load_heatmap, patch_overlay, save_figure
 from mmoe.routing import Routing, first_choice
 from mmoe.trace import Trace
-from zoo.images import as_seen
 from zoo.model import TokenView
 
 if TYPE_CHECKING:
@@ -38,7 +37,8 @@ def token_experts(routing: Trace, views: Sequence[TokenView]) -> list[dict[str, 
     for view in views:
         layers = routing.select(view.layers)
         for name, rows in zip(layers.names, layers, strict=True):
-            for sample in range(len(rows.experts) // view.rows):
+            samples = len(rows.experts) // view.rows
+            for sample in range(min(samples, len(view.tokens)) if view.tokens else samples):
                 found.append(
                     {
                         "layer": name,
@@ -63,16 +63,13 @@ def _used(rows: Routing, view: TokenView, sample: int) -> dict[str, list[list[An
     }
 
 
-def picture_overlay(
-    routing: Trace, views: Sequence[TokenView], picture: Any, *, resize_mode: str = "shortest", sample: int = 0
-) -> Image.Image:
-    """The experts of the last layer that routes patches, over the part of the picture that the model saw.
+def picture_overlay(routing: Trace, views: Sequence[TokenView], picture: Image.Image, sample: int = 0) -> Image.Image:
+    """The experts of the last layer that routes patches, over what the model saw of the picture.
 
     Args:
         routing: recorded routings of a batch.
         views: of the model for the same batch.
-        picture: as for `zoo.images.read_image`.
-        resize_mode: of the model's preprocessing.
+        picture: what its patches cover, as `Model.seen` cuts it.
         sample: place of the picture in the batch.
 
     Raises:
@@ -83,7 +80,7 @@ def picture_overlay(
         if view.grid is not None and len(layers):
             last = layers[-1]
             experts = view.of_sample(first_choice(last), sample)
-            return patch_overlay(as_seen(picture, resize_mode), experts, view.grid, num_experts=last.num_experts)
+            return patch_overlay(picture, experts, view.grid, num_experts=last.num_experts)
     raise BadInput("cannot draw experts over the picture", "no layer routes its patches", "mmoe list")
 
 
@@ -92,8 +89,7 @@ def write(
     routing: Trace,
     views: Sequence[TokenView],
     about: Mapping[str, Any],
-    picture: Any,
-    preprocessing: Mapping[str, Any],
+    picture: Image.Image,
 ) -> None:
     """Writes what was asked for, each file whole or not at all.
 
@@ -102,8 +98,7 @@ def write(
         routing: recorded routings of a batch.
         views: of the model for the same batch.
         about: goes into the trace first.
-        picture: first picture of the batch.
-        preprocessing: of the model.
+        picture: what the model saw of the first picture of the batch.
 
     Raises:
         Refused: experts are to be drawn and the model has none.
@@ -118,5 +113,4 @@ def write(
     if "heatmap" in files:
         save_figure(load_heatmap(routing), files["heatmap"])
     if "overlay" in files:
-        mode = preprocessing.get("resize_mode", "squash")
-        save_figure(picture_overlay(routing, views, picture, resize_mode=mode), files["overlay"])
+        save_figure(picture_overlay(routing, views, picture), files["overlay"])

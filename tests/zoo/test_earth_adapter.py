@@ -697,7 +697,7 @@ def test_views_and_pictures_of_routing(model: EarthAdapter) -> None:
     (view,) = model.views(batch)
     assert view.grid == (2, 4) and len(routing) == 2
     assert view.of_sample(routing[0].experts, 0).shape == (8, 3)
-    overlay = routes.picture_overlay(routing, [view], pixels, resize_mode="squash")
+    overlay = routes.picture_overlay(routing, [view], model.seen(pixels))
     assert overlay.width >= 40
     maps = frequency_maps(model, model, batch["image"])
     assert list(maps) == routing.layers

@@ -693,6 +693,22 @@ def test_from_the_command_line(run: Any, model: Gamma, tmp_path: Path) -> None:
     assert done.json["round_trip"] == "exact" and done.json["tensors"] == len(theirs(model))
 
 
+def test_predictions_on_the_command_line(run: Any, model: Gamma, tmp_path: Path) -> None:
+    model.save(tmp_path / "g", card=replace(zoo.card("gamma_vit_b16"), weights={}))
+    large, small = tmp_path / "large.png", tmp_path / "small.png"
+    picture(90, 60).save(large)
+    picture(8, 9).save(small)
+    done = run("predict", tmp_path / "g", large, small, "--with", "scene=face", "--overlay", tmp_path / "o.png")
+    assert done.code == 0, done.err
+    expected = model.predict([large, small], "face")
+    assert [f"{score:.3f}" for score in expected.scores] == re.findall(r"score +([\d.]+)", done.out)
+    assert done.out.count("face, scaled up") == 1 and done.out.count("perfect") == 2
+    with Image.open(tmp_path / "o.png") as overlay, Image.open(large) as whole:
+        assert overlay.width > 0 and model.seen(large).size == (model.config.crop,) * 2 < whole.size
+    done = run("predict", tmp_path / "g", large, "--with", "scene=fase")
+    assert done.code == 2 and "did you mean: face" in done.err
+
+
 def test_the_host_is_open_clips(model: Gamma) -> None:
     from open_clip.model import CLIP
 

@@ -248,6 +248,11 @@ class Gamma(Model):
         pairs = [enlarge(picture, self.config.crop) for picture in read]
         return [picture for picture, _ in pairs], [upscaled for _, upscaled in pairs]
 
+    def seen(self, picture: Any) -> Image.Image:
+        """The first crop, which is that in the middle unless crops are random."""
+        (read,), _ = self._read(picture)
+        return cut_picture(read, self._offsets(read.height, read.width)[:1], self.config.crop)[0]
+
     def _crops(self, picture: Image.Image) -> Tensor:
         return self._pixels(cut_picture(picture, self._offsets(*picture.size[::-1]), self.config.crop))
 
