@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 
 from mmoe.errors import BadInput, BadOverride
 from train.data import build
 from train.data.base import data_sets
-from train.data.distorted_photos import _kept, on_scale, opinions, severity
+from train.data.distorted_photos import CONTENT, _kept, cells_of, on_scale, opinions, severity, standings
 from train.data.distortions import GROUPS
 from train.data.photos import SCENES, photos
 from train.sections import DataSection
 from zoo.packages import find_local, home
 
 SIZE = 32
+UNCHANGED = [("gaussian_blur", 1), ("motion_blur", 1), ("color_saturation_lab", 1)]
+UNCHANGED += [("mean_shift", 3), ("contrast_change", 3)]
 
 
 def load(split="train", limit=None, **options):
@@ -65,13 +68,35 @@ def test_samples():
     assert any("pseudo-labels" in note for note in data.notes)
 
 
-def test_labels_by_people():
-    data = load("eval")
-    for index in range(1, len(data), 17):
-        sample = data.read(index)
-        assert sample["score"] == sample["human"] == opinions()[sample["kind"], sample["level"]]
+def test_labels_by_people_and_by_content():
+    plain, whole = load("eval", content=False), load("eval")
+    for index in range(1, len(plain), 17):
+        sample = plain.read(index)
+        assert sample["score"] == opinions()[sample["kind"], sample["level"]]
+        moved = CONTENT * standings()[sample["photo"], sample["kind"], sample["level"]]
+        assert whole.read(index)["score"] == pytest.approx(min(1, max(0, sample["score"] + moved)))
     assert opinions()["gaussian_blur", 5] == pytest.approx((1.303 - 1) / 4)
     assert len(opinions()) == 126
+
+
+def test_content_moves_pictures_against_each_other_only():
+    given = {(photo.id, cell.kind, cell.level) for photo in photos() for cell in cells_of(photo) if cell.level}
+    assert given == set(standings())
+    cells = defaultdict(list)
+    for (_, kind, level), value in standings().items():
+        cells[kind, level].append(value)
+    same = {cell for cell, values in cells.items() if not any(values)}
+    assert same == {*UNCHANGED}, "what leaves every picture as it is cannot be ranked"
+    for cell in cells.keys() - same:
+        assert np.mean(cells[cell]) == pytest.approx(0, abs=1e-3) and np.std(cells[cell]) == pytest.approx(1, abs=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "level"), UNCHANGED)
+def test_cells_that_leave_pictures_as_they_are(kind, level):
+    photo = next(photo for photo, _ in load("eval").samples_of if photo.colour)
+    pictures = np.load(_kept(photo, SIZE))
+    (row,) = [cell.row for cell in cells_of(photo) if (cell.kind, cell.level) == (kind, level)]
+    assert np.abs(pictures[row].astype(int) - pictures[0]).max() <= 1
 
 
 def test_levels_with_two_sides_are_ordered_by_opinion():

@@ -207,7 +207,7 @@ class DistortedPhotos(DataSet):
         fold: int = 0,
         size: int = 192,
         packaged: bool = False,
-        content: bool = False,
+        content: bool = True,
         scales: bool = False,
         without: str | None = None,
         limit: int | None = None,
