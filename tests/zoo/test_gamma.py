@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -696,8 +697,8 @@ def test_from_the_command_line(run: Any, model: Gamma, tmp_path: Path) -> None:
 def test_predictions_on_the_command_line(run: Any, model: Gamma, tmp_path: Path) -> None:
     model.save(tmp_path / "g", card=replace(zoo.card("gamma_vit_b16"), weights={}))
     large, small = tmp_path / "large.png", tmp_path / "small.png"
-    picture(90, 60).save(large)
-    picture(8, 9).save(small)
+    picture(size=(90, 60)).save(large)
+    picture(size=(8, 9)).save(small)
     done = run("predict", tmp_path / "g", large, small, "--with", "scene=face", "--overlay", tmp_path / "o.png")
     assert done.code == 0, done.err
     expected = model.predict([large, small], "face")
