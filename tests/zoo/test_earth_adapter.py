@@ -516,7 +516,7 @@ def adapted() -> EarthAdapter:
 def test_a_model_adapts_where_a_batch_has_a_target() -> None:
     model = adapted()
     batch = model.training_batch([{**sample(), "target": picture(seed=7)}])
-    assert batch["target"].equal(model._windows([Image.fromarray(picture(seed=7))]))
+    assert batch["target"].equal(model._middles([Image.fromarray(picture(seed=7))]))
     model.load_training_state({})
     assert set(model(**batch).losses) == {"cross_entropy"} and model.training_state()["step"] == 0
     model.after_step(0)

@@ -191,16 +191,16 @@ class EarthAdapter(Model):
             fix = "data.options.unlabelled=target, or model.overrides.adaptation_begin=null"
             raise Refused(f"adapt {self.family} to this data", "its samples have no target, a picture of its own", fix)
         pictures = [self._read(sample["image"]) for sample in samples]
-        image = self._windows(pictures)
+        image = self._middles(pictures)
         if wanted == "label":
             labels = [self._known(int(sample["label"])) for sample in samples]
             return {"image": image, "label": torch.tensor(labels, device=self.device)}
         pairs = zip(pictures, samples, strict=True)
         masks = [self._mask(np.asarray(sample["mask"]), picture) for picture, sample in pairs]
         batch = {"image": image, "mask": torch.stack(masks).to(self.device)}
-        return {**batch, "target": self._windows([self._read(one["target"]) for one in samples])} if adapts else batch
+        return {**batch, "target": self._middles([self._read(one["target"]) for one in samples])} if adapts else batch
 
-    def _windows(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _middles(self, pictures: Sequence[Image.Image]) -> Tensor:
         """The middle of each picture as a window, (B, 3, S, S)."""
         side = self._preprocessing["image_size"]
         return torch.stack([self._pixels(_square(one, side, Image.Resampling.BILINEAR)) for one in pictures])
@@ -297,7 +297,7 @@ class EarthAdapter(Model):
 
     @overload
     def predict(
-        self, image: Sequence[Any], texts: None = None, *, all_probs: bool = False, batch_size: int = 4
+        self, image: list[Any] | tuple[Any, ...], texts: None = None, *, all_probs: bool = False, batch_size: int = 4
     ) -> Segmentations: ...
     @overload
     def predict(
