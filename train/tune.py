@@ -17,8 +17,7 @@ from mmoe.trace import trace
 from train.sections import TuneSection
 
 Chosen = Mapping[nn.Parameter, tuple[int, ...]]
-_INNER = "model"  # what peft calls the model inside its own
-_WRAPPING = ("base_model", _INNER, "base_layer", "modules_to_save", "default")
+_WRAPPING = ("base_model", "model", "base_layer", "modules_to_save", "default")  # peft's names around a part
 
 
 def freeze(model: nn.Module, section: TuneSection, used: Mapping[str, Tensor] | None = None) -> Chosen:
@@ -131,7 +130,7 @@ def add_adapters(model: nn.Module, section: TuneSection) -> Any:
         lora_alpha=section.alpha,
         target_modules=wanted,
         target_parameters=adapted + more,
-        modules_to_save=[f"{_INNER}.{name}" for name in whole] or None,
+        modules_to_save=whole or None,
     )
     return get_peft_model(model, config)
 
@@ -140,7 +139,7 @@ def _whole(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """Names of the modules that are trained as they are.
 
     Raises:
-        BadInput: a pattern names none.
+        BadInput: a pattern names none, or peft would take others too.
     """
     names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     found: list[str] = []
@@ -151,6 +150,11 @@ def _whole(model: nn.Module, patterns: Iterable[str]) -> list[str]:
             wrong = "no module with parameters has such a name" + (f"; one is {near[0]}" if near else "")
             raise BadInput(f"train {pattern!r} as it is", wrong, f"tune.whole=['{names[-1]}']")
         found += matching
+    for other in names:
+        like = next((name for name in found if other.endswith(name) and other not in found), None)
+        if like is not None and not any(other.startswith(f"{name}.") for name in found):
+            wrong = f"peft would train {other!r} too, as its name ends alike"
+            raise BadInput(f"train {like!r} as it is", wrong, f"tune.whole=['{like}', '{other}']")
     return [name for name in dict.fromkeys(found) if not any(name.startswith(f"{other}.") for other in found)]
 
 

@@ -220,12 +220,20 @@ def test_a_whole_head_beside_lora(tmp_path: Path) -> None:
 def test_what_cannot_be_trained_as_it_is() -> None:
     with pytest.raises(BadInput, match=r"'heads' as it is\n  no module with parameters has such a name; one is head"):
         adapted(plain(), whole=["heads"])
+    model = plain()
+    model.norm1 = torch.nn.LayerNorm(2)
+    with pytest.raises(BadInput, match=r"'norm1' as it is\n  peft would train 'backbone.blocks.0.norm1' too"):
+        adapted(model, whole=["norm1"])
     with pytest.raises(ValueError, match="whole says nothing to method: full"):
         TuneSection(whole=("head",))
 
 
 def test_nothing_in_a_whole_module_is_adapted() -> None:
-    wrapped = adapted(EarthAdapter(EarthAdapterConfig(**SIZES)), modules=["*"], whole=["head.*", "head"])
+    model = EarthAdapter(EarthAdapterConfig(**SIZES))
+    wrapped = adapted(model, modules=["*.attn.*"], whole=["backbone.blocks.3.attn.*", "backbone.blocks.3", "head"])
     names = [name for name, p in wrapped.named_parameters() if p.requires_grad]
-    assert not any(".head" in name and ".lora_" in name for name in names)
-    assert any(".lora_" in name and ".experts." in name for name in names)
+    assert not any(".3.attn." in name and ".lora_" in name for name in names)
+    for part in (".2.attn.", ".1.frequency_adapter.adapter."):
+        assert any(part in name and ".lora_" in name for name in names), part
+    whole = {name.partition(".modules_to_save.")[0] for name in names if ".lora_" not in name}
+    assert whole == {"base_model.model.backbone.blocks.3", "base_model.model.head"}
