@@ -105,7 +105,7 @@ class _RoutingPanel:
             note("Running with the routers recorded", 0.6)
             _, found = record.record_routing(
                 loaded.model,
-                lambda: self.family.predict(loaded.model, inputs),
+                lambda: self.family.observe(loaded.model, inputs),
                 self.family.batch(loaded.model, inputs),
                 self.family.picture(loaded.model, inputs),
                 model,
@@ -171,12 +171,16 @@ def heatmap(found: record.RoutingRecord) -> Any:
 
 def _about(found: record.RoutingRecord) -> str:
     rows = found.summary
-    uneven = max(rows, key=lambda row: row["max_over_mean"])
+    uneven = max(rows, key=record.unevenness)
+    many, experts = rows[0]["experts_per_token"], rows[0]["num_experts"]
+    shown = "colours show the one with the largest weight"
+    routes = f"each token goes to {many:g} of {experts} experts; {shown}"
+    if many == experts:
+        routes = f"each token goes to all {experts} experts; {shown}, the stronger the larger it is"
     unused, slots = sum(len(row["dead"]) for row in rows), sum(row["num_experts"] for row in rows)
     return look.hint(
-        f"{found.model}: each token goes to {rows[0]['experts_per_token']:g} of {rows[0]['num_experts']} experts; "
-        f"colours show the one with the largest weight. Most uneven here: {found.names[uneven['layer']]}, whose "
-        f"busiest expert has {uneven['max_over_mean']:.1f} times its even share. Experts this input did not use: "
+        f"{found.model}: {routes}. Most uneven here: {found.names[uneven['layer']]}, whose busiest expert has "
+        f"{record.unevenness(uneven):.1f} times its even share. Experts this input did not use: "
         f"{f'{unused} of {slots}' if unused else 'none'}."
     )
 

@@ -26,11 +26,11 @@ import mmoe
 import zoo
 from demos import ablate, clip_moe, look, panels, record
 from demos import app as gallery
-from demos.cli import free_port
 from demos.family import Family, read_texts
 from demos.store import ModelStore
 from mmoe.errors import BadInput, Refused, UnknownModel
 from mmoe.moe import moe_layers
+from tests.demos.conftest import served
 
 MODEL = "clip_moe_tiny"
 FOX = str(clip_moe.examples()["fox"])
@@ -50,19 +50,9 @@ for family in FAMILIES:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """The gallery on a free port of this machine, as `mmoe demo` starts it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.getbasetemp() / "gradio"))
-        store = ModelStore()
-        app = gallery.build(store=store)
-        _, url, _ = app.launch(
-            server_name="127.0.0.1",
-            server_port=free_port("127.0.0.1", 17860),
-            prevent_thread_lock=True,
-            **gallery.launch_options(),
-        )
-        yield SimpleNamespace(app=app, store=store, url=url)
-        app.close(verbose=False)
+    """The gallery as a visitor finds it."""
+    with served(ModelStore(), tmp_path_factory.getbasetemp() / "gradio") as running:
+        yield running
 
 
 @pytest.fixture
