@@ -81,8 +81,8 @@ def chooser(shell: Shell, family: str, offered: Sequence[Example], picture: gr.I
     def pick(note: Note, choice: Any) -> Image.Image:
         """A picture by the id of its tile."""
         if str(choice) not in by_id:
-            wrong = f"ids are such as {', '.join(list(by_id)[:3])}"
-            raise BadInput(f"there is no picture {look.quoted(str(choice))}", wrong, "press a tile")
+            wrong = f"ids are such as {', '.join(list(by_id)[:3])}" if by_id else "none is offered here"
+            raise BadInput(f"there is no picture {look.quoted(str(choice))}", wrong, "upload one")
         return by_id[str(choice)].read()
 
     message = message_area()

@@ -40,7 +40,8 @@ TEXT = ", ".join(LABELS)
 HEADERS = {"Content-Type": "application/json"}
 FAMILIES = sorted({card.family for card in zoo.list_models(weights="bundled")})
 OF_EVERY_FAMILY = ("predict", "routing", "routing_open", "routing_layer", "layers", "ablate")
-LIGHT = {"clip_moe": {"find", "pick", "pick_found"}, "gamma": {"pick"}, "earth_adapter": {"pick"}}
+LIGHT = {"clip_moe": {"find", "pick", "pick_found"}, "gamma": {"pick"}}
+LIGHT["earth_adapter"] = {"pick", "opacity", "frequencies_layer"}
 HEAVY = {"clip_moe": {"search"}, "earth_adapter": {"frequencies"}}
 ENDPOINTS = {"models", "select_model", "load", "unload"}
 for family in FAMILIES:
