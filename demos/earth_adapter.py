@@ -173,10 +173,9 @@ class Page(Family):
                     elem_classes="captioned",
                 )
                 opacity = Steps(0, 1, OPACITY, step=0.05, label="Opacity", elem_id="earth_adapter-opacity")
-                legend = gr.HTML(look.hint(HINT), elem_id="earth_adapter-legend")
-                file = gr.DownloadButton(
-                    "Download the mask (PNG)", size="sm", interactive=False, elem_id="earth_adapter-file"
-                )
+                with gr.Column(elem_classes="with-result"):
+                    legend = gr.HTML(look.hint(HINT), elem_id="earth_adapter-legend")
+                    file = gr.DownloadButton("Download the mask (PNG)", size="sm", elem_id="earth_adapter-file")
         self._wire(shell, picture, run, message, [mask, opacity, legend, file])
         gr.HTML(look.section("Low and high frequencies", SPLIT))
         self._draw_split(shell, picture)
@@ -198,8 +197,7 @@ class Page(Family):
                 result = loaded.model.predict(picture)
             kept = drawing(result, picture)
             path = save_pil_to_cache(result.picture(), file.GRADIO_CACHE, name="mask", format="png")
-            download = gr.DownloadButton(value=path, interactive=True)
-            return kept, overlay(kept, shown), _legend(result), download, result.as_dict()
+            return kept, overlay(kept, shown), _legend(result), path, result.as_dict()
 
         def again(note: Note, state: Any, opacity: float) -> Any:
             """The mask that this session made last, at another opacity."""
@@ -209,7 +207,7 @@ class Page(Family):
         outputs = [state, mask, legend, file, numbers]
         told = {
             "message": message,
-            "blank": lambda *_: [None, None, look.hint(HINT), gr.DownloadButton(value=None, interactive=False), None],
+            "blank": lambda *_: [None, None, look.hint(HINT), None, None],
         }
         ran = shell.on(
             run.click,

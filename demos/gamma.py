@@ -198,6 +198,7 @@ class Page(Family):
                     buttons=["fullscreen"],
                     height=SHOWN,
                     elem_id="gamma-spoilt",
+                    elem_classes="filled",
                 )
                 plot = gr.Plot(label="All levels", elem_id="gamma-curve", elem_classes="captioned")
         numbers = gr.JSON(visible=False, label="numbers")

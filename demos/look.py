@@ -140,6 +140,8 @@ body:has(.page-head.dense) .for-experts, body:not(:has(.page-head.dense)) .for-d
   border: 1px solid #6b6b6b; }
 .score { margin: 0 0 4px; line-height: 1.1; color: var(--body-text-color-subdued); }
 .score strong { font-size: 3rem; font-weight: 650; color: var(--body-text-color); font-variant-numeric: tabular-nums; }
+.with-result:not(:has(.shares)) > :not(:has(.hint)) { display: none; }
+.filled .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 .wide { overflow-x: auto; }
 .wide img { max-width: none !important; width: max(100%, 820px) !important; }
 .picker .wrap { flex-direction: column; }

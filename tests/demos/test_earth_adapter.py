@@ -21,7 +21,7 @@ from demos.store import ModelStore, quiet
 from mmoe.errors import BadInput
 from mmoe.frequency_maps import frequency_maps
 from mmoe.moe import moe_layers
-from tests.demos.conftest import MadeStore, served
+from tests.demos.conftest import MadeStore, Visit, served
 from zoo.earth_adapter.config import EarthAdapterConfig
 from zoo.earth_adapter.model import EarthAdapter
 from zoo.earth_adapter.result import class_colors
@@ -76,12 +76,11 @@ def tile(tmp_path: Path) -> Path:
 
 def test_masks_equal_the_python_api(client: Client, model: EarthAdapter, tile: Path) -> None:
     want = model.predict(tile)
-    error, shown, legend, download, numbers = client.predict(
+    error, shown, legend, path, numbers = client.predict(
         MODEL, handle_file(tile), 0.5, api_name="/earth_adapter_predict"
     )
     assert error == "" and numbers["shares"] == pytest.approx(want.shares())
     assert numbers["confidence"] == pytest.approx(want.as_dict()["confidence"], abs=1e-6)
-    path = download["value"]["path"] if isinstance(download, dict) else download
     with Image.open(path) as mask:
         assert np.array_equal(np.asarray(mask), want.mask.numpy()) and mask.mode == "P", "class numbers in the file"
         assert np.array_equal(np.asarray(mask.convert("RGB")), np.asarray(want.picture().convert("RGB")))
@@ -250,3 +249,45 @@ def test_places_are_offered_where_the_map_is(
 def test_opacities_are_shares(opacity: Any) -> None:
     with pytest.raises(BadInput, match="from 0"):
         earth_adapter.read_opacity(opacity)
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_visit(server: SimpleNamespace, browser: Any, shots: Path, tile: Path, width: int) -> None:
+    visit = Visit(browser, server.url, width, shots, "#earth_adapter-run")
+    page = visit.page
+    visit.shot("earth_0_start")
+    assert not page.locator("#earth_adapter-file").is_visible()
+    page.click("#earth_adapter-run")
+    page.get_by_role("alert").get_by_text("There is no picture").wait_for()
+    page.set_input_files("#earth_adapter-picture input[type=file]", tile)
+    page.wait_for_selector("#earth_adapter-picture img[src*=tile]")
+    page.click("#earth_adapter-run")
+    page.wait_for_selector("#earth_adapter-mask img")
+    assert page.locator("#earth_adapter-legend .shares tr").count() == len(CLASSES)
+    visit.shot("earth_1_segmented")
+    with page.expect_download() as download:
+        page.click("#earth_adapter-file")
+    with Image.open(download.value.path()) as mask:
+        assert mask.mode == "P" and mask.size == (100, 72)
+    half = page.locator("#earth_adapter-mask img").get_attribute("src")
+    page.locator("#earth_adapter-opacity input[type=range]").focus()
+    page.keyboard.press("End")
+    page.wait_for_function("old => document.querySelector('#earth_adapter-mask img')?.src !== old", arg=half)
+    page.click("#earth_adapter-split")
+    page.wait_for_selector("#earth_adapter-frequencies img")
+    visit.shot("earth_2_frequencies")
+    first = page.locator("#earth_adapter-frequencies img").get_attribute("src")
+    page.locator("#earth_adapter-layer input").nth(1).check()
+    page.wait_for_function("old => document.querySelector('#earth_adapter-frequencies img')?.src !== old", arg=first)
+    visit.tab("Routing")
+    page.wait_for_selector("#earth_adapter-overlay img")
+    page.wait_for_selector("#earth_adapter-numbers tbody tr")
+    visit.shot("earth_3_routing")
+    visit.tab("Ablate")
+    page.wait_for_selector("#earth_adapter-switches input")
+    page.click("#earth_adapter-ablate")
+    page.wait_for_selector("#earth_adapter-difference tbody tr")
+    visit.shot("earth_4_ablated")
+    visit.close()

@@ -21,7 +21,7 @@ from demos.examples import SIDE, drawings, photographs
 from demos.store import ModelStore, quiet
 from mmoe.errors import BadInput, UnknownName
 from mmoe.moe import moe_layers
-from tests.demos.conftest import MadeStore, served
+from tests.demos.conftest import MadeStore, Visit, served
 from train.data.distortions import KINDS, distort
 from zoo.gamma.model import Gamma, GammaConfig
 
@@ -237,3 +237,51 @@ def test_a_level_is_marked_on_the_curve() -> None:
     axes = gamma.curve([0.9, 0.8, 0.5, 0.4, 0.2, -0.2], "jpeg", 5).axes[0]
     assert axes.lines[-1].get_xydata().tolist() == [[5, -0.2]] and axes.texts[0].get_text() == "-0.200"
     assert axes.get_ylim()[0] < -0.1, "scores beyond the scale stay in view"
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_visit(server: SimpleNamespace, model: Gamma, browser: Any, shots: Path, photo: Path, width: int) -> None:
+    visit = Visit(browser, server.url, width, shots, "#gamma-run")
+    page = visit.page
+    visit.shot("gamma_0_start")
+    page.set_input_files("#gamma-picture input[type=file]", photo)
+    page.wait_for_selector("#gamma-picture img[src*=photo]")
+    page.click("#gamma-run")
+    page.wait_for_selector("#gamma-verdict .score")
+    page.wait_for_selector("#gamma-spoilt img")
+    assert page.locator("#gamma-verdict .shares tr").count() == 5
+    visit.shot("gamma_1_scored")
+    sharp = page.locator("#gamma-spoilt img").get_attribute("src")
+    slider = page.locator("#gamma-level input[type=range]")
+    slider.focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    page.locator("#gamma-verdict", has_text="Gaussian weights").wait_for()
+    page.wait_for_function("old => document.querySelector('#gamma-spoilt img')?.src !== old", arg=sharp)
+    page.get_by_role("combobox", name="Distortion").click()
+    page.get_by_role("option", name="Jpeg (compression)").click()
+    page.locator("#gamma-verdict", has_text="JPEG of this quality").wait_for()
+    small = Image.open(photo).resize((144, 96), Image.Resampling.LANCZOS)
+    want = [float(model.predict(distort(small, "jpeg", level))) for level in (0, 5)]
+    page.locator("#gamma-verdict .score strong", has_text=f"{want[1]:.3f}").wait_for()
+    assert f"{want[0]:.3f}" != f"{want[1]:.3f}"
+    visit.shot("gamma_2_spoilt")
+    visit.tab("Routing")
+    page.wait_for_selector("#gamma-overlay img")
+    page.wait_for_selector("#gamma-numbers tbody tr")
+    visit.shot("gamma_3_routing")
+    visit.tab("Ablate")
+    page.wait_for_selector("#gamma-switches input")
+    page.click("#gamma-ablate")
+    page.get_by_text("the score is").wait_for()
+    assert len(visit.shares("#gamma-after")) == 5
+    visit.shot("gamma_4_ablated")
+    visit.choose(OTHER)
+    page.get_by_role("heading", name=OTHER).wait_for()
+    visit.tab("Try")
+    page.wait_for_selector("#gamma-verdict .score", state="detached")
+    page.get_by_role("combobox", name="Scene").click()
+    assert page.get_by_role("option", name="underwater").count() == 1
+    visit.close()
