@@ -96,10 +96,10 @@ def overlay(kept: dict[str, Any], opacity: float) -> Image.Image:
 
     canvas = Image.blend(kept["picture"], kept["painted"], opacity)
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 17)
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 24)
     for name, column, row in kept["names"]:
         half = font.getlength(name) / 2 + 4
-        at = min(max(column, half), max(canvas.width - half, half)), min(max(row, 12), max(canvas.height - 12, 12))
+        at = min(max(column, half), max(canvas.width - half, half)), min(max(row, 16), max(canvas.height - 16, 16))
         draw.text(at, name, "white", font, anchor="mm", stroke_width=3, stroke_fill="#1A1A1A")
     return canvas
 
@@ -123,6 +123,8 @@ class Page(Family):
         cards: of the family's models.
         store: models in memory.
     """
+
+    seen = "The picture is seen as a whole here, while the mask of a large one is made of windows."
 
     def __init__(self, cards: Sequence[Card], store: ModelStore) -> None:
         super().__init__(cards, store)

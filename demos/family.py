@@ -10,6 +10,7 @@ named `Page`; the panels for routing, ablation and the card then work with its i
     read         values of these components -> plain inputs of the model; raises MmoeError for what cannot be used
     predict      model, inputs -> numbers by name, for the Try tab and for comparisons
     headline     name of the number that the others explain; None where the largest is the answer
+    seen         sentence about the picture of the Routing tab, where it is not the whole one that was given
     batch        model, inputs -> what the model sees, for `model.views`
     observe      model, inputs -> runs the model on that batch, for its routing; runs `predict` where that does it
     picture      model, inputs -> the picture as the model sees it, or None
@@ -298,6 +299,7 @@ class Family:
     """
 
     headline: str | None = None
+    seen = ""
 
     def __init__(self, cards: Sequence[Card], store: ModelStore) -> None:
         self.cards = list(cards)

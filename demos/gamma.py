@@ -115,6 +115,7 @@ class Page(Family):
     """
 
     headline = "score"
+    seen = "The picture is the first of the crops that are scored, the centre unless they are random."
 
     def __init__(self, cards: Sequence[Card], store: ModelStore) -> None:
         super().__init__(cards, store)
@@ -175,7 +176,7 @@ class Page(Family):
                         value=FIRST_KIND,
                         label="Distortion",
                         filterable=False,
-                        min_width=180,
+                        min_width=230,
                         elem_id="gamma-kind",
                     )
                     scene = Menu(
@@ -198,9 +199,9 @@ class Page(Family):
                     buttons=["fullscreen"],
                     height=SHOWN,
                     elem_id="gamma-spoilt",
-                    elem_classes="filled",
+                    elem_classes=["filled", "if-filled"],
                 )
-                plot = gr.Plot(label="All levels", elem_id="gamma-curve", elem_classes="captioned")
+                plot = gr.Plot(label="All levels", elem_id="gamma-curve", elem_classes=["captioned", "if-filled"])
         numbers = gr.JSON(visible=False, label="numbers")
         self._wire(shell, [picture, scene, kind, level], run, message, [verdict, spoilt, plot, numbers])
         self._wire_scenes(shell, scene)

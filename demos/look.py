@@ -70,6 +70,7 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
 :is(button, a, input, textarea, [role=tab], [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
 .message:not(:has(.error-card)), .once-filled:not(:has(td)) { display: none !important; }
+.if-filled:not(:has(img)) { display: none !important; }
 .switching:not(:has(input)) > button { display: none; }
 .switching > .block:not(:has(input)):not(:has(.pending)) { display: none; }
 .panel-head .html-container.pending, .switching .html-container.pending { min-height: 76px; }
@@ -133,11 +134,11 @@ body:has(.page-head.dense) .for-experts, body:not(:has(.page-head.dense)) .for-d
 .shares { border-collapse: collapse; width: 100%; margin: 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .shares :is(tbody, tr, th, td), .shares { border: 0 !important; }
 .shares th { font-weight: 500; text-align: left; padding: 4px 12px 4px 0; overflow-wrap: anywhere; }
+.shares th div { display: flex; align-items: center; gap: 8px; }
 .shares td { padding: 4px 0; white-space: nowrap; text-align: right; }
-.shares td.bar { width: 55%; padding-right: 10px; }
+.shares td.bar { width: 45%; padding-right: 10px; }
 .shares td.bar div { height: 12px; border-radius: 3px; background: var(--color-accent); min-width: 1px; }
-.swatch { display: inline-block; width: 14px; height: 14px; margin-right: 8px; vertical-align: -2px; border-radius: 3px;
-  border: 1px solid #6b6b6b; }
+.swatch { flex: none; width: 14px; height: 14px; border-radius: 3px; border: 1px solid #6b6b6b; }
 .score { margin: 0 0 4px; line-height: 1.1; color: var(--body-text-color-subdued); }
 .score strong { font-size: 3rem; font-weight: 650; color: var(--body-text-color); font-variant-numeric: tabular-nums; }
 .with-result:not(:has(.shares)) > :not(:has(.hint)) { display: none; }
@@ -260,7 +261,8 @@ def shares(parts: Sequence[tuple[str, float, str]]) -> str:
         swatch = f'<span class="swatch" style="background: {escape(color)}"></span>' if color else ""
         paint = f"; background: {escape(color)}" if color else ""
         bar = f'<td class="bar"><div style="width: {100 * share:.1f}%{paint}"></div></td>'
-        rows.append(f'<tr><th scope="row">{swatch}{escape(name)}</th>{bar}<td>{100 * share:.1f}&nbsp;%</td></tr>')
+        head = f'<th scope="row"><div>{swatch}{escape(name)}</div></th>'
+        rows.append(f"<tr>{head}{bar}<td>{100 * share:.1f}&nbsp;%</td></tr>")
     return f'<table class="shares"><tbody>{"".join(rows)}</tbody></table>'
 
 

@@ -80,7 +80,7 @@ def _figure(label: str, alt_text: str, elem_id: str) -> gr.Image:
         interactive=False,
         buttons=["fullscreen"],
         elem_id=elem_id,
-        elem_classes="captioned",
+        elem_classes=["captioned", "if-filled"],
         min_width=270,
     )
 
@@ -116,7 +116,7 @@ class _RoutingPanel:
         state = {"key": (model, values), "record": found}
         return (
             state,
-            _about(found),
+            _about(found, self.family.seen),
             layers,
             *self._layer(found, depth),
             heatmap(found),
@@ -169,7 +169,7 @@ def heatmap(found: record.RoutingRecord) -> Any:
     return load_heatmap(found.trace, names=[found.names[layer] for layer in found.trace.layers])
 
 
-def _about(found: record.RoutingRecord) -> str:
+def _about(found: record.RoutingRecord, seen: str) -> str:
     rows = found.summary
     uneven = max(rows, key=record.unevenness)
     many, experts = rows[0]["experts_per_token"], rows[0]["num_experts"]
@@ -181,7 +181,7 @@ def _about(found: record.RoutingRecord) -> str:
     return look.hint(
         f"{found.model}: {routes}. Most uneven here: {found.names[uneven['layer']]}, whose busiest expert has "
         f"{record.unevenness(uneven):.1f} times its even share. Experts this input did not use: "
-        f"{f'{unused} of {slots}' if unused else 'none'}."
+        f"{f'{unused} of {slots}' if unused else 'none'}. {seen}"
     )
 
 

@@ -29,7 +29,7 @@ from zoo.earth_adapter.result import class_colors
 MODEL = "earth_adapter_dinov2_l"
 CLASSES = ("water", "tropical", "arid", "temperate", "cold", "polar")
 SIZES: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 4, "heads": 4, "classes": CLASSES}
-SIZES |= {"adapter_dim": 4, "fft_layers": (1, 3), "cutoff": 0.6, "layer_scale": 1.0, "head": "light", "head_width": 8}
+SIZES |= {"adapter_dim": 4, "fft_layers": (1, 3), "cutoff": 1.0, "layer_scale": 1.0, "head": "light", "head_width": 8}
 
 
 def build(**options: Any) -> EarthAdapter:
@@ -50,8 +50,10 @@ def model() -> EarthAdapter:
 @pytest.fixture(scope="module")
 def server(model: EarthAdapter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     store = MadeStore({MODEL: lambda: model})
-    with served(store, tmp_path_factory.getbasetemp() / "gradio", MODEL) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(earth_adapter, "find_local", lambda file: None)  # as where no map was fetched
+        with served(store, tmp_path_factory.getbasetemp() / "gradio", MODEL) as running:
+            yield running
 
 
 @pytest.fixture
@@ -231,7 +233,7 @@ def test_a_model_that_splits_nothing(page: earth_adapter.Page, tile: Path) -> No
 def test_places_are_offered_where_the_map_is(
     page: earth_adapter.Page, model: EarthAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert earth_adapter.places() == [], "the tests have a folder of their own for what is fetched"
+    assert earth_adapter.places() == []
     rows, columns = np.mgrid[:1920, :5400]
     map_ = np.stack([rows // 8, columns // 25, 0 * rows], 2).astype(np.uint8)
     monkeypatch.setattr(earth_adapter, "find_local", lambda file: Path("bmng.jpg"))

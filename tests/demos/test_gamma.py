@@ -48,6 +48,7 @@ def build(**options: Any) -> Gamma:
     with torch.no_grad():
         for layer in moe_layers(model).values():
             layer.post.scale.fill_(0.5)
+            layer.experts.down_proj.normal_(std=0.1)  # they begin as copies of each other
     return model
 
 
@@ -133,6 +134,7 @@ def test_routing_shows_the_centre_crop(client: Client, server: SimpleNamespace, 
         1, MODEL, handle_file(photo), "natural", "jpeg", 5, api_name="/gamma_routing"
     )
     assert error == "" and "each token goes to all 3 experts" in about and "the stronger the larger" in about
+    assert gamma.Page.seen in about
     assert [choice[1] for choice in layers["choices"]] == [1, 2, 3]
     assert Image.open(picture).width == 480 and Image.open(texts).width == 480
     rows = table["props"]["rows"]
@@ -162,6 +164,7 @@ def test_ablation_tells_the_score(client: Client, server: SimpleNamespace, model
         after = page.predict(model, inputs)
     off = json.dumps({"clip.visual.*": [0, 2]})
     error, verdict, first, then, table = client.predict(off, MODEL, *given, api_name="/gamma_ablate")
+    assert f"{before['score']:.3f}" != f"{after['score']:.3f}"
     assert error == "" and f"the score is {before['score']:.3f} before and {after['score']:.3f} after" in verdict
     for shown, want in ((first, before), (then, after)):
         found = {one["label"]: one["confidence"] for one in shown["confidences"]}
