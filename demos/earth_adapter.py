@@ -20,7 +20,7 @@ from scipy.ndimage import distance_transform_edt
 
 from demos import look
 from demos.examples import Example, chooser
-from demos.family import Choice, Family, Shell, Steps, message_area, picture_input, read_picture
+from demos.family import REDRAW, Choice, Family, Shell, Steps, message_area, picture_input, read_picture
 from demos.panels import read_layer
 from demos.store import ModelStore, Note
 from mmoe.errors import BadInput, Refused
@@ -230,9 +230,7 @@ class Page(Family):
             api_name=f"{self.name}_opacity",
             names=["state", "opacity"],
             message=message,
-            heavy=False,
-            trigger_mode="always_last",
-            show_progress="hidden",
+            **REDRAW,
         )
 
     def _draw_split(self, shell: Shell, picture: gr.Image) -> None:
@@ -262,9 +260,7 @@ class Page(Family):
             api_name=f"{self.name}_frequencies_layer",
             names=["state", "layer"],
             message=message,
-            heavy=False,
-            trigger_mode="always_last",
-            show_progress="hidden",
+            **REDRAW,
         )
 
     def frequencies(self, note: Note, layer: Any, model: str, image: str) -> tuple[Any, ...]:

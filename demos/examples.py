@@ -57,7 +57,9 @@ def photographs() -> list[Example]:
     """Those of scikit-image and scikit-learn that are on this machine."""
     found = [(photo, find_local(photo.file)) for photo in photos(only_packaged=True)]
     return [
-        Example(id=f"photo/{photo.id}", name=photo.id, read=partial(_smaller, path)) for photo, path in found if path
+        Example(id=f"photo/{photo.id}", name=photo.id.replace("_", " "), read=partial(_smaller, path))
+        for photo, path in found
+        if path is not None
     ]
 
 
@@ -86,7 +88,8 @@ def chooser(shell: Shell, family: str, offered: Sequence[Example], picture: gr.I
         return by_id[str(choice)].read()
 
     message = message_area()
-    grid = look.tiles([_tile(one) for one in offered], label="Pictures to pick", size=42, elem_id=f"{family}-chooser")
+    shown = {"size": 42, "elem_id": f"{family}-chooser", "elem_classes": "short-list"}
+    grid = look.tiles([_tile(one) for one in offered], label="Pictures to pick", **shown)
     picked = shell.on(
         grid.select,
         pick,

@@ -49,6 +49,7 @@ HEAVY = "heavy"
 # because a component that is made while the page is drawn would become a part of the page.
 Blank = Callable[[int, str | None], list[Any]]
 CARD_JS = f"watch('value', () => element.querySelector('.error-card'){look.INTO_VIEW});"
+REDRAW: dict[str, Any] = {"heavy": False, "trigger_mode": "always_last", "show_progress": "hidden"}  # of `Shell.on`
 MAX_TEXTS, MAX_CHARACTERS = 100, 1000
 SHOWN_PIXELS = 640  # on a side, of pictures that are kept for drawing
 

@@ -100,6 +100,7 @@ def curve(scores: Sequence[float], kind: str, level: int) -> Figure:
         textcoords="offset points",
         ha="left" if level == 0 else "right" if level == LEVELS else "center",
         va="bottom" if above else "top",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E6E6E6")
@@ -199,7 +200,7 @@ class Page(Family):
                     buttons=["fullscreen"],
                     height=SHOWN,
                     elem_id="gamma-spoilt",
-                    elem_classes=["filled", "if-filled"],
+                    elem_classes=["captioned", "filled", "if-filled"],
                 )
                 plot = gr.Plot(label="All levels", elem_id="gamma-curve", elem_classes=["captioned", "if-filled"])
         numbers = gr.JSON(visible=False, label="numbers")

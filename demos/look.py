@@ -143,6 +143,7 @@ body:has(.page-head.dense) .for-experts, body:not(:has(.page-head.dense)) .for-d
 .score strong { font-size: 3rem; font-weight: 650; color: var(--body-text-color); font-variant-numeric: tabular-nums; }
 .with-result:not(:has(.shares)) > :not(:has(.hint)) { display: none; }
 .filled .image-frame img { width: 100%; height: 100%; object-fit: contain; }
+.short-list { max-height: 290px; overflow-y: auto !important; }
 .wide { overflow-x: auto; }
 .wide img { max-width: none !important; width: max(100%, 820px) !important; }
 .picker .wrap { flex-direction: column; }

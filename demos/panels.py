@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from demos import look, record
-from demos.family import Choice, Family, Shell, message_area
+from demos.family import REDRAW, Choice, Family, Shell, message_area
 from demos.store import Note
 from mmoe.errors import BadInput
 from zoo.card import Card
@@ -64,9 +64,7 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
         api_name=f"{name}_layer",
         names=["state", "layer"],
         message=message,
-        heavy=False,
-        trigger_mode="always_last",
-        show_progress="hidden",
+        **REDRAW,
     )
 
 

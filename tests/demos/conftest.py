@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gradio_client import Client
 
 from demos import app as gallery
 from demos.cli import free_port
@@ -66,6 +67,12 @@ def served(store: ModelStore, folder: Path, selected: str | None = None) -> Iter
         )
         yield SimpleNamespace(app=app, store=store, url=url)
         app.close(verbose=False)
+
+
+@pytest.fixture
+def client(server: SimpleNamespace, tmp_path: Path) -> Client:
+    """A visitor's program, of the server of a test's module."""
+    return Client(server.url, verbose=False, analytics_enabled=False, download_files=str(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -56,11 +56,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
         yield running
 
 
-@pytest.fixture
-def client(server: SimpleNamespace, tmp_path: Path) -> Client:
-    return Client(server.url, verbose=False, analytics_enabled=False, download_files=str(tmp_path))
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     return zoo.load(MODEL)

@@ -57,11 +57,6 @@ def server(model: EarthAdapter, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture
-def client(server: SimpleNamespace, tmp_path: Path) -> Client:
-    return Client(server.url, verbose=False, analytics_enabled=False, download_files=str(tmp_path))
-
-
-@pytest.fixture
 def page(server: SimpleNamespace) -> earth_adapter.Page:
     return earth_adapter.Page(zoo.list_models(family="earth_adapter"), server.store)
 

@@ -65,11 +65,6 @@ def server(model: Gamma, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 @pytest.fixture
-def client(server: SimpleNamespace, tmp_path: Path) -> Client:
-    return Client(server.url, verbose=False, analytics_enabled=False, download_files=str(tmp_path))
-
-
-@pytest.fixture
 def photo(tmp_path: Path) -> Path:
     """Smooth colours with an edge, larger than two crops."""
     ramp = np.linspace(0, 255, 240).astype(np.uint8)
