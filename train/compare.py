@@ -118,8 +118,9 @@ def _by_part(metrics: Mapping[str, float], patterns: Sequence[str]) -> dict[str,
 
 def _data(stage: Stage, part: str) -> str:
     """What was measured on, in words."""
-    task = tasks.build(stage.data.task or data_sets.get(stage.data.name).task)  # type: ignore[attr-defined]  # a DataSet
-    return f"{stage.data.name}: {task.about(part)}" if part else stage.data.name
+    data: Any = data_sets.get(stage.data.name)
+    words = tasks.build(stage.data.task or data.task).about(data.group_name(part, stage.data.options))
+    return f"{stage.data.name}: {words}" if part else stage.data.name
 
 
 def _command(recipe: Recipe, seeds: Sequence[int]) -> str:

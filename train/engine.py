@@ -208,7 +208,7 @@ class StageRun:
         for optimizer in each:
             optimizer.step()
         update_routers(self.model, whole if len(parts) == 1 else whole.joined())
-        self.model.constrain()
+        self.model.after_step(self.state.step)
         if self.ema is not None:
             self.ema.update()
         if not logs:
@@ -291,6 +291,7 @@ class StageRun:
             "broken": self.data.broken,
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "training": self.model.training_state(),
         }
         if self.sharded:
             (optimizer,) = self.optimizers.each
@@ -306,6 +307,7 @@ class StageRun:
     def _resume(self) -> None:
         found = self.checkpoints.newest()
         if found is None:
+            self.model.load_training_state({})
             if self.log.cut(0):
                 self.log.note(f"{self._name}: no checkpoint was written before it stopped; it begins anew")
             return
@@ -323,6 +325,7 @@ class StageRun:
             self._load(state["model"])
             for optimizer, saved in zip(self.optimizers.each, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
+        self.model.load_training_state(state["training"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
@@ -378,7 +381,11 @@ class StageRun:
             self.log.heatmap(self.state.step)
         return {
             "stage": self.stage.name,
-            "parameters": {"total": self.parameters.total, "active": self.parameters.active},
+            "parameters": {
+                "total": self.parameters.total,
+                "active": self.parameters.active,
+                "trained": sum(trained for _, trained, _ in self.table),
+            },
             "steps": self.steps,
             "seconds": round(self.state.seconds, 1),
             "loss": sum(self.state.losses) / len(self.state.losses),

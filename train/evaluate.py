@@ -233,13 +233,16 @@ class _Answers(Task):
     """Tasks that compare what `predict` says with what is right, sample by sample."""
 
     def measure(self, model: Any, data: DataSet) -> dict[str, float]:
-        """Metrics of all answers, and as "GROUP/METRIC" of those of each group where samples have one."""
-        pairs: dict[str, list[tuple[Any, Any]]] = {"": []}
+        """Metrics of all answers, and as "GROUP/METRIC" of those of each group where samples have one.
+
+        Of data that are not to be pooled each group is told alone.
+        """
+        pairs: dict[str, list[tuple[Any, Any]]] = {}
         for (sample,) in self.batches(data, 1):
-            found = self.answers(model, sample)
-            pairs[""] += found
-            if sample.get("group") is not None:
-                pairs.setdefault(f"{sample['group']}/", []).extend(found)
+            found, group = self.answers(model, sample), sample.get("group")
+            parts = ([""] if data.pooled or group is None else []) + ([] if group is None else [f"{group}/"])
+            for part in parts:
+                pairs.setdefault(part, []).extend(found)
         return {
             f"{group}{name}": round(float(value), 4)
             for group, answers in pairs.items()
@@ -312,7 +315,11 @@ def overlap(predicted: np.ndarray, given: np.ndarray) -> dict[str, float]:
     """
     from sklearn.metrics import accuracy_score, jaccard_score
 
-    found = jaccard_score(given, predicted, average="macro", zero_division=0), accuracy_score(given, predicted)
+    base = 1 + int(predicted.max())
+    counts = np.bincount(given.astype(np.int64) * base + predicted)  # millions of pixels are few kinds of pairs
+    kinds = counts.nonzero()[0]
+    pairs, weights = np.divmod(kinds, base), {"sample_weight": counts[kinds]}
+    found = jaccard_score(*pairs, average="macro", zero_division=0, **weights), accuracy_score(*pairs, **weights)
     return dict(zip(("mIoU", "accuracy"), (round(float(value), 4) for value in found), strict=True))
 
 

@@ -232,8 +232,9 @@ def _short(stage: Stage) -> Stage:
     names = {card.name for card in zoo.list_models()}
     model = stage.model
     if model.name in names:
-        twin = f"{zoo.card(model.name).family}_tiny"
-        if twin in names and twin != model.name:
+        found = zoo.card(model.name)
+        twin = f"{found.family}_tiny"
+        if twin in names and found.params["total"] > _SMALL:
             model = model.model_copy(update={"name": twin, "weights": True, "overrides": {}})
             return stage.model_copy(update={"run": run, "model": model, **_without_names(stage)})
     return stage.model_copy(update={"run": run, "model": model})

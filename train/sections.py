@@ -57,6 +57,7 @@ class TuneSection(Section):
             `modules`); experts (those of `experts` or `top_used`, and nothing else of their layers); lora (by peft, on
             `modules` and the experts' packed weights).
         modules: patterns of parameter names.
+        whole: of LoRA: patterns of modules that are trained as they are, such as a head that is new.
         experts: numbers of experts.
         top_used: as many experts per layer, those that the data uses most.
         rank, alpha: of LoRA.
@@ -66,6 +67,7 @@ class TuneSection(Section):
 
     method: Literal["full", "router_only", "adapters", "modules", "experts", "lora"] = "full"
     modules: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     experts: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     top_used: Annotated[int, Field(gt=0)] | None = None
     rank: Annotated[int, Field(gt=0)] = 8
@@ -78,7 +80,7 @@ class TuneSection(Section):
             raise ValueError("method: modules needs patterns, for example modules: ['*.mlp.*']")
         if self.method == "experts" and (self.experts is None) == (self.top_used is None):
             raise ValueError("method: experts needs either experts: [0, 3] or top_used: 2")
-        takers = {"modules": ("modules", "lora"), "experts": ("experts",), "top_used": ("experts",)}
+        takers = {"modules": ("modules", "lora"), "whole": ("lora",), "experts": ("experts",), "top_used": ("experts",)}
         for option, methods in takers.items():
             if getattr(self, option) not in ((), None) and self.method not in methods:
                 raise ValueError(f"{option} says nothing to method: {self.method}; it is for {' and '.join(methods)}")

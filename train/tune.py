@@ -17,6 +17,8 @@ from mmoe.trace import trace
 from train.sections import TuneSection
 
 Chosen = Mapping[nn.Parameter, tuple[int, ...]]
+_INNER = "model"  # what peft calls the model inside its own
+_WRAPPING = ("base_model", _INNER, "base_layer", "modules_to_save", "default")
 
 
 def freeze(model: nn.Module, section: TuneSection, used: Mapping[str, Tensor] | None = None) -> Chosen:
@@ -98,8 +100,11 @@ def add_adapters(model: nn.Module, section: TuneSection) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    whole = _whole(model, section.whole)
+
     def named(name: str) -> bool:
-        return any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in section.modules)
+        inside = any(name.startswith(f"{module}.") for module in whole)
+        return not inside and any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in section.modules)
 
     unused = nn.modules.linear.NonDynamicallyQuantizableLinear  # nn.MultiheadAttention reads its weight alone
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -122,9 +127,31 @@ def add_adapters(model: nn.Module, section: TuneSection) -> Any:
     if not wanted + more + adapted:
         raise BadInput("train with method: lora", "the model has no mixtures", "tune.modules=['*.attn.*']")
     config = LoraConfig(
-        r=section.rank, lora_alpha=section.alpha, target_modules=wanted, target_parameters=adapted + more
+        r=section.rank,
+        lora_alpha=section.alpha,
+        target_modules=wanted,
+        target_parameters=adapted + more,
+        modules_to_save=[f"{_INNER}.{name}" for name in whole] or None,
     )
     return get_peft_model(model, config)
+
+
+def _whole(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Names of the modules that are trained as they are.
+
+    Raises:
+        BadInput: a pattern names none.
+    """
+    names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+    found: list[str] = []
+    for pattern in patterns:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            near = nearest(pattern.strip("*."), names)
+            wrong = "no module with parameters has such a name" + (f"; one is {near[0]}" if near else "")
+            raise BadInput(f"train {pattern!r} as it is", wrong, f"tune.whole=['{names[-1]}']")
+        found += matching
+    return [name for name in dict.fromkeys(found) if not any(name.startswith(f"{other}.") for other in found)]
 
 
 def expert_use(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -143,6 +170,8 @@ def table(model: nn.Module, chosen: Chosen) -> list[tuple[str, int, int]]:
     """(group, trained parameters, all parameters) by group: routers, experts, adapters, each part of the rest."""
     groups: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # peft keeps it beside what it trains in its place
+            continue
         group = groups.setdefault(_group(name), [0, 0])
         group[1] += parameter.numel()
         if parameter.requires_grad:
@@ -158,7 +187,7 @@ def _group(name: str) -> str:
         return "routers"
     if ".experts." in name:
         return "experts"
-    parts = [part for part in name.split(".") if part not in ("base_model", "model", "base_layer")]
+    parts = [part for part in name.split(".") if part not in _WRAPPING]
     return ".".join(parts[:2] if len(parts) > 2 else parts[:1])
 
 

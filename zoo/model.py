@@ -25,6 +25,7 @@ from zoo.base import config_values, without_base
 from zoo.card import Card
 from zoo.config import make_config
 from zoo.images import as_seen
+from zoo.marks import Mark, marks
 from zoo.state import LoadReport, State, collapse
 from zoo.weights import WEIGHTS, hub_errors, require_online
 
@@ -79,6 +80,7 @@ class Model(nn.Module):
         layer_methods: methods besides `forward` that run the layers.
         adapters: patterns of the parameters that the family trains on a backbone that stays frozen.
         base_tensors: patterns of the tensors that `config.base` holds; see `zoo.base`.
+        windows: `predict` looks at a picture part by part, so that its routing is shown by a forward of the whole.
         card: what is known about the model, or None for one built by hand.
         config: the options it was built with.
     """
@@ -88,9 +90,10 @@ class Model(nn.Module):
     layer_methods: ClassVar[tuple[str, ...]] = ()
     adapters: ClassVar[tuple[str, ...]] = ()
     base_tensors: ClassVar[tuple[str, ...]] = ()
+    windows: ClassVar[bool] = False
     card: Card | None = None
     _report: LoadReport | None = None
-    _loaded: Mapping[str, _Mark] = MappingProxyType({})
+    _loaded: Mapping[str, Mark] = MappingProxyType({})
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -99,13 +102,13 @@ class Model(nn.Module):
     @property
     def load_report(self) -> LoadReport | None:
         """What loading the weights did, or None where they are random or were trained since."""
-        now = _marks(self)
+        now = marks(self)
         same = now.keys() == self._loaded.keys() and all(now[name].follows(mark) for name, mark in self._loaded.items())
         return self._report if same else None
 
     @load_report.setter
     def load_report(self, report: LoadReport | None) -> None:
-        self._report, self._loaded = report, {} if report is None else _marks(self)
+        self._report, self._loaded = report, {} if report is None else marks(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_report": self.load_report, "_loaded": {}}
@@ -162,8 +165,19 @@ class Model(nn.Module):
         """
         raise Refused(f"checkpoint the layers of {type(self).__name__}", "its family cannot", "run.checkpointing=false")
 
-    def constrain(self) -> None:
-        """Brings parameters back into their range after an optimiser's step."""
+    def after_step(self, step: int) -> None:
+        """What comes after an optimiser's step: parameters go back into their range, a teacher follows.
+
+        Args:
+            step: its number, from 0.
+        """
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What training goes on with besides the parameters; a checkpoint has it, a saved model does not."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes over what `training_state` gave; an empty one begins anew. Call it before the first step."""
 
     @classmethod
     def assemble(cls, models: Sequence[Model], options: Mapping[str, Any]) -> Model:
@@ -329,30 +343,6 @@ class Model(nn.Module):
             files = ["config.json", "preprocess.json", "card.json", WEIGHTS]
             api.upload_folder(repo_id=repo_id, folder_path=saved, allow_patterns=files)
         return str(url)
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """What a parameter was when it was loaded: changes in place, and a few of its values."""
-
-    version: int
-    values: torch.Tensor
-
-    def follows(self, loaded: _Mark) -> bool:
-        """True where nothing happened since but moves and changes of type."""
-        same = self.values.shape == loaded.values.shape
-        same = same and torch.allclose(self.values, loaded.values, rtol=0.02, atol=1e-6, equal_nan=True)
-        return same and self.version <= loaded.version
-
-
-def _marks(model: nn.Module) -> dict[str, _Mark]:
-    found = {}
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        few = flat[:: max(1, len(flat) // 8)]
-        values = torch.empty(0) if parameter.is_meta else few.to("cpu", torch.float32, copy=True)
-        found[name] = _Mark(0 if parameter.is_inference() else parameter._version, values)
-    return found
 
 
 def _other_parts(model: nn.Module, built: nn.Module) -> list[str]:

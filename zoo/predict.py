@@ -63,6 +63,8 @@ def predict(
         raise BadOverride(asked, "it is one of loading, not of the config", "mmoe predict --help")
     more = parse_settings(given or [], "--with", "--with scene=natural")
 
+    import torch
+
     from mmoe.trace import trace as record
     from zoo import routes
     from zoo.loading import load
@@ -77,9 +79,12 @@ def predict(
     if masks is not None:
         _save(result, masks, name)
     if files:
-        views = model.views(model.preprocess(pictures, *words))
+        batch, shown = model.preprocess(pictures, *words), routing
+        if model.windows:
+            with torch.no_grad(), record(model) as shown:
+                model(**batch)
         about = {"model": name, "inputs": list(inputs), **more, "result": result.as_dict()}
-        routes.write(files, routing.joined(), views, about, model.seen(pictures[0]))
+        routes.write(files, shown.joined(), model.views(batch), about, model.seen(pictures[0]))
     files |= {} if masks is None else {"out": masks}
     report = model.load_report
     if as_json:

@@ -50,9 +50,10 @@ def metric_tables(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]
         metrics, lambda m: (m["data"], m["provenance"], m.get("command"))
     ):
         rows = list(group)
-        about = {"data", "model", "total", "active", "seeds", "provenance", "command"}
+        about = {"data", "model", "total", "active", "trained", "seeds", "provenance", "command"}
         keys = [key for key in rows[0] if key not in about and not key.endswith(" sd")]
         sizes = ["active / total"] if "total" in rows[0] else []
+        sizes += ["trained"] if "trained" in rows[0] else []
         cells = [[str(row.get("model", "")), *(_value(row, key) for key in [*sizes, *keys])] for row in rows]
         seeds = f", seeds {', '.join(map(str, rows[0]['seeds']))}" if rows[0].get("seeds") else ""
         source = f"{provenance}{seeds}{_units(rows, keys)}" + (f": {command}" if command else "")
@@ -76,6 +77,8 @@ def _is_share(value: Any) -> TypeGuard[float]:
 def _value(row: Mapping[str, Any], key: str) -> str:
     if key == "active / total":
         return f"{short(row['active'])} / {short(row['total'])}"
+    if key == "trained":
+        return short(row[key])
     value, spread = row.get(key), row.get(f"{key} sd")
     if not _is_share(value):
         return str(value)

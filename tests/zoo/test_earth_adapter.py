@@ -435,20 +435,21 @@ def test_the_teacher_is_left_out_of_training() -> None:
     adaptation = Adaptation(student, begin=0)
     source = student.training_batch([sample()])
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
-    adaptation.loss(source, target(), step=1).loss.backward()
+    adaptation.step = 1
+    adaptation.loss(source, target()).loss.backward()
     assert not any(
         p.requires_grad or p.grad is not None for n, p in adaptation.teacher.named_parameters() if "head" in n
     )
     assert set(map(id, optimizer.param_groups[0]["params"])).isdisjoint(map(id, adaptation.teacher.parameters()))
     before = adaptation.state_dict()
-    assert set(before) == {n for n, p in student.named_parameters() if p.requires_grad}
+    assert set(before) == {"step", *(f"teacher.{n}" for n, p in student.named_parameters() if p.requires_grad)}
     before = {n: v.clone() for n, v in before.items()}
     optimizer.step()
     adaptation.after_step(3)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            expected = 0.75 * before[name] + 0.25 * parameter
-            torch.testing.assert_close(adaptation.state_dict()[name], expected.detach())
+            expected = 0.75 * before[f"teacher.{name}"] + 0.25 * parameter
+            torch.testing.assert_close(adaptation.state_dict()[f"teacher.{name}"], expected.detach())
     assert student.state_dict().keys() == build().state_dict().keys(), "a student is saved without its teacher"
 
 
@@ -456,8 +457,10 @@ def test_nothing_is_mixed_before_it_begins() -> None:
     student = build()
     source = student.training_batch([sample()])
     adaptation = Adaptation(student, begin=4000)
-    assert set(adaptation.loss(source, target(), step=4000).losses) == {"cross_entropy"}
-    found = adaptation.loss(source, target(), step=4001)
+    adaptation.step = 4000
+    assert set(adaptation.loss(source, target()).losses) == {"cross_entropy"}
+    adaptation.after_step(4000)
+    found = adaptation.loss(source, target())
     assert set(found.losses) == {"cross_entropy", "mix_cross_entropy"}
     torch.testing.assert_close(found.loss, found.losses["cross_entropy"] + found.losses["mix_cross_entropy"])
 
@@ -486,21 +489,85 @@ def test_a_threshold_weighs_what_the_teacher_is_sure_of() -> None:
     student = build()
     source = student.training_batch([sample()])
     sure = [Adaptation(student, begin=0, threshold=threshold) for threshold in (0.0, 1.1)]
-    losses = [one.loss(source, target(), 1, torch.Generator().manual_seed(0)).losses for one in sure]
+    for one in sure:
+        one.step = 1
+    losses = [one.loss(source, target(), torch.Generator().manual_seed(0)).losses for one in sure]
     assert losses[0]["mix_cross_entropy"] > 0 and losses[1]["mix_cross_entropy"] == 0
 
 
 def test_a_teacher_goes_on_from_its_state() -> None:
     student = build()
     first, second = Adaptation(student), None
+    first.after_step(6)
     with torch.no_grad():
         student.head.out.bias += 1
     second = Adaptation(student)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert second.teacher.head.out.bias.equal(first.teacher.head.out.bias)
+    assert second.teacher.head.out.bias.equal(first.teacher.head.out.bias) and second.step == 7
     assert not second.teacher.head.out.bias.equal(student.head.out.bias)
     follow(second.teacher, student, 0)
     assert second.teacher.head.out.bias.equal(student.head.out.bias)
+
+
+def adapted() -> EarthAdapter:
+    return build(adaptation_begin=0, adaptation_weight=0.25).train()
+
+
+def test_a_model_adapts_where_a_batch_has_a_target() -> None:
+    model = adapted()
+    batch = model.training_batch([{**sample(), "target": picture(seed=7)}])
+    assert batch["target"].equal(model._middles([Image.fromarray(picture(seed=7))]))
+    model.load_training_state({})
+    assert set(model(**batch).losses) == {"cross_entropy"} and model.training_state()["step"] == 0
+    model.after_step(0)
+    torch.manual_seed(3)
+    found = model(**batch)
+    adaptation = Adaptation(model, begin=0, weight=0.25)
+    adaptation.step = 1
+    torch.manual_seed(3)
+    expected = adaptation.loss({name: batch[name] for name in ("image", "mask")}, batch["target"])
+    assert found.losses.keys() == expected.losses.keys() == {"cross_entropy", "mix_cross_entropy"}
+    torch.testing.assert_close(found.losses, expected.losses)
+    assert set(model(image=batch["image"], mask=batch["mask"]).losses) == {"cross_entropy"}
+
+
+def test_a_model_that_adapts_is_saved_without_its_teacher(tmp_path: Path) -> None:
+    model = adapted()
+    model.load_training_state({})
+    names = {name for name, _ in model.named_parameters()}
+    assert names == {name for name, _ in build().named_parameters()}
+    model.save(tmp_path / "saved")
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) <= names
+    again = zoo.load(tmp_path / "saved", device="cpu", adaptation_begin=None)
+    again.load_training_state({})
+    assert again.training_state() == {} and build().training_state() == {}
+
+
+def test_training_begins_anew_or_goes_on() -> None:
+    model = adapted()
+    model.load_training_state({})
+    model.after_step(4)
+    kept = copy.deepcopy(model.training_state())
+    with torch.no_grad():
+        model.head.out.bias += 1
+    model.load_training_state({})
+    assert model.training_state()["step"] == 0
+    assert model.training_state()["teacher.head.out.bias"].equal(model.head.out.bias)
+    model.load_training_state(kept)
+    assert model.training_state()["step"] == 5
+    assert model.training_state()["teacher.head.out.bias"].equal(kept["teacher.head.out.bias"])
+    assert not kept["teacher.head.out.bias"].equal(model.head.out.bias)
+
+
+def test_adaptation_needs_pictures_without_labels_and_pixels_to_label() -> None:
+    with pytest.raises(Refused, match=r"no target, a picture of its own\n  try: data.options.unlabelled=target"):
+        adapted().training_batch([sample()])
+    assert "target" not in build().training_batch([{**sample(), "target": picture()}])
+    for options in ({"adaptation_begin": -1}, {"adaptation_weight": -1}, {"adaptation_threshold": "sure"}):
+        with pytest.raises(BadOverride, match=next(iter(options))):
+            build(**options)
+    with pytest.raises(BadOverride, match="a teacher labels pixels, and this head none"):
+        build(adaptation_begin=0, head="classes", adapters="none")
 
 
 # ---- backbones from elsewhere ----
@@ -683,6 +750,85 @@ def test_conversion_from_the_command_line(run: Any, tmp_path: Path) -> None:
     assert again.code == 0, again.err
     other = zoo.load(tmp_path / "again", device="cpu")
     assert all(value.equal(model.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+# ---- the command line ----
+
+
+@pytest.fixture
+def saved(model: EarthAdapter, tmp_path: Path) -> Path:
+    """A folder of the small model, with a card that says what it does."""
+    perturb(model)
+    return model.save(tmp_path / "saved", card=replace(zoo.card("earth_adapter_dinov2_l"), weights={}))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (70, 90), (9, 20)])
+def test_predict_from_the_command_line(run: Any, saved: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+    tile, mask, trace = tmp_path / "tile.png", tmp_path / "mask.png", tmp_path / "trace.json"
+    Image.fromarray(picture(*size)).save(tile)
+    drawn = {"heatmap": tmp_path / "heatmap.png", "overlay": tmp_path / "overlay.png"}
+    files = ["--out", mask, "--trace", trace, *(word for kind, path in drawn.items() for word in (f"--{kind}", path))]
+    done = run("predict", saved, tile, *files)
+    assert done.code == 0, done.err
+    model = zoo.load(saved, device="cpu")
+    expected = model.predict(tile)
+    with Image.open(mask) as found:
+        assert np.asarray(found).tolist() == expected.mask.tolist()
+    name, share = expected.top(1)[0]
+    assert done.out.splitlines()[0].split() == [str(tile), "share", "confidence"]
+    assert done.out.splitlines()[1].split()[:2] == [name, f"{share:.1%}"]
+    assert "3 of 3" in done.out and f"out: {mask}" in done.out
+    whole = model.preprocess(tile)
+    with torch.no_grad(), mmoe.trace(model) as routing:
+        model(**whole)
+    (view,) = model.views(whole)
+    told = json.loads(trace.read_text())
+    assert [entry["layer"] for entry in told["tokens"]] == routing.layers
+    for entry, rows in zip(told["tokens"], routing, strict=True):
+        assert entry["grid"] == list(view.grid) and len(entry["experts"]) == view.rows
+        torch.testing.assert_close(torch.tensor(entry["weights"]), rows.weights, atol=1e-4, rtol=1e-4)
+    assert told["result"]["pictures"][0]["height"] == size[0]
+    with Image.open(drawn["overlay"]) as overlay, Image.open(drawn["heatmap"]) as heatmap:
+        assert overlay.width >= size[1] and overlay.height > size[0] and heatmap.width > 100
+
+
+def test_predict_several_pictures_from_the_command_line(run: Any, saved: Path, tmp_path: Path) -> None:
+    tiles = [tmp_path / "a.png", tmp_path / "b.png"]
+    for number, (tile, size) in enumerate(zip(tiles, ((32, 32), (40, 70)), strict=True)):
+        Image.fromarray(picture(*size, seed=number)).save(tile)
+    done = run("predict", saved, *tiles, "--out", tmp_path / "mask.png", "--overlay", tmp_path / "o.png", "--json")
+    assert done.code == 0, done.err
+    model = zoo.load(saved, device="cpu")
+    assert done.json["pictures"] == [model.predict(tile).as_dict() for tile in tiles]
+    with Image.open(tmp_path / "mask.png") as found:
+        assert found.size == (32, 32)
+    assert run("predict", saved, *tiles).out.count("confidence") == 2
+
+
+def test_masks_that_cannot_be_written(run: Any, saved: Path, tmp_path: Path, fox: Path) -> None:
+    done = run("predict", saved, fox, "--out", tmp_path / "mask.jpg")
+    assert done.code == 2 and done.err.endswith("the suffix names the format: png\n  try: --out mask.png\n")
+    done = run("predict", saved, fox, "--with", "scene=natural")
+    assert done.code == 2 and "no input 'scene' of EarthAdapter" in done.err
+    done = run("predict", saved, fox, "a forest")
+    assert done.code == 2 and "it takes no texts" in done.err
+
+
+def test_a_result_of_several_pictures(model: EarthAdapter) -> None:
+    pictures = [picture(20, 40), picture(70, 33, seed=1)]
+    found = model.predict(pictures)
+    assert len(found) == 2 and [one.mask.shape for one in found] == [(20, 40), (70, 33)]
+    for index, one in enumerate(pictures):
+        alone = model.predict(one)
+        assert found[index].mask.equal(alone.mask) and found.table(index) == alone.table()
+        assert found.top(2, index) == alone.top(2)
+    header, rows = found.table(1)
+    assert all(len(row) == 1 + len(header) for row in rows)
+    assert sum(float(row[1].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.3)
+    with pytest.raises(BadOverride, match="picture is a whole number from 0 to 1"):
+        found.table(2)
+    with pytest.raises(BadInput, match="an empty list of pictures"):
+        model.predict([])
 
 
 # ---- routing, saving, evaluation ----

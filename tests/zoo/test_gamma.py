@@ -479,7 +479,7 @@ def test_a_dense_base_is_trained_and_then_given_experts() -> None:
         out = dense.train()(**dense.training_batch(samples))
         out.loss.backward()
         adam.step()
-        dense.constrain()
+        dense.after_step(0)
         found.append(out.loss.item())
     assert found[-1] < 0.8 * found[0]
     assert Gamma.assembled_from({}) == 1
@@ -502,7 +502,7 @@ def test_the_temperature_is_kept_in_range() -> None:
     dense, frozen = build(num_experts=0), build()
     for model in (dense, frozen):
         nn.init.constant_(model.clip.logit_scale, 7.0)
-        model.constrain()
+        model.after_step(0)
     assert dense.clip.logit_scale.exp().item() == pytest.approx(100) and frozen.clip.logit_scale == 7.0
 
 

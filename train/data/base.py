@@ -3,7 +3,8 @@
 A sample is a mapping with plain values: "image" (RGB picture), "text", "label" (number of a class), "mask" (picture of
 class numbers), "audio" ((n,) floats at 16 kHz), "turns" (question, answer, ...), "score" (opinion in [0, 1]). Which of
 them a data set has is said by `fields`, and a model turns those that it trains on into tensors
-(`Model.training_batch`); it is given a "seed" with each, of random crops and the like.
+(`Model.training_batch`); it is given a "seed" with each, of random crops and the like. Samples may have a "group",
+which is measured by itself too.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class DataSet(ABC):
         broken: samples that could not be read so far, with what is wrong.
         most_broken: so many are left out; one more is an error that names them all.
         notes: what a person should know about the data before they are used.
+        pooled: metrics of all groups together mean something; where they do not, each group is told alone.
     """
 
     fields: ClassVar[tuple[str, ...]]
@@ -48,6 +50,7 @@ class DataSet(ABC):
         self.broken: dict[str, str] = {}
         self.most_broken = 0
         self.notes: list[str] = []
+        self.pooled = True
 
     @classmethod
     def files(cls, options: Mapping[str, Any]) -> tuple[PackagedFile, ...]:
@@ -57,6 +60,16 @@ class DataSet(ABC):
             options: of the data set, as a recipe has them, not checked yet; words and numbers among them may matter.
         """
         return ()
+
+    @classmethod
+    def group_name(cls, group: str, options: Mapping[str, Any]) -> str:
+        """In words what a group of samples is, for tables.
+
+        Args:
+            group: of samples.
+            options: of the data set, as a recipe has them.
+        """
+        return group
 
     @abstractmethod
     def __len__(self) -> int:

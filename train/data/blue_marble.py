@@ -14,7 +14,7 @@ import hashlib
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -32,10 +32,19 @@ CLASSES = ("water", "tropical", "arid", "temperate", "cold", "polar")
 HEIGHTS = ("deep sea", "shelf sea", "lowland", "plain", "upland", "highland", "summits and ice")
 NOWHERE = 255
 PARTS = ("train", "validation", "test")
-SHIFTS = ("none", "season", "haze", "relief")
+_LOOKS = {"none": "", "season": ", in a dry season", "haze": ", in haze", "relief": ", in another map"}
+SHIFTS = tuple(_LOOKS)
 VIEWS = {"climate": CLASSES, "heights": HEIGHTS, "masked": ("seen", "hidden")}
 TILES = (48, 64, 96, 192)
 BLOCK, PATCH = 192, 8
+REPORT = {  # groups of the part "report": region, part, shift
+    "validation": ("source", "validation", "none"),
+    "source": ("source", "test", "none"),
+    "target": ("target", "all", "none"),
+    "season": ("source", "test", "season"),
+    "haze": ("source", "test", "haze"),
+    "relief": ("source", "test", "relief"),
+}
 COLUMNS = {"target": range(216, 2328, BLOCK), "source": range(2328, 5400, BLOCK)}  # from 165.6 W and from 24.8 W
 _TOP, _HEIGHT, _WIDTH, _MAP = 300, 1920, 5400, 2700  # rows above 70 N are left out; of 2700 in all
 _DEAL = ("train", "validation", "train", "test", "train")
@@ -88,11 +97,15 @@ class Tile:
     Attributes:
         region: "source" or "target".
         row, column: of its upper left corner, in pixels below 70 N and east of 180 W.
+        shift: of its picture, of SHIFTS.
+        group: of REPORT; empty elsewhere.
     """
 
     region: str
     row: int
     column: int
+    shift: str = "none"
+    group: str = ""
 
     @property
     def name(self) -> str:
@@ -228,13 +241,15 @@ class BlueMarble(DataSet):
         region: "source", "target" or "all".
         shift: of the pictures: "none"; "season" (what is green is dry) and "haze", which are artefacts; "relief", the
             same places in the colours of another map.
-        part: that "eval" is: "validation", for choosing a checkpoint; "test"; or "all", of a region that nothing was
-            trained on.
+        part: that "eval" is: "validation", for choosing a checkpoint; "test"; "all", of a region that nothing was
+            trained on; or "report", the groups of REPORT, whatever region and shift are.
         view: what "mask" is: "climate"; "heights" (HEIGHTS), for training a backbone without the climates; "masked", 1
             in patches of 8 pixels that a model should fill in.
         tile: pixels per side: 48, 64, 96 or 192.
         hidden: share of the patches that are 1 with the view "masked".
-        limit: uses so many tiles.
+        unlabelled: region; pairs each tile to train on with a random one of that region's training part, whose picture
+            is "target" and whose labels are left out.
+        limit: uses so many tiles, of a report so many of each group.
 
     Attributes:
         classes: names of the numbers in "mask".
@@ -254,20 +269,31 @@ class BlueMarble(DataSet):
         view: str = "climate",
         tile: int = 96,
         hidden: float = 0.75,
+        unlabelled: str | None = None,
         limit: int | None = None,
     ) -> None:
         super().__init__()
         check_choice("region", region, (*COLUMNS, "all"))
         check_choice("shift", shift, SHIFTS)
-        check_choice("part", part, (*PARTS[1:], "all"))
+        check_choice("part", part, (*PARTS[1:], "all", "report"))
         check_choice("view", view, VIEWS)
         if tile not in TILES:
             raise BadOverride(f"tile={tile!r}", f"tile is one of {', '.join(map(str, TILES))}", "tile=96")
         check_float("hidden", hidden, above=0, below=1, usual=0.75)
-        self.shift, self.view, self.size, self.hidden = shift, view, tile, hidden
+        if unlabelled is not None:
+            check_choice("unlabelled", unlabelled, tuple(COLUMNS))
+        self.view, self.size, self.hidden = view, tile, hidden
         self.classes = VIEWS[view]
-        self.tiles = tiles(region, "train" if split == "train" else part, tile)[:limit]
-        self._pixels = pictures("relief" if shift == "relief" else "picture")
+        self.pooled = split == "train" or part != "report"
+        wanted = {"": (region, "train" if split == "train" else part, shift)} if self.pooled else REPORT
+        self.tiles = [
+            replace(one, shift=look, group=group)
+            for group, (where, which, look) in wanted.items()
+            for one in tiles(where, which, tile)[:limit]
+        ]
+        self.unlabelled = tiles(unlabelled, "train", tile) if split == "train" and unlabelled is not None else []
+        kinds = {_kind(one.shift) for one in [*self.tiles, *self.unlabelled]}
+        self._pictures = {kind: pictures(kind) for kind in kinds}
         self._labels = {"climate": climates, "heights": heights}.get(view, climates)()
 
     @classmethod
@@ -275,12 +301,22 @@ class BlueMarble(DataSet):
         """All of them, whatever the options: they come with the same two downloads."""
         return tuple(FILES.values())
 
+    @classmethod
+    def group_name(cls, group: str, options: Mapping[str, Any]) -> str:
+        """Which tiles a group of a report has."""
+        if options.get("part") != "report" or group not in REPORT:
+            return group
+        region, part, shift = REPORT[group]
+        words = {"validation": ", by which checkpoints are chosen", "all": ", whose labels are never trained on"}
+        return f"{part} tiles of the {region}{words.get(part, '')}" + _LOOKS[shift]
+
     def __len__(self) -> int:
         return len(self.tiles)
 
     def name(self, index: int) -> str:
-        """Region and place."""
-        return self.tiles[index].name
+        """Region and place, of a report the group too."""
+        tile = self.tiles[index]
+        return f"{tile.name}, {tile.group}" if tile.group else tile.name
 
     def read(self, index: int) -> Sample:
         """The tile as it lies on the map; patches of the view "masked" are those of its number."""
@@ -288,12 +324,21 @@ class BlueMarble(DataSet):
         return self._sample(tile, tile.row, tile.column, random.Random(index))
 
     def variant(self, index: int, seed: int) -> Sample:
-        """The tile shifted by up to half its side inside its block, and flipped or not, by a seed."""
-        tile, draw = self.tiles[index], random.Random(seed)
+        """The tile moved by up to half its side inside its block, and flipped or not, by a seed.
+
+        Where another region goes along without labels, a tile of it by chance, treated alike, is "target".
+        """
+        draw = random.Random(seed)
+        sample = self._variant(self.tiles[index], draw)
+        if self.unlabelled:
+            sample["target"] = self._variant(draw.choice(self.unlabelled), draw)["image"]
+        return sample
+
+    def _variant(self, tile: Tile, draw: random.Random) -> dict[str, Any]:
         left = COLUMNS[tile.region].start
         row = _moved(tile.row, self.size, 0, draw)
         column = _moved(tile.column, self.size, left, draw)
-        sample = dict(self._sample(tile, row, column, draw))
+        sample = self._sample(tile, row, column, draw)
         for flip in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
             if draw.random() < 0.5:
                 sample |= {key: sample[key].transpose(flip) for key in ("image", "mask")}
@@ -303,13 +348,14 @@ class BlueMarble(DataSet):
         """A variant of each tile by its seed."""
         return model.training_batch([self.variant(*one) for one in zip(indices, seeds, strict=True)])
 
-    def _sample(self, tile: Tile, row: int, column: int, draw: random.Random) -> Sample:
+    def _sample(self, tile: Tile, row: int, column: int, draw: random.Random) -> dict[str, Any]:
         part = slice(row, row + self.size), slice(column, column + self.size)
-        pixels, mask = self._pixels[part], self._labels[part]
-        pixels = {"season": dry, "haze": hazy}.get(self.shift, np.asarray)(pixels)
+        pixels, mask = self._pictures[_kind(tile.shift)][part], self._labels[part]
+        pixels = {"season": dry, "haze": hazy}.get(tile.shift, np.asarray)(pixels)
         if self.view == "masked":
             mask = self._hiding(draw)
-        return {"image": Image.fromarray(pixels), "mask": Image.fromarray(mask), "group": tile.region}
+        group = tile.group or tile.region
+        return {"image": Image.fromarray(pixels), "mask": Image.fromarray(mask), "group": group}
 
     def _hiding(self, draw: random.Random) -> np.ndarray:
         """1 in patches to be filled in, (S, S) uint8."""
@@ -317,6 +363,11 @@ class BlueMarble(DataSet):
         patches = np.zeros(side * side, np.uint8)
         patches[draw.sample(range(side * side), round(self.hidden * side * side))] = 1
         return patches.reshape(side, side).repeat(PATCH, 0).repeat(PATCH, 1)
+
+
+def _kind(shift: str) -> str:
+    """The map that shows a shift."""
+    return "relief" if shift == "relief" else "picture"
 
 
 def _moved(place: int, size: int, start: int, draw: random.Random) -> int:

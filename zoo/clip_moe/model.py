@@ -321,7 +321,7 @@ class ClipMoE(Model):
         """Computes the activations of both towers' blocks again in backward instead of keeping them."""
         self.clip.set_grad_checkpointing(enable)
 
-    def constrain(self) -> None:
+    def after_step(self, step: int) -> None:
         """Keeps the inverse temperature between 1 and 100, as CLIP does."""
         if self.clip.logit_scale.requires_grad:
             self.clip.logit_scale.data.clamp_(0, math.log(100))

@@ -7,7 +7,8 @@ the teacher's confidence, mixing only after 4,000 steps, both losses added with 
     mixed = m source + (1 - m) target          for pictures and labels; m: pixels of half of the source's classes
 
 Where we differ: the teacher shares what is frozen with the student, is no module of the model, and is never given to an
-optimiser; the labels of the source are not overwritten. A confidence weight as in DACS is an option.
+optimiser; the labels of the source are not overwritten. A confidence weight as in DACS is an option. A model with
+`adaptation_begin` in its config does all this by itself where a batch has "target".
 Shapes: B pictures, H and W pixels, C classes.
 """
 
@@ -15,12 +16,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from zoo.earth_adapter.model import EarthAdapter, EarthOutput
+from mmoe.dispatch import is_sharded
+from mmoe.errors import Refused
+
+if TYPE_CHECKING:
+    from zoo.earth_adapter.model import EarthAdapter, EarthOutput
 
 
 def teacher_rate(step: int, most: float = 0.99) -> float:
@@ -36,9 +42,10 @@ def teacher_rate(step: int, most: float = 0.99) -> float:
 def follow(teacher: nn.Module, student: nn.Module, step: int, most: float = 0.99) -> None:
     """Moves a teacher's parameters towards the student's, after the optimiser's step."""
     rate = teacher_rate(step, most)
-    for own, other in zip(teacher.parameters(), student.parameters(), strict=True):
-        if own is not other:
-            own.mul_(rate).add_(other, alpha=1 - rate)
+    others = dict(student.named_parameters())
+    for name, own in teacher.named_parameters():  # not in order: peft puts parameters away and back
+        if own is not others[name]:
+            own.mul_(rate).add_(others[name], alpha=1 - rate)
 
 
 def half_of_classes(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -87,15 +94,22 @@ class Adaptation:
         threshold: weights a mixed picture's loss by the share of its target's pixels that the teacher is at least so
             sure of, as DACS does; None counts every picture fully.
 
+    Attributes:
+        step: number of the step that comes next, from 0.
+
+    Raises:
+        Refused: the student is sharded over processes.
+
     Example:
         >>> from zoo.earth_adapter.config import EarthAdapterConfig
+        >>> from zoo.earth_adapter.model import EarthAdapter
         >>> sizes = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 4, "heads": 2, "head_width": 8}
         >>> student = EarthAdapter(EarthAdapterConfig(**sizes, head="light", classes=("land", "sea")))
         >>> adaptation = Adaptation(student, begin=0)
+        >>> adaptation.after_step(0)
         >>> source = {"image": torch.zeros(1, 3, 16, 16), "mask": torch.zeros(1, 16, 16, dtype=torch.long)}
-        >>> sorted(adaptation.loss(source, torch.zeros(1, 3, 16, 16), step=1).losses)
+        >>> sorted(adaptation.loss(source, torch.zeros(1, 3, 16, 16)).losses)
         ['cross_entropy', 'mix_cross_entropy']
-        >>> adaptation.after_step(1)
     """
 
     def __init__(
@@ -108,6 +122,10 @@ class Adaptation:
         threshold: float | None = None,
     ) -> None:
         self.student, self.begin, self.weight, self.most, self.threshold = student, begin, weight, most, threshold
+        if any(map(is_sharded, student.parameters())):
+            wrong = "each process has a part of its weights, and the teacher needs all"
+            raise Refused("adapt a sharded model", wrong, "scale.shard=none")
+        self.step = 0
         frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
         self.teacher = copy.deepcopy(student, frozen).requires_grad_(False).eval()
 
@@ -130,38 +148,46 @@ class Adaptation:
         return {"image": image, "mask": mask}, said
 
     def loss(
-        self, source: Mapping[str, Tensor], target: Tensor, step: int, generator: torch.Generator | None = None
+        self, source: Mapping[str, Tensor], target: Tensor, generator: torch.Generator | None = None
     ) -> EarthOutput:
         """Loss of a step: of the source, and behind `begin` of the mixed pictures.
 
         Args:
             source: "image" (B, 3, H, W) and "mask" (B, H, W).
             target: (B, 3, H, W).
-            step: number of the step, from 0.
-            generator: of the choice of classes.
+            generator: of the choice of classes; the global one when None.
         """
         out: EarthOutput = self.student(**source)
-        if step <= self.begin:
+        if self.step <= self.begin:
             return out
         batch, said = self.mix(source, target, generator)
         sure = 1.0 if self.threshold is None else float((said.confidence >= self.threshold).float().mean())
         mixed: EarthOutput = self.student(**batch)
         parts = {f"mix_{name}": self.weight * sure * value for name, value in mixed.losses.items()}
         losses = {**out.losses, **parts}
-        return EarthOutput(loss=torch.stack(list(losses.values())).sum(), losses=losses)
+        return replace(out, loss=torch.stack(list(losses.values())).sum(), losses=losses)
 
     def after_step(self, step: int) -> None:
-        """Lets the teacher follow; call it after each step of the optimiser."""
+        """Lets the teacher follow; call it after each step of the optimiser.
+
+        Args:
+            step: number of the step that was done, from 0.
+        """
         follow(self.teacher, self.student, step, self.most)
+        self.step = step + 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The teacher's own tensors, for a run that goes on later."""
-        shared = {id(p) for p in self.student.parameters()}
-        return {name: value.detach() for name, value in self.teacher.named_parameters() if id(value) not in shared}
+        """The number of the next step and the teacher's own tensors, for a run that goes on later."""
+        return {"step": torch.tensor(self.step), **{name: value.detach() for name, value in self._own().items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what `state_dict` gave."""
-        own = dict(self.teacher.named_parameters())
+        self.step = int(state["step"])
         with torch.no_grad():
-            for name, value in state.items():
-                own[name].copy_(value)
+            for name, own in self._own().items():
+                own.copy_(state[name])
+
+    def _own(self) -> dict[str, Tensor]:
+        """What the teacher does not share with the student."""
+        shared = {id(p) for p in self.student.parameters()}
+        return {f"teacher.{name}": p for name, p in self.teacher.named_parameters() if id(p) not in shared}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -28,10 +28,11 @@ from mmoe.errors import BadInput, Refused
 from mmoe.options import check_int
 from mmoe.surgery import add_frequency_adapters
 from zoo.config import make_config
+from zoo.earth_adapter.adaptation import Adaptation
 from zoo.earth_adapter.backbone import DinoViT, backbone_state
 from zoo.earth_adapter.config import EarthAdapterConfig
 from zoo.earth_adapter.heads import HEADS, IGNORED
-from zoo.earth_adapter.result import Segmentation, class_colors
+from zoo.earth_adapter.result import Segmentation, Segmentations, class_colors
 from zoo.images import read_image
 from zoo.model import Model, TokenView
 from zoo.state import State
@@ -75,6 +76,7 @@ class EarthAdapter(Model):
     """
 
     family = "earth_adapter"
+    windows = True
     config_class = EarthAdapterConfig
     base_tensors = (
         *(f"backbone.{part}" for part in _PARTS),
@@ -104,6 +106,7 @@ class EarthAdapter(Model):
                 inplace=True,
             )
         self.head = HEADS[config.head](config)
+        self._adaptation: Adaptation | None = None
         self.preprocessing = {
             "image_size": config.image_size,
             "stride": config.stride,
@@ -144,14 +147,15 @@ class EarthAdapter(Model):
         Returns:
             "image" (B, 3, H, W) in the model's dtype on its device.
         """
-        many = images if isinstance(images, (list, tuple)) else [images]
-        if not many:
-            raise BadInput("cannot prepare an empty list of pictures", "the list is empty", _PREDICT)
-        pictures = [self._read(image) for image in many]
+        pictures = [self._read(image) for image in _listed(images)]
         sizes = {self._whole(picture.size) for picture in pictures}
         side = self._preprocessing["image_size"]
         size = sizes.pop() if len(sizes) == 1 else (side, side)
         return {"image": torch.stack([self._pixels(picture.resize(size)) for picture in pictures])}
+
+    def seen(self, picture: Any) -> Image.Image:
+        """All of it."""
+        return self._read(picture)
 
     def _read(self, image: Any) -> Image.Image:
         return read_image(image, tuple(self._preprocessing["background"]))
@@ -171,7 +175,8 @@ class EarthAdapter(Model):
     def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Samples with "image" and "mask" (class numbers, 255 left out), or "label" for the head "classes".
 
-        Pictures of another size than a window are resized by their shorter side and cut around the middle.
+        With adaptation each has a "target" too, a picture without labels. Pictures of another size than a window are
+        resized by their shorter side and cut around the middle.
 
         Raises:
             Refused: the samples have no such labels. BadInput: a mask has another size or unknown classes.
@@ -181,15 +186,24 @@ class EarthAdapter(Model):
         if missing:
             wrong = f"its samples have no {' and no '.join(missing)}"
             raise Refused(f"train {self.family} on this data", wrong, "data.name=segmentation")
-        side = self._preprocessing["image_size"]
+        adapts = self.config.adaptation_begin is not None
+        if adapts and "target" not in samples[0]:
+            fix = "data.options.unlabelled=target, or model.overrides.adaptation_begin=null"
+            raise Refused(f"adapt {self.family} to this data", "its samples have no target, a picture of its own", fix)
         pictures = [self._read(sample["image"]) for sample in samples]
-        image = torch.stack([self._pixels(_square(picture, side, Image.Resampling.BILINEAR)) for picture in pictures])
+        image = self._middles(pictures)
         if wanted == "label":
             labels = [self._known(int(sample["label"])) for sample in samples]
             return {"image": image, "label": torch.tensor(labels, device=self.device)}
         pairs = zip(pictures, samples, strict=True)
         masks = [self._mask(np.asarray(sample["mask"]), picture) for picture, sample in pairs]
-        return {"image": image, "mask": torch.stack(masks).to(self.device)}
+        batch = {"image": image, "mask": torch.stack(masks).to(self.device)}
+        return {**batch, "target": self._middles([self._read(one["target"]) for one in samples])} if adapts else batch
+
+    def _middles(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """The middle of each picture as a window, (B, 3, S, S)."""
+        side = self._preprocessing["image_size"]
+        return torch.stack([self._pixels(_square(one, side, Image.Resampling.BILINEAR)) for one in pictures])
 
     def _mask(self, mask: np.ndarray, picture: Image.Image) -> Tensor:
         if mask.shape != (picture.height, picture.width):
@@ -224,14 +238,24 @@ class EarthAdapter(Model):
             wrong = f"the sides are whole patches of {patch} pixels"
             raise BadInput(f"run on {height} x {width} pixels", wrong, "model.preprocess('tile.png')")
 
-    def forward(self, image: Tensor, mask: Tensor | None = None, label: Tensor | None = None) -> EarthOutput:
+    def forward(
+        self,
+        image: Tensor,
+        mask: Tensor | None = None,
+        label: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> EarthOutput:
         """Scores of classes, or the training loss where there are labels.
 
         Args:
             image: (B, 3, H, W) pixels, sides in whole patches.
             mask: (B, H, W) class numbers; 255 is left out.
             label: (B,) class numbers, for the head "classes".
+            target: (B, 3, H, W) pixels without labels, to adapt to.
         """
+        if target is not None and mask is not None:
+            self._adaptation = self._adaptation or self._adapting()
+            return self._adaptation.loss({"image": image, "mask": mask}, target)
         if self.config.head == "classes":
             self._check_sides(image)
             logits = self.head(self.backbone.forward_features(image), self.backbone.num_prefix_tokens)
@@ -245,21 +269,51 @@ class EarthAdapter(Model):
         losses = self.head.loss(maps, mask)
         return EarthOutput(loss=torch.stack(list(losses.values())).sum(), losses=losses)
 
+    def _adapting(self) -> Adaptation:
+        told = self.config
+        weight, threshold = told.adaptation_weight, told.adaptation_threshold
+        return Adaptation(self, begin=told.adaptation_begin or 0, weight=weight, threshold=threshold)
+
+    def after_step(self, step: int) -> None:
+        """Lets the teacher follow."""
+        if self._adaptation is not None:
+            self._adaptation.after_step(step)
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The teacher and the number of steps, where pictures without labels are adapted to."""
+        return {} if self._adaptation is None else self._adaptation.state_dict()
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on with that teacher, or makes one of the model as it is."""
+        self._adaptation = None if self.config.adaptation_begin is None else self._adapting()
+        if self._adaptation is not None and state:
+            self._adaptation.load_state_dict(state)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Computes the activations of the backbone's blocks again in backward instead of keeping them."""
         self.backbone.set_grad_checkpointing(enable)
 
     # ---- plain inputs to plain results ----
 
+    @overload
+    def predict(
+        self, image: list[Any] | tuple[Any, ...], texts: None = None, *, all_probs: bool = False, batch_size: int = 4
+    ) -> Segmentations: ...
+    @overload
+    def predict(
+        self, image: Any, texts: None = None, *, all_probs: bool = False, batch_size: int = 4
+    ) -> Segmentation: ...
     @torch.no_grad()
-    def predict(self, image: Any, texts: None = None, *, all_probs: bool = False, batch_size: int = 4) -> Segmentation:
-        """The class of every pixel of a picture.
+    def predict(
+        self, image: Any, texts: None = None, *, all_probs: bool = False, batch_size: int = 4
+    ) -> Segmentation | Segmentations:
+        """The class of every pixel of a picture, or of each of several.
 
         A picture larger than a window is cut into windows that overlap (512 pixels every 341 in the released setting),
         whose scores are averaged; a smaller one is seen as it is, its edge repeated to whole patches.
 
         Args:
-            image: path, PIL image or array.
+            image: path, PIL image or array, or a list of some.
             texts: there are none; for callers that give both.
             all_probs: keeps the probabilities of all classes.
             batch_size: windows that are computed together.
@@ -273,6 +327,11 @@ class EarthAdapter(Model):
             raise Refused(
                 "segment a picture", "the head 'classes' tells one label per picture", "model(**batch).scores"
             )
+        if isinstance(image, (list, tuple)):
+            return Segmentations(pictures=tuple(self._segment(one, all_probs, batch_size) for one in _listed(image)))
+        return self._segment(image, all_probs, batch_size)
+
+    def _segment(self, image: Any, all_probs: bool, batch_size: int) -> Segmentation:
         picture = np.asarray(self._read(image))
         height, width = picture.shape[:2]
         found: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -334,6 +393,14 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     """
     count = max(0, -(-(length - window) // stride)) + 1
     return [min(number * stride, length - window) for number in range(count)]
+
+
+def _listed(images: Any) -> Sequence[Any]:
+    """Pictures as a list, one or several."""
+    many = images if isinstance(images, (list, tuple)) else [images]
+    if not many:
+        raise BadInput("cannot prepare an empty list of pictures", "the list is empty", _PREDICT)
+    return many
 
 
 def _square(picture: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.NEAREST) -> Image.Image:

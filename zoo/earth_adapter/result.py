@@ -9,7 +9,7 @@ import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
@@ -74,6 +74,14 @@ class Segmentation:
         check_int("picture", picture, 0, 0)
         return sorted(self.shares().items(), key=lambda pair: -pair[1])[:k]
 
+    def table(self, picture: int = 0) -> tuple[list[str], list[list[str]]]:
+        """Header and rows that show the classes that occur, with how sure the model is of their pixels."""
+        rows = []
+        for name, share in self.top(len(self.classes), picture):
+            sure = self.confidence[self.mask == self.classes.index(name)].float()
+            rows += [[name, f"{share:.1%}", f"{float(sure.mean()):.1%}"]] if share else []
+        return ["share", "confidence"], rows
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, without the pixels."""
         size = {"height": self.mask.shape[0], "width": self.mask.shape[1]}
@@ -120,6 +128,52 @@ class Segmentation:
         """Colour, name and share of every class that occurs, the largest first."""
         rows = [(name, share) for name, share in self.top(len(self.classes)) if share]
         return draw_legend([(f"{name}  {share:.1%}", self.colors[self.classes.index(name)]) for name, share in rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmentations(Sequence[Segmentation]):
+    """Masks of several pictures.
+
+    Attributes:
+        pictures: one each.
+    """
+
+    pictures: tuple[Segmentation, ...]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @overload
+    def __getitem__(self, index: int) -> Segmentation: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Segmentation, ...]: ...
+    def __getitem__(self, index: int | slice) -> Segmentation | tuple[Segmentation, ...]:
+        return self.pictures[index]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.pictures[0].classes
+
+    def _picture(self, number: int) -> Segmentation:
+        check_int("picture", number, 0, len(self) - 1)
+        return self.pictures[number]
+
+    def top(self, k: int = 5, picture: int = 0) -> list[tuple[str, float]]:
+        """The k classes with the largest shares of one picture."""
+        return self._picture(picture).top(k)
+
+    def table(self, picture: int = 0) -> tuple[list[str], list[list[str]]]:
+        """Header and rows that show one picture's classes."""
+        return self._picture(picture).table()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, without the pixels."""
+        return {"pictures": [one.as_dict() for one in self.pictures]}
+
+    def save(self, path: str | Path, picture: int = 0) -> Path:
+        """Writes the mask of one picture, as `Segmentation.save` does."""
+        return self._picture(picture).save(path)
 
 
 def draw_legend(rows: Sequence[tuple[str, str]]) -> Image.Image:

@@ -421,7 +421,7 @@ class Gamma(Model):
         """Computes the activations of both towers' blocks again in backward instead of keeping them."""
         self.clip.set_grad_checkpointing(enable)
 
-    def constrain(self) -> None:
+    def after_step(self, step: int) -> None:
         """Keeps the inverse temperature between 1 and 100, as CLIP does, where it is trained."""
         if self.clip.logit_scale.requires_grad:
             with torch.no_grad():
