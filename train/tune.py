@@ -17,8 +17,7 @@ from mmoe.trace import trace
 from train.sections import TuneSection
 
 Chosen = Mapping[nn.Parameter, tuple[int, ...]]
-_INNER = "model"  # what peft calls the model inside its own
-_WRAPPING = ("base_model", _INNER, "base_layer", "modules_to_save", "default")
+_WRAPPING = ("base_model", "model", "base_layer", "modules_to_save", "default")  # peft's names around a part
 
 
 def freeze(model: nn.Module, section: TuneSection, used: Mapping[str, Tensor] | None = None) -> Chosen:
@@ -116,8 +115,9 @@ def add_adapters(model: nn.Module, section: TuneSection) -> Any:
         if parameter.ndim in (2, 3) and name.removesuffix(".weight") not in kinds
     ]
     adapted = [name for name in others if name.rpartition(".")[0] in packed and not name.endswith("_bias")]
-    more = [name for name in others if named(name) and name not in adapted]
     wanted = [name for name in linear if named(name)]
+    more = [name for name in others if named(name) and name not in adapted]
+    more = [name for name in more if not _holds(name, [*wanted, *adapted, *more])]
     for pattern in section.modules:
         if not any(fnmatchcase(name.removesuffix(".weight"), pattern) for name in [*linear, *others]):
             hidden = any(fnmatchcase(name, pattern) for name in kinds)
@@ -131,16 +131,22 @@ def add_adapters(model: nn.Module, section: TuneSection) -> Any:
         lora_alpha=section.alpha,
         target_modules=wanted,
         target_parameters=adapted + more,
-        modules_to_save=[f"{_INNER}.{name}" for name in whole] or None,
+        modules_to_save=whole or None,
     )
     return get_peft_model(model, config)
+
+
+def _holds(name: str, others: Iterable[str]) -> bool:
+    """Whether the module of a parameter has others inside, whose names change where peft wraps it."""
+    owner = name.rpartition(".")[0]
+    return any(other.startswith(f"{owner}.") and "." in other.removeprefix(f"{owner}.") for other in others)
 
 
 def _whole(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """Names of the modules that are trained as they are.
 
     Raises:
-        BadInput: a pattern names none.
+        BadInput: a pattern names none, or peft would take others too.
     """
     names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     found: list[str] = []
@@ -151,6 +157,11 @@ def _whole(model: nn.Module, patterns: Iterable[str]) -> list[str]:
             wrong = "no module with parameters has such a name" + (f"; one is {near[0]}" if near else "")
             raise BadInput(f"train {pattern!r} as it is", wrong, f"tune.whole=['{names[-1]}']")
         found += matching
+    for other in names:
+        like = next((name for name in found if other.endswith(name) and other not in found), None)
+        if like is not None and not any(other.startswith(f"{name}.") for name in found):
+            wrong = f"peft would train {other!r} too, as its name ends alike"
+            raise BadInput(f"train {like!r} as it is", wrong, f"tune.whole=['{like}', '{other}']")
     return [name for name in dict.fromkeys(found) if not any(name.startswith(f"{other}.") for other in found)]
 
 

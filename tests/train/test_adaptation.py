@@ -220,6 +220,10 @@ def test_a_whole_head_beside_lora(tmp_path: Path) -> None:
 def test_what_cannot_be_trained_as_it_is() -> None:
     with pytest.raises(BadInput, match=r"'heads' as it is\n  no module with parameters has such a name; one is head"):
         adapted(plain(), whole=["heads"])
+    model = plain()
+    model.norm1 = torch.nn.LayerNorm(2)
+    with pytest.raises(BadInput, match=r"'norm1' as it is\n  peft would train 'backbone.blocks.0.norm1' too"):
+        adapted(model, whole=["norm1"])
     with pytest.raises(ValueError, match="whole says nothing to method: full"):
         TuneSection(whole=("head",))
 
