@@ -184,7 +184,10 @@ class _AblatePanel:
             note("Running without some", 0.8)
             with mmoe.override(loaded.model, {layer: mmoe.switch_off(experts) for layer, experts in off.items()}):
                 after = self.family.predict(loaded.model, inputs)
-        return look.hint(_verdict(before, after, off)), before, after, look.rows(_differences(before, after))
+        headline = self.family.headline
+        verdict = look.hint(_verdict(before, after, off, headline))
+        parts = [{name: share for name, share in all_.items() if name != headline} for all_ in (before, after)]
+        return verdict, *parts, look.rows(_differences(*parts))
 
 
 def matching(off: Mapping[str, list[int]], sizes: Mapping[str, int], names: Mapping[str, str]) -> dict[str, list[int]]:
@@ -248,10 +251,14 @@ def read_switches(text: Any) -> dict[str, list[int]]:
     return off
 
 
-def _verdict(before: Mapping[str, float], after: Mapping[str, float], off: Mapping[str, list[int]]) -> str:
+def _verdict(
+    before: Mapping[str, float], after: Mapping[str, float], off: Mapping[str, list[int]], headline: str | None = None
+) -> str:
     count = sum(map(len, off.values()))
-    first, then = max(before, key=before.__getitem__), max(after, key=after.__getitem__)
     what = f"{count} expert{'s' if count > 1 else ''} switched off in {len(off)} layer{'s' if len(off) > 1 else ''}: "
+    if headline is not None:
+        return f"{what}the {headline} is {before[headline]:.3f} before and {after[headline]:.3f} after."
+    first, then = max(before, key=before.__getitem__), max(after, key=after.__getitem__)
     was, now = (
         f"{100 * before[name]:.1f}\u00a0% before and {100 * after[name]:.1f}\u00a0% after" for name in (first, then)
     )

@@ -1,7 +1,8 @@
 """The gallery's shell: models on the left, the chosen one's tabs on the right, all built from cards.
 
-Every family has a page with the tabs Try, Routing, Ablate and Card; the page of the chosen model is shown. What is
-special to a family is in `demos/<family>.py`; see `demos/family.py`.
+A family with a bundled model has a page with the tabs Try, Routing, Ablate and Card, and so has the family that was
+asked for; the page of the chosen model is shown. What is special to a family is in `demos/<family>.py`; see
+`demos/family.py`.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def build(
     Raises:
         UnknownModel: no card has this name.
     """
-    cards = zoo.list_models()
     first = choose(selected)
+    cards = offered(first)
     store = store or ModelStore()
     with gr.Blocks(title="mmoe gallery", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP)) as app:
         with gr.Row(elem_classes="layout", equal_height=False):
@@ -96,6 +97,12 @@ def choose(selected: str | None) -> Card:
         return zoo.card(selected)
     cards = zoo.list_models(family=selected)
     return next((card for card in cards if card.bundled and card.moe), cards[0])
+
+
+def offered(first: Card) -> list[Card]:
+    """Cards of the families that have a page: those with a bundled model, and that of the first model."""
+    families = {card.family for card in zoo.list_models(weights="bundled")} | {first.family}
+    return [card for card in zoo.list_models() if card.family in families]
 
 
 def launch_options() -> dict[str, Any]:
@@ -136,7 +143,8 @@ def _draw_picker(cards: list[Card], first: Card) -> gr.Radio:
     picker = gr.Radio(_choices(cards), value=first.name, label="Models", elem_classes="picker", elem_id="picker")
 
     def models(task: str, modality: str, model: str) -> Any:
-        found = zoo.list_models(task=_wanted(task), modality=_wanted(modality))
+        fit = zoo.list_models(task=_wanted(task), modality=_wanted(modality))
+        found = [card for card in cards if card in fit]
         return gr.Radio(_choices(found), value=model if model in [card.name for card in found] else None)
 
     gr.on([task.input, kind.input], models, [task, kind, picker], picker, api_name="models", show_progress="hidden")

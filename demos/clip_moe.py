@@ -6,8 +6,6 @@ Shapes: n emoji, C embedding.
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -43,7 +41,6 @@ BEST, OFFERED, CHUNK, NAMED = 12, 18, 128, 3
 STYLES = {"twemoji": "Twemoji", "noto": "Noto", "openmoji": "OpenMoji"}  # of the emoji, and their names in menus
 FIRST_STYLE = "twemoji"  # the one that is not trained on
 QUERY = "a red fruit"
-SHOW_PICTURE = f"() => {{ document.getElementById('clip_moe-picture'){look.INTO_VIEW}; }}"
 SEARCH_HINT = "Press Search: the first search in a style looks at all 1,641 pictures once."
 
 
@@ -111,13 +108,6 @@ def find_emoji(word: str, most: int = OFFERED) -> list[int]:
     return [index for *_, index in sorted(ranked)[:most]]
 
 
-def data_url(picture: Image.Image) -> str:
-    """A small picture inside the page, so that it needs no file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "webp", lossless=True)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 @cache
 def example_tiles() -> list[dict[str, str]]:
     """The bundled examples as tiles."""
@@ -125,7 +115,7 @@ def example_tiles() -> list[dict[str, str]]:
     found = []
     for name, path in examples().items():
         with Image.open(path) as picture:
-            src = data_url(picture.convert("RGBA").resize((64, 64), Image.Resampling.BOX))
+            src = look.data_url(picture.convert("RGBA").resize((64, 64), Image.Resampling.BOX))
         mark = "unseen" if name in held_out else ""
         found.append({"id": f"example/{name}", "name": name, "src": src, "note": "", "mark": mark})
     return found
@@ -135,7 +125,7 @@ def emoji_tile(index: int, style: str, note: str = "") -> dict[str, str]:
     """One emoji as a tile."""
     concept = emoji_set().concepts[index]
     mark = "unseen" if concept.held_out else ""
-    src = data_url(emoji_set().image(index, style))
+    src = look.data_url(emoji_set().image(index, style))
     return {"id": f"{style}/{concept.id}", "name": concept.name, "src": src, "note": note, "mark": mark}
 
 
@@ -287,7 +277,7 @@ class Page(Family):
             show_progress="hidden",
         )
 
-        picked.then(None, js=SHOW_PICTURE, api_visibility="private")
+        picked.then(None, js=look.scroll_to("clip_moe-picture"), api_visibility="private")
 
     def _draw_search(self, shell: Shell, picture: gr.Image, labels: gr.Textbox) -> None:
         with gr.Row(equal_height=False, elem_classes="bottom-row"):

@@ -9,7 +9,10 @@ named `Page`; the panels for routing, ablation and the card then work with its i
     draw         draws the Try tab and returns the components that hold the inputs, in that order
     read         values of these components -> plain inputs of the model; raises MmoeError for what cannot be used
     predict      model, inputs -> numbers by name, for the Try tab and for comparisons
+    headline     name of the number that the others explain; None where the largest is the answer
+    seen         sentence about the picture of the Routing tab, where it is not the whole one that was given
     batch        model, inputs -> what the model sees, for `model.views`
+    observe      model, inputs -> runs the model on that batch, for its routing; runs `predict` where that does it
     picture      model, inputs -> the picture as the model sees it, or None
 """
 
@@ -46,6 +49,7 @@ HEAVY = "heavy"
 # because a component that is made while the page is drawn would become a part of the page.
 Blank = Callable[[int, str | None], list[Any]]
 CARD_JS = f"watch('value', () => element.querySelector('.error-card'){look.INTO_VIEW});"
+REDRAW: dict[str, Any] = {"heavy": False, "trigger_mode": "always_last", "show_progress": "hidden"}  # of `Shell.on`
 MAX_TEXTS, MAX_CHARACTERS = 100, 1000
 SHOWN_PIXELS = 640  # on a side, of pictures that are kept for drawing
 
@@ -231,7 +235,7 @@ def as_sent(kind: Any, read: Callable[[Any], Any] = lambda payload: payload) -> 
     return _NoStub(kind.__name__, (kind,), members)
 
 
-Choice, Words = as_sent(gr.Radio), as_sent(gr.Textbox)
+Choice, Words, Menu, Steps = as_sent(gr.Radio), as_sent(gr.Textbox), as_sent(gr.Dropdown), as_sent(gr.Slider)
 Upload = as_sent(gr.Image, lambda payload: payload and payload.path)
 
 
@@ -295,6 +299,9 @@ class Family:
         store: models in memory.
     """
 
+    headline: str | None = None
+    seen = ""
+
     def __init__(self, cards: Sequence[Card], store: ModelStore) -> None:
         self.cards = list(cards)
         self.store = store
@@ -345,6 +352,10 @@ class Family:
     def batch(self, model: Model, inputs: tuple[Any, ...]) -> Any:
         """What the model sees."""
         return model.preprocess(*inputs)
+
+    def observe(self, model: Model, inputs: tuple[Any, ...]) -> None:
+        """Runs the model on what `batch` gives."""
+        self.predict(model, inputs)
 
     def views(self, model: Model) -> list[TokenView]:
         """How the rows of the routings map to patches and tokens, shown on the inputs that are filled in."""

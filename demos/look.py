@@ -6,7 +6,10 @@ anything. Every piece escapes what it is given.
 
 from __future__ import annotations
 
+import base64
+import io
 import re
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,8 @@ from mmoe.errors import MmoeError
 from zoo.table import short, shorten
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from zoo.card import Card
 
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
@@ -65,6 +70,7 @@ footer, footer a, footer button { color: var(--body-text-color-subdued) !importa
 :is(button, a, input, textarea, [role=tab], [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
 .message:not(:has(.error-card)), .once-filled:not(:has(td)) { display: none !important; }
+.if-filled:not(:has(img)) { display: none !important; }
 .switching:not(:has(input)) > button { display: none; }
 .switching > .block:not(:has(input)):not(:has(.pending)) { display: none; }
 .panel-head .html-container.pending, .switching .html-container.pending { min-height: 76px; }
@@ -125,6 +131,21 @@ body:has(.page-head.dense) .for-experts, body:not(:has(.page-head.dense)) .for-d
 .dark .card-text .token.string { color: #bef264; }
 .card-text p, .card-text li { overflow-wrap: anywhere; }
 .card-text th { color: var(--body-text-color-subdued); font-weight: 500; }
+.shares { border-collapse: collapse; width: 100%; margin: 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
+.shares :is(tbody, tr, th, td), .shares { border: 0 !important; }
+.shares th { font-weight: 500; text-align: left; padding: 4px 12px 4px 0; overflow-wrap: anywhere; }
+.shares th div { display: flex; align-items: center; gap: 8px; }
+.shares td { padding: 4px 0; white-space: nowrap; text-align: right; }
+.shares td.bar { width: 45%; padding-right: 10px; }
+.shares td.bar div { height: 12px; border-radius: 3px; background: var(--color-accent); min-width: 1px; }
+.swatch { flex: none; width: 14px; height: 14px; border-radius: 3px; border: 1px solid #6b6b6b; }
+.score { margin: 0 0 4px; line-height: 1.1; color: var(--body-text-color-subdued); }
+.score strong { font-size: 3rem; font-weight: 650; color: var(--body-text-color); font-variant-numeric: tabular-nums; }
+.with-result:not(:has(.shares)) > :not(:has(.hint)) { display: none; }
+.filled .image-frame img { width: 100%; height: 100%; object-fit: contain; }
+.short-list { max-height: 290px; overflow-y: auto !important; }
+.wide { overflow-x: auto; }
+.wide img { max-width: none !important; width: max(100%, 820px) !important; }
 .picker .wrap { flex-direction: column; }
 .picker label { align-items: flex-start; width: 100%; box-sizing: border-box; }
 .picker label span { white-space: pre-line; font-size: .82rem; line-height: 1.4; min-width: 0;
@@ -228,6 +249,44 @@ def section(title: str, text: str = "") -> str:
 def hint(text: str) -> str:
     """A quiet sentence."""
     return f'<div class="hint"><p>{escape(text)}</p></div>' if text else ""
+
+
+def shares(parts: Sequence[tuple[str, float, str]]) -> str:
+    """Names with bars and percents.
+
+    Args:
+        parts: name, share of 1, and the colour that it has in a picture, or "" where there is none.
+    """
+    rows = []
+    for name, share, color in parts:
+        swatch = f'<span class="swatch" style="background: {escape(color)}"></span>' if color else ""
+        paint = f"; background: {escape(color)}" if color else ""
+        bar = f'<td class="bar"><div style="width: {100 * share:.1f}%{paint}"></div></td>'
+        head = f'<th scope="row"><div>{swatch}{escape(name)}</div></th>'
+        rows.append(f"<tr>{head}{bar}<td>{100 * share:.1f}&nbsp;%</td></tr>")
+    return f'<table class="shares"><tbody>{"".join(rows)}</tbody></table>'
+
+
+def score(value: float, best: str) -> str:
+    """One large number.
+
+    Args:
+        value: the number.
+        best: what it is to be compared with.
+    """
+    return f'<p class="score"><strong>{value:.3f}</strong> {escape(best)}</p>'
+
+
+def data_url(picture: Image.Image, lossless: bool = True) -> str:
+    """A small picture inside the page, so that it needs no file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "webp", lossless=lossless)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def scroll_to(elem_id: str) -> str:
+    """JavaScript that brings an element into view."""
+    return f"() => {{ document.getElementById('{elem_id}'){INTO_VIEW}; }}"
 
 
 TEXT_JS = "value => String(value).replace(/[&<>\\x22']/g, sign => '&#' + sign.charCodeAt() + ';')"

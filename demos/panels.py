@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from demos import look, record
-from demos.family import Choice, Family, Shell, message_area
+from demos.family import REDRAW, Choice, Family, Shell, message_area
 from demos.store import Note
 from mmoe.errors import BadInput
 from zoo.card import Card
@@ -64,9 +64,7 @@ def routing_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any])
         api_name=f"{name}_layer",
         names=["state", "layer"],
         message=message,
-        heavy=False,
-        trigger_mode="always_last",
-        show_progress="hidden",
+        **REDRAW,
     )
 
 
@@ -80,7 +78,7 @@ def _figure(label: str, alt_text: str, elem_id: str) -> gr.Image:
         interactive=False,
         buttons=["fullscreen"],
         elem_id=elem_id,
-        elem_classes="captioned",
+        elem_classes=["captioned", "if-filled"],
         min_width=270,
     )
 
@@ -105,7 +103,7 @@ class _RoutingPanel:
             note("Running with the routers recorded", 0.6)
             _, found = record.record_routing(
                 loaded.model,
-                lambda: self.family.predict(loaded.model, inputs),
+                lambda: self.family.observe(loaded.model, inputs),
                 self.family.batch(loaded.model, inputs),
                 self.family.picture(loaded.model, inputs),
                 model,
@@ -116,7 +114,7 @@ class _RoutingPanel:
         state = {"key": (model, values), "record": found}
         return (
             state,
-            _about(found),
+            _about(found, self.family.seen),
             layers,
             *self._layer(found, depth),
             heatmap(found),
@@ -169,15 +167,19 @@ def heatmap(found: record.RoutingRecord) -> Any:
     return load_heatmap(found.trace, names=[found.names[layer] for layer in found.trace.layers])
 
 
-def _about(found: record.RoutingRecord) -> str:
+def _about(found: record.RoutingRecord, seen: str) -> str:
     rows = found.summary
-    uneven = max(rows, key=lambda row: row["max_over_mean"])
+    uneven = max(rows, key=record.unevenness)
+    many, experts = rows[0]["experts_per_token"], rows[0]["num_experts"]
+    shown = "colours show the one with the largest weight"
+    routes = f"each token goes to {many:g} of {experts} experts; {shown}"
+    if many == experts:
+        routes = f"each token goes to all {experts} experts; {shown}, the stronger the larger it is"
     unused, slots = sum(len(row["dead"]) for row in rows), sum(row["num_experts"] for row in rows)
     return look.hint(
-        f"{found.model}: each token goes to {rows[0]['experts_per_token']:g} of {rows[0]['num_experts']} experts; "
-        f"colours show the one with the largest weight. Most uneven here: {found.names[uneven['layer']]}, whose "
-        f"busiest expert has {uneven['max_over_mean']:.1f} times its even share. Experts this input did not use: "
-        f"{f'{unused} of {slots}' if unused else 'none'}."
+        f"{found.model}: {routes}. Most uneven here: {found.names[uneven['layer']]}, whose busiest expert has "
+        f"{record.unevenness(uneven):.1f} times its even share. Experts this input did not use: "
+        f"{f'{unused} of {slots}' if unused else 'none'}. {seen}"
     )
 
 

@@ -182,12 +182,23 @@ def numbers(record: RoutingRecord) -> list[list[Any]]:
         [
             record.names[row["layer"]],
             "  ".join(f"{100 * share:2.0f}" for share in row["use"]),
-            f"{row['max_over_mean']:.2f}",
+            f"{unevenness(row):.2f}",
             f"{row['entropy']:.2f}",
             ", ".join(map(str, row["dead"])) or "none",
         ]
         for row in record.summary
     ]
+
+
+def unevenness(row: Mapping[str, Any]) -> float:
+    """How many times its even share the busiest expert of a layer has, of a row of `mmoe.Trace.summary`.
+
+    Where every token uses all experts, the share is that of the weights.
+
+    >>> unevenness({"use": [0.75, 0.25], "num_experts": 2})
+    1.5
+    """
+    return float(max(row["use"]) * row["num_experts"])
 
 
 NUMBERS_HEADER = ["layer", "load per expert, %", "max / mean", "entropy, nats", "unused experts"]

@@ -56,6 +56,7 @@ _HOME = {
     "list_experts": "registry",
     "list_routers": "registry",
     "LearnedScale": "scale",
+    "add_frequency_adapters": "surgery",
     "add_side_experts": "surgery",
     "sites": "surgery",
     "upcycle": "surgery",

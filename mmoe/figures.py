@@ -142,8 +142,7 @@ def load_heatmap(load: Trace | Shares, *, names: Sequence[str] | None = None, ti
     """Layers by experts, with the share printed in percent in each cell.
 
     Args:
-        load: a trace, whose `use` is drawn, or a table (L, E) of shares or counts; rows are normalised. NaN marks an
-            expert that a layer lacks.
+        load: a trace, whose `use` is drawn, or a table (L, E), whose rows are normalised; NaN marks a missing expert.
         names: of the layers; those of the trace when None.
         title: of the figure.
 

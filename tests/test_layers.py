@@ -34,6 +34,7 @@ COMMAND_LINE = {  # these may import typer as well
     "zoo/cli.py",
     "zoo/convert.py",
     "zoo/doctor.py",
+    "zoo/predict.py",
     "train/cli.py",
     "train/bench/cli.py",
     "demos/cli.py",

@@ -264,8 +264,8 @@ class Quality(Task):
     """Rank (SRCC) and linear (PLCC) correlation of predicted scores with opinions, PLCC after a logistic curve too.
 
     Where photographs are distorted at several levels, "monotone" is the share of such series whose scores never rise.
-    All are told of all samples, and as "blur/SRCC" of each group where samples have one. A sample's scene is told to
-    models that ask for one.
+    All are told of all samples, and as "blur/SRCC" of each group where samples have one. Models answer several pictures
+    at once with `scores`; those that ask for scenes are told those of the samples, "auto" where one has none.
     """
 
     fields = ("image", "score")
@@ -275,17 +275,13 @@ class Quality(Task):
         from train.quality_groups import agreement_by_group
 
         said, given = list[float](), list[Sample]()
-        for (sample,) in self.batches(data, 1):
-            said.append(_predicted_score(model, sample))
-            given.append({name: value for name, value in sample.items() if name != "image"})
+        for samples in self.batches(data):
+            scenes = [sample.get("scene") or "auto" for sample in samples]
+            asked = {"scene": scenes} if "scene" in inspect.signature(model.predict).parameters else {}
+            told = model.predict([sample["image"] for sample in samples], **asked)
+            said += told.scores
+            given += [{name: value for name, value in sample.items() if name != "image"} for sample in samples]
         return agreement_by_group(said, given)
-
-
-def _predicted_score(model: Any, sample: Sample) -> float:
-    known = inspect.signature(model.predict).parameters
-    asks = "scene" in known or any(one.kind is one.VAR_KEYWORD for one in known.values())
-    scene = {"scene": sample["scene"]} if asks and sample.get("scene") is not None else {}
-    return float(model.predict(image=sample["image"], **scene))
 
 
 @tasks.register("segmentation")

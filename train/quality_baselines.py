@@ -164,7 +164,7 @@ def compare(pictures: list[dict[str, Any]], fold: int, label: str) -> dict[str, 
 
 
 def table(results: list[Mapping[str, Mapping[str, float]]]) -> str:
-    """Mean and standard deviation over folds, a line per baseline."""
+    """Mean and standard deviation over folds, a line per baseline; and both correlations fold by fold."""
     metrics = list(results[0][_ROWS[0]])
     lines = [f"{'':24}" + "".join(f"{metric:>18}" for metric in metrics)]
     for name in _ROWS:
@@ -174,6 +174,10 @@ def table(results: list[Mapping[str, Mapping[str, float]]]) -> str:
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}")
         lines.append(f"{name:24}" + "".join(f"{cell:>18}" for cell in cells))
+    if len(results) > 1:
+        for metric in ("SRCC", "PLCC"):
+            lines.append(f"{metric} fold by fold")
+            lines += [f"  {name:22}" + "".join(f"{result[name][metric]:9.3f}" for result in results) for name in _ROWS]
     return "\n".join(lines)
 
 

@@ -115,8 +115,9 @@ def add_adapters(model: nn.Module, section: TuneSection) -> Any:
         if parameter.ndim in (2, 3) and name.removesuffix(".weight") not in kinds
     ]
     adapted = [name for name in others if name.rpartition(".")[0] in packed and not name.endswith("_bias")]
-    more = [name for name in others if named(name) and name not in adapted]
     wanted = [name for name in linear if named(name)]
+    more = [name for name in others if named(name) and name not in adapted]
+    more = [name for name in more if not _holds(name, [*wanted, *adapted, *more])]
     for pattern in section.modules:
         if not any(fnmatchcase(name.removesuffix(".weight"), pattern) for name in [*linear, *others]):
             hidden = any(fnmatchcase(name, pattern) for name in kinds)
@@ -133,6 +134,12 @@ def add_adapters(model: nn.Module, section: TuneSection) -> Any:
         modules_to_save=whole or None,
     )
     return get_peft_model(model, config)
+
+
+def _holds(name: str, others: Iterable[str]) -> bool:
+    """Whether the module of a parameter has others inside, whose names change where peft wraps it."""
+    owner = name.rpartition(".")[0]
+    return any(other.startswith(f"{owner}.") and "." in other.removeprefix(f"{owner}.") for other in others)
 
 
 def _whole(model: nn.Module, patterns: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ from mmoe.errors import (
     package_of,
 )
 from mmoe.registry import parse_spec
-from zoo.base import with_base
+from zoo.base import of_base, with_base
 from zoo.card import Card
 from zoo.config import make_config
 from zoo.model import FORMAT, Model, pick_dtype
@@ -116,7 +116,7 @@ def _fill(model: Model, path: Path | None, source: str, allowed: list[str]) -> L
         if not from_base:
             wrong = "its config names none" if model.base_tensors else f"a {model.family} has none"
             raise UnknownWeights("no weights of the base alone", wrong, "zoo.load(..., weights=False)")
-        allowed = [*allowed, *(name for name in model.state_dict() if name not in from_base)]
+        allowed = [*allowed, *(set(model.state_dict()) - set(of_base(model, model.state_dict())))]
         source = base
     told = f"{source}, on the base {base}" if base and path is not None else source
     report = load_state(model, whole, told, allow_missing=allowed)

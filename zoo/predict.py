@@ -58,15 +58,10 @@ def predict(
     _check_results(files, {Path(picture).resolve() for picture in pictures})
     overrides = parse_settings(settings or [])
     router = router if router is not None else overrides.pop("router", None)
-    for option in sorted({"device", "dtype", "weights", "router", "name", "allow_missing"} & set(overrides)):
-        asked = f"cannot read --set {option}={overrides[option]}"
-        raise BadOverride(asked, "it is one of loading, not of the config", "mmoe predict --help")
+    _check_overrides(overrides)
     more = parse_settings(given or [], "--with", "--with scene=natural")
 
-    import torch
-
     from mmoe.trace import trace as record
-    from zoo import routes
     from zoo.loading import load
 
     chosen: bool | str = weights != "random" and (weights if weights is not None else True)
@@ -75,17 +70,10 @@ def predict(
     _check_given(model, more, len(words))
     with record(model) as routing:
         result = model.predict(pictures, *words, **more)
-    masks = files.pop("out", None)
-    if masks is not None:
-        _save(result, masks, name)
-    if files:
-        batch, shown = model.preprocess(pictures, *words), routing
-        if model.windows:
-            with torch.no_grad(), record(model) as shown:
-                model(**batch)
-        about = {"model": name, "inputs": list(inputs), **more, "result": result.as_dict()}
-        routes.write(files, shown.joined(), model.views(batch), about, model.seen(pictures[0]))
-    files |= {} if masks is None else {"out": masks}
+    if out is not None:
+        _save(result, out, name)
+    about = {"model": name, "inputs": list(inputs), **more, "result": result.as_dict()}
+    _draw({kind: path for kind, path in files.items() if kind != "out"}, model, (pictures, *words), routing, about)
     report = model.load_report
     if as_json:
         told = {"model": name, "weights": report.source if report else "random", "inputs": inputs, **more}
@@ -94,19 +82,51 @@ def predict(
         paths = {kind: str(path) for kind, path in files.items()}
         print_json({**told, "routing": routing.summary(), "files": paths})
         return
+    _note_random(model)
+    _echo_result(result, pictures)
+    _echo_routing(routing.summary())
+    for kind, path in files.items():
+        typer.echo(f"{kind}: {path}")
+
+
+def _echo_result(result: Any, pictures: Sequence[str]) -> None:
+    for index, picture in enumerate(pictures):
+        header, rows = result.table(index)
+        echo_table([picture, *header], rows, right=range(1, 1 + len(header)))
+        typer.echo()
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    for option in sorted({"device", "dtype", "weights", "router", "name", "allow_missing"} & set(overrides)):
+        asked = f"cannot read --set {option}={overrides[option]}"
+        raise BadOverride(asked, "it is one of loading, not of the config", "mmoe predict --help")
+
+
+def _draw(files: Mapping[str, Path], model: Any, inputs: Sequence[Any], routing: Any, about: Mapping[str, Any]) -> None:
+    """Writes what the experts did; of a model that cuts pictures into windows, with each picture as one."""
+    if not files:
+        return
+    import torch
+
+    from mmoe.trace import trace
+    from zoo import routes
+
+    batch = model.preprocess(*inputs)
+    if model.windows:
+        with torch.no_grad(), trace(model) as routing:
+            model(**batch)
+    routes.write(files, routing.joined(), model.views(batch), about, model.seen(inputs[0][0]))
+
+
+def _note_random(model: Any) -> None:
+    """Says where weights are random."""
+    report = model.load_report
     made_of = str(model.card.lineage.get("weights", "")) if model.card is not None else ""
     if made_of.startswith("random"):
         typer.echo(f"note: this model's card says that its weights were {made_of}", err=True)
     if report is None or report.random:
         what = f"{report.random} tensors are" if report else "all weights are"
         typer.echo(f"note: {what} random, so the result means nothing", err=True)
-    for index, picture in enumerate(pictures):
-        header, rows = result.table(index)
-        echo_table([picture, *header], rows, right=range(1, 1 + len(header)))
-        typer.echo()
-    _echo_routing(routing.summary())
-    for kind, path in files.items():
-        typer.echo(f"{kind}: {path}")
 
 
 def _check_given(model: Any, given: Mapping[str, Any], words: int) -> None:

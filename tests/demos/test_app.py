@@ -26,11 +26,11 @@ import mmoe
 import zoo
 from demos import ablate, clip_moe, look, panels, record
 from demos import app as gallery
-from demos.cli import free_port
 from demos.family import Family, read_texts
 from demos.store import ModelStore
 from mmoe.errors import BadInput, Refused, UnknownModel
 from mmoe.moe import moe_layers
+from tests.demos.conftest import served
 
 MODEL = "clip_moe_tiny"
 FOX = str(clip_moe.examples()["fox"])
@@ -38,41 +38,22 @@ GUITAR = str(clip_moe.examples()["guitar"])
 LABELS = ["a fox", "a cat", "a pizza"]
 TEXT = ", ".join(LABELS)
 HEADERS = {"Content-Type": "application/json"}
-FAMILIES = sorted({card.family for card in zoo.list_models()})
-ENDPOINTS = {
-    "models",
-    "select_model",
-    "load",
-    "unload",
-    "clip_moe_find",
-    "clip_moe_pick",
-    "clip_moe_pick_found",
-    "clip_moe_search",
-}
+FAMILIES = sorted({card.family for card in zoo.list_models(weights="bundled")})
 OF_EVERY_FAMILY = ("predict", "routing", "routing_open", "routing_layer", "layers", "ablate")
-ENDPOINTS |= {f"{family}_{name}" for family in FAMILIES for name in OF_EVERY_FAMILY}
+LIGHT = {"clip_moe": {"find", "pick", "pick_found"}, "gamma": {"pick"}}
+LIGHT["earth_adapter"] = {"pick", "opacity", "frequencies_layer"}
+HEAVY = {"clip_moe": {"search"}, "earth_adapter": {"frequencies"}}
+ENDPOINTS = {"models", "select_model", "load", "unload"}
+for family in FAMILIES:
+    own = {*OF_EVERY_FAMILY, *LIGHT.get(family, ()), *HEAVY.get(family, ())}
+    ENDPOINTS |= {f"{family}_{name}" for name in own}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """The gallery on a free port of this machine, as `mmoe demo` starts it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.getbasetemp() / "gradio"))
-        store = ModelStore()
-        app = gallery.build(store=store)
-        _, url, _ = app.launch(
-            server_name="127.0.0.1",
-            server_port=free_port("127.0.0.1", 17860),
-            prevent_thread_lock=True,
-            **gallery.launch_options(),
-        )
-        yield SimpleNamespace(app=app, store=store, url=url)
-        app.close(verbose=False)
-
-
-@pytest.fixture
-def client(server: SimpleNamespace, tmp_path: Path) -> Client:
-    return Client(server.url, verbose=False, analytics_enabled=False, download_files=str(tmp_path))
+    """The gallery as a visitor finds it."""
+    with served(ModelStore(), tmp_path_factory.getbasetemp() / "gradio") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +93,8 @@ def test_nothing_stray_is_on_the_page(server: SimpleNamespace) -> None:
 
 def test_one_heavy_job_at_a_time(server: SimpleNamespace) -> None:
     heavy = {fn.api_name for fn in server.app.fns.values() if fn.concurrency_id == "heavy"}
-    light = {
-        "models",
-        "select_model",
-        "clip_moe_find",
-        "clip_moe_pick",
-        "clip_moe_pick_found",
-        *(f"{family}_routing_layer" for family in FAMILIES),
-    }
+    light = {"models", "select_model"}
+    light |= {f"{family}_{name}" for family in FAMILIES for name in {"routing_layer", *LIGHT.get(family, ())}}
     assert heavy == ENDPOINTS - light | {f"{family}_ablate_follow" for family in FAMILIES}
     assert all(fn.concurrency_limit == 1 for fn in server.app.fns.values() if fn.concurrency_id == "heavy")
 
@@ -413,7 +388,8 @@ def test_choosing_a_model(client: Client) -> None:
 
 def test_the_filter(client: Client) -> None:
     both = client.predict("any", "image", MODEL, api_name="/models")
-    assert [name for _, name in both["choices"]] == [card.name for card in zoo.list_models(modality="image")]
+    offered = gallery.offered(zoo.card(MODEL))
+    assert [name for _, name in both["choices"]] == [card.name for card in offered if "image" in card.modalities]
     assert both["value"] == MODEL
 
 
@@ -535,6 +511,24 @@ def test_choosing_by_name_or_family() -> None:
     assert gallery.choose("clip_moe_vit_l14").name == "clip_moe_vit_l14"
     with pytest.raises(UnknownModel, match="clip_moe_tiny"):
         gallery.build("clip_moe_tinny")
+
+
+def test_families_without_a_bundled_model_come_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [replace(card, weights={}) if card.family == "gamma" else card for card in zoo.list_models()]
+    monkeypatch.setattr("zoo.registry._cards", lambda: {card.name: card for card in cards})
+    offered, plain = gallery.offered(zoo.card("gamma_vit_b16")), gallery.offered(gallery.choose(None))
+    assert plain == [card for card in offered if card.family != "gamma"]
+    assert [card for card in offered if card.family == "gamma"] == [c for c in cards if c.family == "gamma"]
+    pages: list[str] = []
+
+    def note(name: str, cards: list[zoo.Card], store: ModelStore) -> Family:
+        pages.append(name)
+        return Family(cards, store)
+
+    app = gallery.build("gamma_vit_b16", make_family=note)
+    assert sorted(pages) == sorted({card.family for card in offered})
+    picker = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "picker")
+    assert picker.value == "gamma_vit_b16" and [name for _, name in picker.choices] == [card.name for card in offered]
 
 
 def test_only_code_is_in_the_code_font() -> None:

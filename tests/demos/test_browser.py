@@ -1,12 +1,8 @@
-"""The gallery in a browser, as a visitor uses it: started by `mmoe demo`, seen at desktop and phone width.
-
-Screenshots go to $MMOE_SCREENSHOTS, or to the test's temporary folder.
-"""
+"""The gallery in a browser, as a visitor uses it: started by `mmoe demo`, seen at desktop and phone width."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -24,20 +20,11 @@ import zoo
 from demos import clip_moe
 from demos.cli import free_port
 from mmoe.moe import moe_layers
+from tests.demos.conftest import Visit
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 MODEL = "clip_moe_tiny"
-WAIT = 120_000  # milliseconds, for a machine that is busy with other things
 
 
 @pytest.fixture(scope="module")
@@ -73,82 +60,6 @@ def wait_for(url: str, process: subprocess.Popen[str]) -> None:
         except (urllib.error.URLError, TimeoutError):
             time.sleep(0.2)
     pytest.fail("the gallery did not start")
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield running
-        running.close()
-
-
-class Visit:
-    """A page with what went wrong in it.
-
-    Args:
-        browser: to open it in.
-        url: of the gallery.
-        width: of the window.
-        shots: folder for screenshots.
-    """
-
-    def __init__(self, browser: Any, url: str, width: int, shots: Path) -> None:
-        self.width, self.shots = width, shots
-        self.context = browser.new_context(viewport={"width": width, "height": 860})
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(WAIT)
-        self.faults: list[str] = []
-        self.outside: list[str] = []
-        self.page.on("console", lambda line: self.faults.append(line.text) if line.type == "error" else None)
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("request", lambda asked: self._note(asked.url, url))
-        self.page.goto(url)
-        self.page.wait_for_selector("#clip_moe-run")
-
-    def _note(self, asked: str, url: str) -> None:
-        if not asked.startswith((url, "data:", "blob:")):
-            self.outside.append(asked)
-
-    def shot(self, name: str) -> None:
-        """A picture of the whole page; nothing may stick out of it."""
-        self.page.screenshot(path=self.shots / f"{self.width}_{name}.png", full_page=True)
-        assert self.page.evaluate("document.documentElement.scrollWidth") <= self.width
-
-    def tab(self, name: str) -> None:
-        self.page.get_by_role("tab", name=name, exact=True).click()
-
-    def choose(self, place: int) -> None:
-        """A model of the list, which is folded on a phone."""
-        unfold = self.page.get_by_role("button", name="Models")
-        if unfold.is_visible():
-            unfold.click()
-        self.page.locator("#picker input").nth(place).check()
-
-    def in_view(self, what: Any) -> None:
-        """Waits until the whole of an element is in the window."""
-        inside = "e => { const at = e.getBoundingClientRect(); return at.top >= -1 && at.bottom <= innerHeight + 1; }"
-        self.page.wait_for_function(inside, arg=what.first.element_handle(), timeout=10_000)
-
-    def shares(self, where: str) -> dict[str, int]:
-        """Percent by label, as shown."""
-        self.page.wait_for_selector(f"{where} .confidence-set")
-        lines = self.page.locator(f"{where} .confidence-set").all_inner_texts()
-        found = [re.fullmatch(r"(.+?)\s+(\d+)%", line.strip(), re.DOTALL) for line in lines]
-        return {one[1].strip(): int(one[2]) for one in found if one}
-
-    def close(self) -> None:
-        self.context.close()
-        assert self.faults == [] and self.outside == []
-
-
-@pytest.fixture
-def shots(tmp_path: Path) -> Path:
-    folder = Path(os.environ.get("MMOE_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def percent(probabilities: dict[str, float], most: int) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,17 @@ class Says:
     def predict(self, **question):
         self.asked.append(question)
         return next(self.answers)
+
+
+class Rates:
+    """A model that gives scores from a list."""
+
+    def __init__(self, *scores):
+        self.left = list(scores)
+
+    def predict(self, images):
+        scores, self.left = self.left[: len(images)], self.left[len(images) :]
+        return SimpleNamespace(scores=scores)
 
 
 class Colours:
@@ -172,7 +185,7 @@ def test_features_are_those_of_the_model():
 
 def test_quality():
     samples = [{"image": None, "score": score} for score in (1.0, 2.0, 3.0, 4.0)]
-    found = tasks.build("quality").measure(Says(10, 20, 40, 30), Listed(samples))
+    found = tasks.build("quality").measure(Rates(10, 20, 40, 30), Listed(samples))
     assert (found["SRCC"], found["PLCC"]) == (0.8, 0.8) and found["PLCC logistic-4"] > 0.8
     assert set(found) == {"SRCC", "PLCC", "KRCC", "PLCC logistic-4"}, "there are no groups and no series"
 
@@ -184,7 +197,7 @@ def test_quality_of_groups_and_of_levels():
         for level in range(1, 4)
     ]
     samples.append({"image": None, "score": 1.0, "group": "pristine", "photo": "a", "kind": "pristine", "severity": 0})
-    found = tasks.build("quality").measure(Says(0.9, 0.5, 0.2, 0.2, 0.5, 0.9, 1.0), Listed(samples))
+    found = tasks.build("quality").measure(Rates(0.9, 0.5, 0.2, 0.2, 0.5, 0.9, 1.0), Listed(samples))
     assert (found["blur/SRCC"], found["noise/SRCC"], found["monotone"]) == (1.0, -1.0, 0.5)
     assert (found["blur/monotone"], found["noise/monotone"]) == (1.0, 0.0)
     assert "pristine/SRCC" not in found, "all its scores are the same"
@@ -192,8 +205,8 @@ def test_quality_of_groups_and_of_levels():
 
 def test_models_that_ask_for_a_scene_are_told():
     class OfScenes:
-        def predict(self, image, scene=None):
-            return {"texture": 0.1, "natural": 0.2, None: 0.3}[scene]
+        def predict(self, images, scene):
+            return SimpleNamespace(scores=[{"texture": 0.1, "natural": 0.2, "auto": 0.3}[one] for one in scene])
 
     samples = [
         {"image": None, "score": i, **scene} for i, scene in enumerate(({"scene": "texture"}, {"scene": "natural"}, {}))
@@ -250,7 +263,7 @@ def test_masks_that_cannot_be_compared(answer, mask, told):
 def test_what_cannot_be_scored_is_told():
     samples = [{"image": None, "score": 1.0}, {"image": None, "score": 2.0}]
     with pytest.raises(BadInput, match="some are no numbers"):
-        tasks.build("quality").measure(Says(1.0, float("nan")), Listed(samples))
+        tasks.build("quality").measure(Rates(1.0, float("nan")), Listed(samples))
     samples = [{"image": picture(255, 0, 0), "label": 0}]
     with pytest.raises(BadInput, match="tell classes apart"):
         tasks.build("zero_shot").measure(Colours(), Listed(samples, classes=["red"]))

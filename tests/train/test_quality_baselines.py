@@ -52,8 +52,9 @@ def test_the_table():
     assert found["total variation"]["SRCC"] == 1, "its sign was learnt"
     assert found["ridge on 18 statistics"]["SRCC"] > 0.9 and abs(found["JPEG size"]["SRCC"]) < 0.6
     lines = table([found, compare(rows, 1, "human")]).splitlines()
-    assert len(lines) == 6 and "1.000 ± 0.000" in lines[1]
-    assert "±" not in table([found])
+    assert len(lines) == 6 + 2 * 6 and "1.000 ± 0.000" in lines[1]
+    assert lines[7].split() == ["cell", "oracle", "1.000", "1.000"]
+    assert "±" not in table([found]) and len(table([found]).splitlines()) == 6
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 300)])

@@ -149,7 +149,7 @@ def test_seeds_are_put_together(capsys, folder):
     code, out, err = run(capsys, "recipe", "table", "0", "1", "--metric", "R@1", "--yaml", "found.yaml")
     assert code == 0, err
     assert "pairs; ours, seeds 0, 1, in %, mean ± standard deviation: mmoe train tiny run.seed=S, S = 0, 1" in out
-    assert out.splitlines()[1].split() == ["model", "active", "/", "total", "R@1"]
+    assert out.splitlines()[1].split() == ["model", "active", "/", "total", "trained", "R@1"]
     (entry,) = yaml.safe_load((folder / "found.yaml").read_text())
     code, out, _ = run(capsys, "recipe", "table", "0", "1", "--metric", "R@1", "--json")
     assert json.loads(out) == [entry]

@@ -181,9 +181,10 @@ def test_a_base_that_does_not_fit(
     else:
         del state["0.bias"]
     save_file(state, base)
-    with pytest.raises(LoadMismatch) as error:
-        load(tmp_path / "saved", base_sha256=None)
-    assert wrong in str(error.value)
+    for weights in (True, "base"):
+        with pytest.raises(LoadMismatch) as error:
+            load(tmp_path / "saved", weights, base_sha256=None)
+        assert wrong.replace("1:", "1:" if weights is True else "3:") in str(error.value)
 
 
 def test_a_file_that_holds_all_needs_no_base(model: Adapted, base: Path, tmp_path: Path) -> None:

@@ -275,6 +275,20 @@ def count_texts(model: Gamma, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return encoded
 
 
+def test_large_pictures_are_made_smaller_where_the_config_says_so(tmp_path: Path) -> None:
+    config = replace(build().config, short_side=40)
+    model = Gamma(config).eval()
+    large = picture(size=(120, 96))
+    assert model._read(large)[0][0].size == (50, 40), "before crops are cut"
+    small = large.resize((50, 40), Image.Resampling.LANCZOS)
+    assert float(model.predict(large, "face")) == float(model.predict(small, "face"))
+    assert model.training_batch([{"image": large, "score": 0.5, "scene": "face", "seed": 0}])["image"].shape[-1] == 32
+    model.save(tmp_path / "g")
+    assert zoo.load(tmp_path / "g", device="cpu").preprocessing["short_side"] == 40
+    with pytest.raises(BadOverride, match="a crop of 32 pixels has to fit"):
+        replace(config, short_side=31)
+
+
 def test_texts_are_encoded_once(model: Gamma, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = count_texts(model, monkeypatch)
     first = model.predict(picture(), "face")

@@ -361,7 +361,9 @@ def test_an_interrupt_loses_nothing(apt: Path, tmp_path: Path) -> None:
     script(apt / "apt-get", f'case "$2$3" in --quietslow) exec sleep 60 ;; --quiet*) cp {apt}/pretend.deb . ;; esac')
     slow = packaged("usr/share/pretend/photo.jpg", "a photo", "apt:slow")
     code = f"from zoo.packages import PackagedFile, fetch; fetch([{PHOTO!r}, {slow!r}], progress=False)"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heeds: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # shells may ignore it
+    words = [sys.executable, "-c", code]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True, **heeds)
     until = time.monotonic() + 60
     while not PHOTO.target.exists() and time.monotonic() < until:
         time.sleep(0.02)

@@ -27,6 +27,8 @@ class GammaConfig(CLIPSizes):
 
     Attributes:
         crop_size: side of the crops that are scored, in pixels; `image_size` when None.
+        short_side: pictures whose short side is longer are made smaller first, in pixels; None scores them as they
+            are, as the authors do with most data sets.
         num_experts: E beside the shared one; 0 is the dense CLIP with the same head.
         first_layer: blocks from this one on have experts, in both towers.
         router: registered router in place of the dense softmax over all experts.
@@ -43,9 +45,16 @@ class GammaConfig(CLIPSizes):
         loss: of training; see `zoo.gamma.losses`. "levels" and "emd" compare level probabilities, the others scores.
     """
 
-    least: ClassVar[Mapping[str, int]] = {**CLIPSizes.least, "crop_size": 1, "num_experts": 0, "num_crops": 1}
+    least: ClassVar[Mapping[str, int]] = {
+        **CLIPSizes.least,
+        "crop_size": 1,
+        "short_side": 1,
+        "num_experts": 0,
+        "num_crops": 1,
+    }
 
     crop_size: int | None = None
+    short_side: int | None = None
     num_experts: int = 3
     first_layer: int = 6
     router: str | Mapping[str, Any] | None = None
@@ -66,6 +75,9 @@ class GammaConfig(CLIPSizes):
         if self.num_experts:
             check_int("first_layer", self.first_layer, 0, min(self.vision_layers, self.text_layers) - 1)
         check_choice("loss", self.loss, LOSSES)
+        if self.short_side is not None and self.short_side < self.crop:
+            wrong = f"a crop of {self.crop} pixels has to fit"
+            raise BadOverride(f"short_side={self.short_side}", wrong, f"short_side={2 * self.crop}")
         self._check_words()
 
     def _check_words(self) -> None:

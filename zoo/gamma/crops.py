@@ -57,6 +57,19 @@ def cut_picture(picture: Image.Image, offsets: Sequence[tuple[int, int]], size: 
     return [picture.crop((left, top, left + size, top + size)) for top, left in offsets]
 
 
+def shrink(picture: Image.Image, short_side: int) -> Image.Image:
+    """A picture whose short side has so many pixels at most.
+
+    >>> shrink(Image.new("RGB", (80, 40)), 20).size, shrink(Image.new("RGB", (8, 4)), 20).size
+    ((40, 20), (8, 4))
+    """
+    short = min(picture.size)
+    if short <= short_side:
+        return picture
+    width, height = (max(short_side, round(side * short_side / short)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def enlarge(picture: Image.Image, size: int) -> tuple[Image.Image, bool]:
     """A picture whose short side is at least `size`, and whether it had to be scaled up for that.
 

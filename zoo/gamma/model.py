@@ -36,7 +36,7 @@ from mmoe.moe import moe_layers
 from mmoe.options import check_int
 from zoo.config import make_config
 from zoo.gamma.config import GammaConfig
-from zoo.gamma.crops import Offsets, cut_picture, enlarge, five_offsets, random_offsets
+from zoo.gamma.crops import Offsets, cut_picture, enlarge, five_offsets, random_offsets, shrink
 from zoo.gamma.host import Adapter, AnySizeCLIP, add_experts, check_size, level_logits
 from zoo.gamma.losses import loss_of
 from zoo.hosts.clip import check_colour, check_pictures, make_tokenizer, text_tokens
@@ -158,6 +158,7 @@ class Gamma(Model):
             add_experts(self.clip, config)
         self.preprocessing = {
             "image_size": config.crop,
+            "short_side": config.short_side,
             "mean": list(config.image_mean),
             "std": list(config.image_std),
             "background": [255, 255, 255],
@@ -178,7 +179,7 @@ class Gamma(Model):
 
     @preprocessing.setter
     def preprocessing(self, values: dict[str, Any]) -> None:
-        told = {"image_mean": values["mean"], "image_std": values["std"]}
+        told = {"image_mean": values["mean"], "image_std": values["std"], "short_side": values["short_side"]}
         make_config(GammaConfig, {**vars(self.config), **told}, self.family)
         own = {"image_size": self.config.crop, **{n: getattr(self.config, n) for n in ("vocab_size", "context_length")}}
         for key, value in own.items():
@@ -242,9 +243,10 @@ class Gamma(Model):
         return {"image": crops, "scene": self.scene_ids(scene, len(read))}
 
     def _read(self, image: Any) -> tuple[list[Image.Image], list[bool]]:
-        """Pictures at least as large as a crop, and which were scaled up for that."""
-        background = tuple(self._preprocessing["background"])
+        """Pictures as large as crops are cut from, at least as large as one, and which were scaled up for that."""
+        background, longest = tuple(self._preprocessing["background"]), self._preprocessing["short_side"]
         read = [read_image(one, background) for one in check_pictures(image, _PREDICT)]
+        read = read if longest is None else [shrink(picture, longest) for picture in read]
         pairs = [enlarge(picture, self.config.crop) for picture in read]
         return [picture for picture, _ in pairs], [upscaled for _, upscaled in pairs]
 
