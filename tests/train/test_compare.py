@@ -10,6 +10,7 @@ import yaml
 from mmoe.errors import BadInput
 from train.compare import compare, write_entries
 from train.recipe import Recipe
+from zoo.table import metric_tables
 
 STAGES = """\
 name: two
@@ -63,6 +64,27 @@ def test_the_last_step_and_the_best_one_are_told_apart(finished):
     entries = [entry for entry in compare(folders, ["R@1"]) if entry["model"] != "base"]
     assert [entry["model"] for entry in entries] == ["longer, last step", "longer, best by R@1"]
     assert [entry["R@1"] for entry in entries] == pytest.approx([0.3, 0.4])
+
+
+def test_groups_are_told_in_words_and_with_what_was_trained(tmp_path):
+    (tmp_path / "maps.yaml").write_text(STAGES.partition("stages:")[0].replace("two", "maps"))
+    report = ["data.name=blue_marble", "data.options={part: report}", "run.best=validation/mIoU"]
+    Recipe.load(tmp_path / "maps.yaml", *report).save(tmp_path / "run" / "recipe.yaml")
+    metrics = {"validation/mIoU": 0.5, "haze/mIoU": 0.3}
+    sizes = {"total": 2000, "active": 2000, "trained": 1234}
+    results = {"metrics": metrics, "parameters": sizes, "best": {"value": 0.6, "step": 1, "metrics": metrics}}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    entries = compare([tmp_path / "run"])
+    assert [(entry["data"], entry["model"]) for entry in entries[1:3]] == [
+        (
+            "blue_marble: validation tiles of the source, by which checkpoints are chosen",
+            "maps, best by validation/mIoU",
+        ),
+        ("blue_marble: test tiles of the source, in haze", "maps, last step"),
+    ]
+    heading, table = metric_tables(entries)[1]
+    assert heading == "blue_marble: test tiles of the source, in haze"
+    assert [row.split()[-2:] for row in table.splitlines()] == [["trained", "mIoU"], *[["1.23k", "30.0"]] * 2]
 
 
 def test_one_run_has_no_spread(finished):
