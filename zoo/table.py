@@ -7,6 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeGuard
 
+from torch import Tensor
+
+from mmoe.options import check_int
+
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     """Rows under a header, two spaces between columns; wide characters count twice.
@@ -109,6 +113,22 @@ def routing_table(routing: Mapping[str, Any]) -> tuple[str, str]:
     )
     header = ["layer", "max/mean load", "unused", "entropy, nats", "share of each expert in %"]
     return heading, columns(header, rows, right={1, 3})
+
+
+def most_probable(labels: Sequence[str], probs: Tensor, k: int, picture: int) -> list[tuple[str, float]]:
+    """The k most probable labels of one picture, of probabilities (pictures, labels).
+
+    Raises:
+        BadOverride: k is below 1, or there is no such picture.
+
+    >>> import torch
+    >>> most_probable(["fox", "dog"], torch.tensor([[0.25, 0.75]]), 1, 0)
+    [('dog', 0.75)]
+    """
+    check_int("k", k, 1)
+    check_int("picture", picture, 0, len(probs) - 1)
+    best = probs[picture].topk(min(k, len(labels)))
+    return [(labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
 
 def shorten(text: str, width: int = 60) -> str:

@@ -65,3 +65,11 @@ class Recording:
 def recording(request: pytest.FixtureRequest) -> Recording:
     """The recording of the family that the module's FAMILY names."""
     return Recording(request.module.FAMILY)
+
+
+@pytest.fixture
+def whole_module(request: pytest.FixtureRequest) -> None:
+    """Skips a test that needs all others of its module where only some were selected."""
+    ran = {i.name.split("[")[0] for i in request.session.items if getattr(i, "module", None) is request.module}
+    if ran != {name for name in vars(request.module) if name.startswith("test_")}:
+        pytest.skip("only part of this module was selected")

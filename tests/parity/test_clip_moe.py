@@ -340,10 +340,6 @@ def test_wrong_options_are_caught(recording, model, option):
     assert not math.isclose(loss, recording.files["model"]["train_long.total"].item(), rel_tol=1e-6)
 
 
-def test_nothing_was_left_out(recording, request):
-    ran = {i.name.split("[")[0] for i in request.session.items if getattr(i, "module", None) is request.module}
-    defined = {name for name in globals() if name.startswith("test_")}
-    if ran != defined:
-        pytest.skip("only part of this module was selected")
+def test_nothing_was_left_out(recording, whole_module):
     assert recording.untouched() == []
     assert {"tokenizer", "dmu_expected"} <= recording.compared

@@ -21,29 +21,11 @@ from mmoe.registry import parse_spec
 from mmoe.surgery import upcycle as upcycle_host
 from zoo.clip_moe.model import ClipMoE, ClipMoEConfig
 from zoo.config import make_config
-from zoo.hosts.clip import TOWERS, sizes_of
+from zoo.hosts.clip import MLP_NAMES, SIZES_IN_TENSORS, TOWERS, sizes_of
 from zoo.state import State, collapse, load_state, read_state
 from zoo.weights import locate
 
-SHOWN_BY_TENSORS = (
-    "embed_dim",
-    "image_size",
-    "patch_size",
-    "vision_width",
-    "vision_layers",
-    "text_width",
-    "text_layers",
-    "vocab_size",
-    "context_length",
-    "num_experts",
-    "moe_layers",
-)
-_PACKED = {
-    "up_proj": "c_fc.weight",
-    "up_bias": "c_fc.bias",
-    "down_proj": "c_proj.weight",
-    "down_bias": "c_proj.bias",
-}
+SHOWN_BY_TENSORS = (*SIZES_IN_TENSORS, "num_experts", "moe_layers")
 _NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}
 _BLOCK = re.compile(
     r"(visual\.)?transformer\.resblocks\.\d+\."
@@ -93,7 +75,7 @@ def pack_block(state: Mapping[str, Tensor], block: str) -> State:
     """
     gate = state[f"{block}.gate.weight"]
     packed = {"router.weight": gate.float()}
-    for ours, theirs in _PACKED.items():
+    for ours, theirs in MLP_NAMES.items():
         names = [f"{block}.experts.{expert}.{theirs}" for expert in range(len(gate))]
         missing = [name for name in names if name not in state]
         if missing:
@@ -116,9 +98,9 @@ def to_original(state: Mapping[str, Tensor]) -> State:
     for name, value in state.items():
         name = name.removeprefix("clip.")
         block, _, part = name.partition(".mlp.experts.")
-        if part in _PACKED:
+        if part in MLP_NAMES:
             for expert, rows in enumerate(value):
-                original[f"{block}.experts.{expert}.{_PACKED[part]}"] = rows.clone()
+                original[f"{block}.experts.{expert}.{MLP_NAMES[part]}"] = rows.clone()
         else:
             original[name.replace(".mlp.router.", ".gate.")] = value
     unknown = _unknown(original)

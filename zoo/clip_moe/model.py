@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmoe.errors import BadInput, Refused
-from mmoe.options import check_int
 from mmoe.trace import trace
 from zoo.clip_moe.config import ClipMoEConfig
 from zoo.clip_moe.host import LongTextCLIP, add_experts
@@ -36,7 +35,7 @@ from zoo.config import make_config
 from zoo.hosts.clip import check_colour, check_pictures, check_texts, make_tokenizer, text_tokens
 from zoo.images import read_image
 from zoo.model import Model, TokenView
-from zoo.table import shorten
+from zoo.table import most_probable, shorten
 
 _PREDICT = "model.predict('fox.png', ['a fox', 'a dog'])"
 
@@ -81,10 +80,7 @@ class Classification:
 
     def top(self, k: int = 5, picture: int = 0) -> list[tuple[str, float]]:
         """The k most probable labels of one picture."""
-        check_int("k", k, 1)
-        check_int("picture", picture, 0, len(self.probs) - 1)
-        best = self.probs[picture].topk(min(k, len(self.labels)))
-        return [(self.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        return most_probable(self.labels, self.probs, k, picture)
 
     def table(self, picture: int = 0) -> tuple[list[str], list[list[str]]]:
         """Header and rows that show one picture's best labels."""

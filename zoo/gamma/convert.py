@@ -17,29 +17,11 @@ from torch import Tensor
 from mmoe.errors import LoadMismatch, Refused
 from mmoe.registry import parse_spec
 from zoo.gamma.model import GammaConfig
-from zoo.hosts.clip import TOWERS, sizes_of
+from zoo.hosts.clip import MLP_NAMES, SIZES_IN_TENSORS, TOWERS, sizes_of
 from zoo.state import State, collapse
 
-SHOWN_BY_TENSORS = (
-    "embed_dim",
-    "image_size",
-    "patch_size",
-    "vision_width",
-    "vision_layers",
-    "text_width",
-    "text_layers",
-    "vocab_size",
-    "context_length",
-    "num_experts",
-    "first_layer",
-)
+SHOWN_BY_TENSORS = (*SIZES_IN_TENSORS, "num_experts", "first_layer")
 _ASKED = "convert this checkpoint to gamma"
-_EXPERTS = {
-    "up_proj": "c_fc.weight",
-    "up_bias": "c_fc.bias",
-    "down_proj": "c_proj.weight",
-    "down_bias": "c_proj.bias",
-}
 _HEAD = {"level_values": "score_level", "adapter.down.weight": "adapter.fc.0.weight"}
 _HEAD |= {"adapter.up.weight": "adapter.fc.2.weight"}
 _RENAMED = {"mlp.post.scale": "mlp.scale", "mlp.router.": "mlp.gating.layer1.", "mlp.shared.": "mlp.useful_experts."}
@@ -88,7 +70,7 @@ def convert_names(state: Mapping[str, Tensor]) -> State:
         if found is None:
             converted[_ours(name)] = value.float()
         else:
-            packed = next(ours for ours, theirs in _EXPERTS.items() if theirs == found[3])
+            packed = next(ours for ours, theirs in MLP_NAMES.items() if theirs == found[3])
             experts.setdefault(f"{_ours(found[1])}.experts.{packed}", {})[int(found[2])] = value
     for name, parts in experts.items():
         gate = converted.get(f"{name.rpartition('.experts.')[0]}.router.weight")
@@ -109,9 +91,9 @@ def to_original(state: Mapping[str, Tensor]) -> State:
     original: State = {}
     for name, value in state.items():
         block, _, part = name.partition(".mlp.experts.")
-        if part in _EXPERTS:
+        if part in MLP_NAMES:
             for expert, rows in enumerate(value):
-                theirs = f"{_theirs(block)}.mlp.experts.expert_{expert}.{_EXPERTS[part]}"
+                theirs = f"{_theirs(block)}.mlp.experts.expert_{expert}.{MLP_NAMES[part]}"
                 original[theirs] = rows.clone()
         else:
             original[_theirs(name)] = value

@@ -33,7 +33,6 @@ from torchvision.transforms import functional as pictures
 from mmoe.dispatch import is_sharded
 from mmoe.errors import BadInput, Refused, UnknownName, did_you_mean
 from mmoe.moe import moe_layers
-from mmoe.options import check_int
 from zoo.config import make_config
 from zoo.gamma.config import GammaConfig
 from zoo.gamma.crops import Offsets, cut_picture, enlarge, five_offsets, random_offsets, shrink
@@ -42,6 +41,7 @@ from zoo.gamma.losses import loss_of
 from zoo.hosts.clip import check_colour, check_pictures, make_tokenizer, text_tokens
 from zoo.images import read_image
 from zoo.model import Model, TokenView
+from zoo.table import most_probable
 
 AUTO = -1  # in place of a scene's number
 _PREDICT = "model.predict('photo.jpg')"
@@ -101,10 +101,7 @@ class Assessment:
 
     def top(self, k: int = 5, picture: int = 0) -> list[tuple[str, float]]:
         """The k most probable levels of one picture."""
-        check_int("k", k, 1)
-        check_int("picture", picture, 0, len(self.probs) - 1)
-        best = self.probs[picture].topk(min(k, len(self.labels)))
-        return [(self.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        return most_probable(self.labels, self.probs, k, picture)
 
     def table(self, picture: int = 0) -> tuple[list[str], list[list[str]]]:
         """Header and rows that show one picture's score and levels."""

@@ -249,6 +249,23 @@ class CLIPHost(CLIP):
 
 
 TOWERS = {"vision": "visual.transformer.resblocks", "text": "transformer.resblocks"}
+MLP_NAMES = {  # of packed experts, as OpenAI's blocks have them
+    "up_proj": "c_fc.weight",
+    "up_bias": "c_fc.bias",
+    "down_proj": "c_proj.weight",
+    "down_bias": "c_proj.bias",
+}
+SIZES_IN_TENSORS = (
+    "embed_dim",
+    "image_size",
+    "patch_size",
+    "vision_width",
+    "vision_layers",
+    "text_width",
+    "text_layers",
+    "vocab_size",
+    "context_length",
+)
 
 
 def sizes_of(state: Mapping[str, Tensor], family: str) -> dict[str, Any]:
