@@ -38,6 +38,31 @@ def photographs(data):
     return Counter(photo.id for photo, _ in data.samples_of)
 
 
+class Seen:
+    """Takes the samples of a batch as they are."""
+
+    def training_batch(self, samples):
+        return samples
+
+
+def test_pictures_of_a_batch_are_turned_by_their_seed():
+    plain, data = load(), load(rotate=True)
+    found = [data.batch([5], Seen(), [seed])[0] for seed in range(20)]
+    turned = [np.rot90(plain.read(5)["image"], k).tobytes() for k in range(4)]
+    places = [turned.index(sample["image"].tobytes()) for sample in found]
+    assert set(places) == set(range(4)), "each turn comes up"
+    again = [turned.index(data.batch([5], Seen(), [seed])[0]["image"].tobytes()) for seed in range(20)]
+    assert again == places
+    assert plain.batch([5], Seen(), [1])[0]["image"].tobytes() == turned[0] == data.read(5)["image"].tobytes()
+
+
+def test_captions_tell_kind_and_severity():
+    samples = [load().read(index) for index in range(126)]
+    assert len({sample["text"] for sample in samples}) == len({(s["kind"], s["level"]) for s in samples})
+    worst = next(sample for sample in samples if (sample["kind"], sample["level"]) == ("mean_shift", 5))
+    assert worst["text"] == "extreme mean shift" and samples[0]["text"] == "pristine"
+
+
 def test_no_photograph_is_on_both_sides():
     found = []
     for fold in range(5):

@@ -370,6 +370,26 @@ def test_a_batch_of_samples(model: Gamma) -> None:
         model.training_batch([{**samples[0], "scene": "fac"}])
 
 
+def test_captions_are_learned_beside_the_scores() -> None:
+    model = build(num_experts=0, loss="levels", caption_coef=0.5)
+    captions = ["strong jpeg", "pristine", "strong jpeg"]
+    samples = [
+        {"image": picture(i), "score": i / 4, "scene": "face", "text": text, "seed": i}
+        for i, text in enumerate(captions)
+    ]
+    batch = model.training_batch(samples)
+    out = model.train()(**batch)
+    torch.testing.assert_close(out.loss, out.losses["levels"] + 0.5 * out.losses["captions"])
+    features = nn.functional.normalize(out.image_features[:, 0], dim=-1)
+    texts = model.encode_text(batch["text"][:2], normalize=True)
+    probs = (model.clip.logit_scale.exp() * features @ texts.t()).softmax(-1)
+    torch.testing.assert_close(out.losses["captions"], -probs[range(3), [0, 1, 0]].log().mean())
+    with pytest.raises(Refused, match=r"(?s)its samples have no text.*caption_coef=0"):
+        model.training_batch([{"image": picture(), "score": 0.5}])
+    with pytest.raises(BadOverride, match="caption_coef"):
+        build(caption_coef=-1)
+
+
 def test_flips_and_places_of_crops(model: Gamma) -> None:
     """A picture whose columns say where they are: half of the crops run backwards, and all places come up."""
     ramp = Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) * 6, (40, 1)))

@@ -8,9 +8,10 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import CLIP
+from torch.nn import functional as F
 
 from mmoe.errors import BadInput, BadOverride, LoadMismatch
-from zoo.hosts.clip import CLIPHost, CLIPSizes, check_colour, check_pictures, make_tokenizer, sizes_of
+from zoo.hosts.clip import CLIPHost, CLIPSizes, check_colour, check_pictures, cosine_patches, make_tokenizer, sizes_of
 
 TINY: dict[str, Any] = {
     "embed_dim": 16,
@@ -36,6 +37,20 @@ def test_features_are_open_clips(route_padding: bool) -> None:
     assert host.cut(text).shape[1] == (12 if route_padding else int(text.argmax(-1).max()) + 1)
 
 
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_cosine_patches_hear_fine_detail_as_well_as_the_mean(patch: int) -> None:
+    side, width = 256, 96
+    frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.fftfreq(side)).clamp(min=1 / side)
+    noise = torch.randn(8, 1, side, side, generator=torch.Generator().manual_seed(0))
+    pictures = torch.fft.ifft2(torch.fft.fft2(noise) / frequency).real  # amplitudes fall as 1 / f
+    pictures = ((pictures - pictures.mean()) / pictures.std()).expand(-1, 3, -1, -1)
+    brightness = min(patch * patch, width - width // 3)
+    loud = F.conv2d(pictures, cosine_patches(width, patch)[:brightness], stride=patch).std((0, 2, 3))
+    assert loud.max() < 3 * loud.min()
+    host = CLIPHost(CLIPSizes(**{**TINY, "init_patches": "cosine"}), route_padding=True)
+    assert torch.equal(host.visual.conv1.weight, cosine_patches(64, 16))
+
+
 @pytest.mark.parametrize(
     ("options", "lines"),
     [
@@ -47,6 +62,7 @@ def test_features_are_open_clips(route_padding: bool) -> None:
             {"image_size": 30},
             "image_size=30 with patch_size=16\n  patches must cover the picture\n  try: image_size=16",
         ),
+        ({"init_patches": "sine"}, "init_patches='sine'"),
         ({"vocab_size": 0}, "vocab_size=0\n  vocab_size is a whole number of at least 1"),
         ({"image_std": (1.0, 0.0, 1.0)}, "image_std has a number of at least 1e-06 for each of red, green and blue"),
         ({"text_mlp_ratio": 0}, "text_mlp_ratio is a finite number above 0"),

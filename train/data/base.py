@@ -117,8 +117,12 @@ class DataSet(ABC):
             model: that takes them.
             seeds: one per sample, of random crops and the like.
         """
-        samples = self.samples(indices)
-        return model.training_batch([{**sample, "seed": seed} for sample, seed in zip(samples, seeds, strict=True)])
+        drawn = zip(self.samples(indices), seeds, strict=True)
+        return model.training_batch([{**self.vary(sample, seed), "seed": seed} for sample, seed in drawn])
+
+    def vary(self, sample: Sample, seed: int) -> Sample:
+        """A sample as it is trained on: as it is, unless a data set changes it at random, by the seed."""
+        return sample
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """Samples; the next one that can be read stands in for one that cannot, so that batches keep their size.

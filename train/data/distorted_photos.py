@@ -36,6 +36,7 @@ from zoo.packages import PackagedFile, home
 FOLDS = 5
 PRISTINE = "pristine"
 CONTENT = 0.06  # of a label per standard deviation of the ranks; a choice
+STRENGTHS = ("faint", "slight", "medium", "strong", "extreme")
 FETCH = "mmoe recipe fetch distorted_photos"
 _BY_OPINION = ("mean_shift", "contrast_change")  # their levels go from one side of the pristine picture to the other
 
@@ -98,6 +99,15 @@ def severity(kind: str, level: int) -> int:
         return level
     liked = sorted(range(1, LEVELS + 1), key=lambda one: -opinions()[kind, one])
     return 1 + liked.index(level)
+
+
+def caption(kind: str, severity: int) -> str:
+    """What was done to a picture, in words.
+
+    >>> caption("gaussian_blur", 4), caption("pristine", 0)
+    ('strong gaussian blur', 'pristine')
+    """
+    return f"{STRENGTHS[severity - 1]} {kind.replace('_', ' ')}" if severity else kind
 
 
 def _table(name: str) -> list[dict[str, str]]:
@@ -193,10 +203,11 @@ class DistortedPhotos(DataSet):
         content: adds to the labels how well the picture stands the distortion.
         scales: gives each third of the photographs to people with another scale ("set" of a sample: A, B or C).
         without: a group of kinds that is not trained on, and alone evaluated on.
+        rotate: turns each picture of a training batch by a random number of right angles, which spoils it no further.
         limit: uses so many samples, drawn at random.
     """
 
-    fields = ("image", "score", "scene", "group")
+    fields = ("image", "score", "scene", "text", "group")
     task = "quality"
     needs_path = False
 
@@ -210,16 +221,17 @@ class DistortedPhotos(DataSet):
         content: bool = True,
         scales: bool = False,
         without: str | None = None,
+        rotate: bool = False,
         limit: int | None = None,
     ) -> None:
         super().__init__()
         check_int("fold", fold, 0, FOLDS - 1)
         check_int("size", size, 16, 2048)
-        for option, value in {"packaged": packaged, "content": content, "scales": scales}.items():
+        for option, value in {"packaged": packaged, "content": content, "scales": scales, "rotate": rotate}.items():
             check_bool(option, value)
         if without is not None:
             check_choice("without", without, GROUPS)
-        self.size, self.content, self.scales = size, content, scales
+        self.size, self.content, self.scales, self.rotate = size, content, scales, rotate
         own = [photo for photo in photos(packaged) if (places()[photo.id] % FOLDS == fold) == (split == "eval")]
         make(own, size)
         self.kept = {photo.id: _kept(photo, size) for photo in own}
@@ -244,18 +256,26 @@ class DistortedPhotos(DataSet):
         """A picture with what is known about it.
 
         "score" is what is trained on, "human" its part that people gave; "severity" is the place of the level among
-        those of its kind.
+        those of its kind, and "text" says both in words.
         """
         photo, (kind, level, row) = self.samples_of[index]
         pictures = _opened(self.kept[photo.id])
         about = {"scene": photo.scene, "photo": photo.id, "kind": kind, "level": level}
         about["group"] = KINDS[kind].group if level else PRISTINE
         about |= {"severity": severity(kind, level) if level else 0, "human": opinions()[kind, level]}
+        about["text"] = caption(kind, about["severity"])
         about["score"] = self.score(photo, kind, level)
         if self.scales:
             about["set"] = "ABC"[places()[photo.id] // FOLDS % 3]
             about["score"] = on_scale(about["score"], about["set"])
         return {"image": Image.fromarray(np.array(pictures[row])), **about}
+
+    def vary(self, sample: Sample, seed: int) -> Sample:
+        """The sample, its picture turned where that is asked for."""
+        if not self.rotate:
+            return sample
+        turned = np.rot90(np.asarray(sample["image"]), random.Random(seed).randrange(4))
+        return {**sample, "image": Image.fromarray(turned)}
 
     def score(self, photo: Photo, kind: str, level: int) -> float:
         """The pseudo-label, 0 (bad) to 1, before any scale."""

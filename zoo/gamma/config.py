@@ -43,6 +43,8 @@ class GammaConfig(CLIPSizes):
         num_crops: random crops.
         crop_seed: of random crops; every picture has its own draw, the same in every call.
         loss: of training; see `zoo.gamma.losses`. "levels" and "emd" compare level probabilities, the others scores.
+        caption_coef: weight of a second loss that lets pictures find their captions, for training a CLIP to host
+            experts; 0 takes no captions.
     """
 
     least: ClassVar[Mapping[str, int]] = {
@@ -67,6 +69,7 @@ class GammaConfig(CLIPSizes):
     num_crops: int = 10
     crop_seed: int = 0
     loss: str = "mse"
+    caption_coef: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +78,7 @@ class GammaConfig(CLIPSizes):
         if self.num_experts:
             check_int("first_layer", self.first_layer, 0, min(self.vision_layers, self.text_layers) - 1)
         check_choice("loss", self.loss, LOSSES)
+        check_float("caption_coef", self.caption_coef, low=0)
         if self.short_side is not None and self.short_side < self.crop:
             wrong = f"a crop of {self.crop} pixels has to fit"
             raise BadOverride(f"short_side={self.short_side}", wrong, f"short_side={2 * self.crop}")

@@ -5,9 +5,12 @@
     rank = mean(R) / (1 + max R)                   R_ij = relu((p_i - p_j) sign(t_j - t_i))
     emd  = mean_i (mean_k |P_ik - T_ik|^2)^(1/2)   P, T cumulative level probabilities
     levels = - sum_k T_k log pi_k                  T the label spread over its two neighbouring levels
+    captions = - log softmax_u(exp(tau) cos(f, t_u))_c   c the caption of the picture, u all distinct ones of the batch
 
 Source: arXiv 2503.06678 (MSE) and the framework that its code stands on; norm-in-norm: Li et al. 2020, arXiv
-2008.03889; EMD: Talebi and Milanfar 2018, arXiv 1709.05424. "levels" is ours, for training a CLIP on level prompts.
+2008.03889; EMD: Talebi and Milanfar 2018, arXiv 1709.05424. "levels" is ours, for training a CLIP on level prompts,
+"captions" for telling it what is seen, as the authors' backbone was told by captions about quality (UniQA, arXiv
+2406.01069, which has CLIP's loss); many pictures of a batch may share a caption here.
 A batch of one has no correlation: plcc, nin and rank are then the mean absolute error.
 Shapes: B samples, K levels.
 """
@@ -96,6 +99,23 @@ def levels(logits: Tensor, target: Tensor) -> Tensor:
     1.3863
     """
     return F.cross_entropy(logits, target)
+
+
+def captions(features: Tensor, texts: Tensor, own: Tensor, scale: Tensor) -> Tensor:
+    """Cross-entropy of each picture's caption among the distinct captions of a batch.
+
+    Args:
+        features: (B, C) of the pictures, normalised.
+        texts: (U, C) of the captions, normalised.
+        own: (B,) row of each picture's caption.
+        scale: inverse temperature.
+
+    Example:
+        >>> one = torch.eye(2)
+        >>> round(captions(one, one, torch.tensor([0, 1]), torch.tensor(1.0)).item(), 4)
+        0.3133
+    """
+    return F.cross_entropy(scale * features @ texts.t(), own)
 
 
 OF_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -28,6 +28,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.transforms import functional as pictures
 
 from mmoe.dispatch import is_sharded
@@ -37,7 +38,7 @@ from zoo.config import make_config
 from zoo.gamma.config import GammaConfig
 from zoo.gamma.crops import Offsets, cut_picture, enlarge, five_offsets, random_offsets, shrink
 from zoo.gamma.host import Adapter, AnySizeCLIP, add_experts, check_size, level_logits
-from zoo.gamma.losses import loss_of
+from zoo.gamma.losses import captions, loss_of
 from zoo.hosts.clip import check_colour, check_pictures, make_tokenizer, text_tokens
 from zoo.images import read_image
 from zoo.model import Model, TokenView
@@ -62,7 +63,7 @@ class GammaOutput:
         adapted: (B, V, C) behind it, not normalised.
         text_features: (B, K, C) of each picture's scene, normalised.
         loss: scalar, or None when there is no label.
-        losses: the loss by name.
+        losses: the unweighted parts of the loss by name.
     """
 
     score: Tensor
@@ -311,7 +312,13 @@ class Gamma(Model):
         observed = any(layer.observed for layer in moe_layers(self.clip.transformer).values())
         return plain and not observed and not any(map(is_sharded, self.clip.parameters()))
 
-    def forward(self, image: Tensor, scene: Tensor | None = None, score: Tensor | None = None) -> GammaOutput:
+    def forward(
+        self,
+        image: Tensor,
+        scene: Tensor | None = None,
+        score: Tensor | None = None,
+        text: Tensor | None = None,
+    ) -> GammaOutput:
         """Scores of pictures, and the training loss where there are labels.
 
         Args:
@@ -319,6 +326,7 @@ class Gamma(Model):
                 averaged.
             scene: (B,) numbers of scenes, `AUTO` where the model chooses; it chooses all when None.
             score: (B,) labels in [0, 1], higher is better; each crop is compared with that of its picture.
+            text: (B, N) token ids of captions; with labels, `caption_coef` times the loss of captions is added.
         """
         crops = image if image.ndim == 5 else image[:, None]
         features = self.encode_image(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (B, V, C)
@@ -342,7 +350,17 @@ class Gamma(Model):
             label = score.to(scores).reshape(-1, 1).expand_as(scores)
             output.loss = loss_of(name, scores.flatten(), logits.flatten(0, 1), label.flatten(), values)
             output.losses = {name: output.loss}
+            if text is not None:
+                output.losses["captions"] = self._caption_loss(features, text)
+                output.loss = output.loss + self.config.caption_coef * output.losses["captions"]
         return output
+
+    def _caption_loss(self, features: Tensor, text: Tensor) -> Tensor:
+        """That of the captions (B, N) of pictures with features (B, V, C)."""
+        distinct, own = text.unique(dim=0, return_inverse=True)
+        texts, scale = self.encode_text(distinct, normalize=True), self.clip.logit_scale.exp()
+        own = own[:, None].expand(features.shape[:2])
+        return captions(F.normalize(features, dim=-1).flatten(0, 1), texts, own.flatten(), scale)
 
     def _own_scene(self, adapted: Tensor, scene: Tensor) -> tuple[Tensor, Tensor]:
         """The scene of each picture, (B,), the best fitting one where it was left open, and its prompts (B, K, C)."""
@@ -394,18 +412,23 @@ class Gamma(Model):
     def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Samples with "image" and "score", and "scene" where it is known, as a batch for the loss.
 
-        Each picture is flipped for one in two and cropped at random, from the "seed" of its sample, or from the global
-        one.
+        With a `caption_coef` in the config they need a "text" too, the caption. Each picture is
+        flipped for one in two and cropped at random, from the "seed" of its sample, or from the global one.
         """
-        missing = [name for name in ("image", "score") if name not in samples[0]]
+        wanted = ("image", "score", "text") if self.config.caption_coef else ("image", "score")
+        missing = [name for name in wanted if name not in samples[0]]
         if missing:
             wrong = f"its samples have no {' and no '.join(missing)}"
-            raise Refused(f"train {self.family} on this data", wrong, "data with a score for each picture")
+            fix = "model.overrides.caption_coef=0" if missing == ["text"] else "data with a score for each picture"
+            raise Refused(f"train {self.family} on this data", wrong, fix)
         read, _ = self._read([sample["image"] for sample in samples])
         crops = [self._random_crop(picture, sample.get("seed")) for picture, sample in zip(read, samples, strict=True)]
         scores = torch.tensor([float(sample["score"]) for sample in samples], device=self.device)
         scenes = self.scene_ids([sample.get("scene") or "auto" for sample in samples], len(samples))
-        return {"image": self._pixels(crops), "scene": scenes, "score": scores}
+        batch = {"image": self._pixels(crops), "scene": scenes, "score": scores}
+        if self.config.caption_coef:
+            batch["text"] = self.tokenizer([sample["text"] for sample in samples]).to(self.device)
+        return batch
 
     def _random_crop(self, picture: Image.Image, seed: int | None) -> Image.Image:
         draw = None if seed is None else torch.Generator().manual_seed(seed)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from mmoe.errors import BadInput, BadOverride, LoadMismatch
 from mmoe.moe import with_context
-from mmoe.options import check_float, check_int
+from mmoe.options import check_choice, check_float, check_int
 from mmoe.routing import Context
 
 BYTE_TOKENS, SPECIAL_TOKENS = 512, 2
@@ -40,6 +40,8 @@ class CLIPSizes:
         context_length: longest text in tokens.
         activation: "quick_gelu" (OpenAI) or "gelu".
         init_logit_scale: logarithm of the initial inverse temperature.
+        init_patches: how an untrained patch embedding begins: "random", or "cosine", which lets fine detail count as
+            much as brightness from the first step on (see `cosine_patches`).
         image_mean, image_std: of the preprocessing of pictures.
     """
 
@@ -75,6 +77,7 @@ class CLIPSizes:
     context_length: int = 77
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     init_logit_scale: float = 4.6052
+    init_patches: Literal["random", "cosine"] = "random"
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -85,6 +88,7 @@ class CLIPSizes:
         for name in ("vision_mlp_ratio", "text_mlp_ratio"):
             check_float(name, getattr(self, name), above=0)
         check_float("init_logit_scale", self.init_logit_scale)
+        check_choice("init_patches", self.init_patches, ("random", "cosine"))
         for name, low in (("image_mean", 0.0), ("image_std", 1e-6)):
             values = getattr(self, name)
             if len(values) != 3 or not all(isinstance(v, float | int) and low <= v < math.inf for v in values):
@@ -111,6 +115,44 @@ def check_patches(option: str, size: int, patch: int) -> None:
     if size % patch:
         asked, fix = f"{option}={size} with patch_size={patch}", f"{option}={max(1, size // patch) * patch}"
         raise BadOverride(asked, "patches must cover the picture", fix)
+
+
+def cosine_patches(width: int, patch: int) -> Tensor:
+    """Weights (D, 3, P, P) of a patch embedding whose channels have about the same strength on normalised pictures.
+
+    Two thirds of the channels are cosine functions of brightness, the others of two differences of colours, from low
+    frequencies to high ones. Each is divided by its usual strength, 1.4 P for the mean and P / 4f at frequency f, as
+    amplitudes in pictures fall with the frequency (Field 1987, J. Opt. Soc. Am. A 4, 2379); colours have a third of it.
+    With random weights the mean of a patch is louder than fine detail by a factor of sixty.
+
+    Args:
+        width: D; what P * P functions of each colour do not fill is 0.
+        patch: P.
+
+    Example:
+        >>> weights = cosine_patches(12, 4)
+        >>> weights.shape, (weights[1:].sum((1, 2, 3)).abs() < 1e-5).sum().item()
+        (torch.Size([12, 3, 4, 4]), 11)
+    """
+    n = torch.arange(patch)
+    basis = (math.pi / patch * (n + 0.5) * n[:, None]).cos() * math.sqrt(2 / patch)
+    basis[0] /= math.sqrt(2)
+    frequency = torch.hypot(n[:, None].float(), n.float()).flatten()  # (P * P,)
+    order = frequency.argsort(stable=True)
+    strength = patch / 4 / frequency[order]
+    strength[0] = 1.4 * patch
+    waves = torch.einsum("ix,jy->ijxy", basis, basis).flatten(0, 1)[order] / strength[:, None, None]
+    brightness = min(patch * patch, width - width // 3)
+    channels = []
+    for colour, count, usual in (
+        ((1.0, 1.0, 1.0), brightness, 1.0),
+        ((1.0, -1.0, 0.0), (width - brightness + 1) // 2, 1 / 3),
+        ((1.0, 1.0, -2.0), (width - brightness) // 2, 1 / 3),
+    ):
+        mixed = F.normalize(torch.tensor(colour), dim=0) / usual
+        channels.append(mixed[:, None, None] * waves[:count, None])
+    weights = torch.cat(channels)
+    return F.pad(weights, (0, 0, 0, 0, 0, 0, 0, width - len(weights)))
 
 
 class CLIPHost(CLIP):
@@ -149,6 +191,8 @@ class CLIPHost(CLIP):
             init_logit_scale=sizes.init_logit_scale,
         )
         self.route_padding = route_padding
+        if sizes.init_patches == "cosine":
+            self.visual.conv1.weight.data.copy_(cosine_patches(sizes.vision_width, sizes.patch_size))
 
     def positions(self, length: int) -> Tensor:
         """Position vectors of the first `length` tokens, (length, D)."""
