@@ -1,4 +1,4 @@
-"""Finished runs of one recipe with different seeds, put together: mean and spread of every stage.
+"""Finished runs of one recipe with different seeds, or on different folds too: mean and spread of every stage.
 
 Names of metrics are "METRIC" or "PART/METRIC"; every part has a table of its own.
 """
@@ -33,7 +33,7 @@ def compare(folders: Sequence[str | Path], patterns: Sequence[str] = ("*",)) -> 
         patterns: of the names of metrics.
 
     Raises:
-        BadInput: a run is not finished, the recipes differ in more than the seed, or no metric has such a name.
+        BadInput: a run is not finished, the recipes differ in more than seed and fold, or no metric has such a name.
     """
     recipes = [_recipe(Path(folder)) for folder in folders]
     seeds = _check_same(folders, recipes)
@@ -42,7 +42,7 @@ def compare(folders: Sequence[str | Path], patterns: Sequence[str] = ("*",)) -> 
     for stage in recipes[0].stages:
         results = [_results(Path(folder), stage) for folder in folders]
         parameters = results[0]["parameters"]
-        more = {"seeds": seeds}, {"provenance": "ours", "command": _command(recipes[0], seeds)}
+        more = {"seeds": seeds}, {"provenance": "ours", "command": _command(recipes, seeds)}
         for model, measured in _checkpoints(stage, stage.name or recipes[0].name, results).items():
             for part, metrics in _by_part(measured[0], patterns).items():
                 numbers = _spread({name: [one[key] for one in measured] for name, key in metrics.items()})
@@ -68,15 +68,27 @@ def _recipe(folder: Path) -> Recipe:
 
 
 def _check_same(folders: Sequence[str | Path], recipes: Sequence[Recipe]) -> list[int]:
-    """Seeds of runs that differ in nothing else."""
+    """Seeds of runs that differ in nothing else but the fold of their data."""
     seeds = [recipe.stages[0].run.seed for recipe in recipes]
     if len(set(seeds)) < len(seeds):
         raise BadInput("compare runs", f"their seeds are {', '.join(map(str, seeds))}", "runs with different seeds")
     for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
-        others = [told for told in differences(recipes[0], recipe) if not told.partition(":")[0].endswith("run.seed")]
+        free = "run.seed", *(f"data.options.{name}" for name in _folds(recipe))
+        others = [told for told in differences(recipes[0], recipe) if not told.partition(":")[0].endswith(free)]
         if others:
             raise BadInput(f"compare '{folder}' with '{folders[0]}'", "\n".join(others), "runs of one recipe")
     return seeds
+
+
+def _folds(recipe: Recipe) -> dict[str, int]:
+    """Options that say which fold is evaluated on, where the recipe has them."""
+    found = {}
+    for stage in recipe.stages:
+        data: Any = data_sets.get(stage.data.name)
+        name = data.folds
+        if name in stage.data.options:
+            found[name] = stage.data.options[name]
+    return found
 
 
 def _results(folder: Path, stage: Stage) -> Mapping[str, Any]:
@@ -123,7 +135,16 @@ def _data(stage: Stage, part: str) -> str:
     return f"{stage.data.name}: {words}" if part else stage.data.name
 
 
-def _command(recipe: Recipe, seeds: Sequence[int]) -> str:
-    each = f", S = {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
-    seed = "S" if len(seeds) > 1 else str(seeds[0])
-    return f"mmoe train {recipe.name} run.seed={seed}{each}"
+def _command(recipes: Sequence[Recipe], seeds: Sequence[int]) -> str:
+    """What makes the runs, with letters for values that differ: S the seed, F the fold where it is another number."""
+    values: dict[str, Sequence[int]] = {"S": seeds}
+    told = {"run.seed": "S"}
+    for name in _folds(recipes[0]):
+        folds = [_folds(recipe)[name] for recipe in recipes]
+        letter = "S" if folds == list(seeds) else "F"
+        values[letter] = folds
+        told[f"data.options.{name}"] = letter
+    short = {letter: str(all_[0]) if len(set(all_)) == 1 else letter for letter, all_ in values.items()}
+    options = " ".join(f"{option}={short[letter]}" for option, letter in told.items())
+    each = [f", {letter} = {', '.join(map(str, values[letter]))}" for letter in values if short[letter] == letter]
+    return f"mmoe train {recipes[0].name} {options}{''.join(each)}"

@@ -54,6 +54,21 @@ def test_mean_and_spread_over_seeds(finished):
     assert entries[0]["command"] == "mmoe train two run.seed=S, S = 0, 1"
 
 
+def test_runs_may_be_on_different_folds(finished):
+    photos = "data.name=distorted_photos"
+    folders = [finished(f"run{seed}", seed, seed / 4, photos, f"data.options.fold={seed}") for seed in (0, 1, 2)]
+    told = compare(folders, ["R@1"])[0]
+    assert told["command"] == "mmoe train two run.seed=S data.options.fold=S, S = 0, 1, 2"
+    assert (told["R@1"], told["R@1 sd"]) == (0.25, 0.25)
+    other = finished("other", 3, 0.5, photos, "data.options.fold=1")
+    command = compare([folders[0], other], ["R@1"])[0]["command"]
+    assert command == "mmoe train two run.seed=S data.options.fold=F, S = 0, 3, F = 0, 1"
+    assert compare([folders[1]], ["R@1"])[0]["command"] == "mmoe train two run.seed=1 data.options.fold=1"
+    larger = finished("larger", 4, 0.5, photos, "data.options.fold=1", "data.options.size=64")
+    with pytest.raises(BadInput, match=r"data\.options\.size"):
+        compare([folders[0], larger], ["R@1"])
+
+
 def test_the_last_step_and_the_best_one_are_told_apart(finished):
     folders = [finished("a", 0, 0.2, "run.best=R@1"), finished("b", 1, 0.4, "run.best=R@1")]
     for folder in folders:

@@ -39,12 +39,14 @@ class DataSet(ABC):
         broken: samples that could not be read so far, with what is wrong.
         most_broken: so many are left out; one more is an error that names them all.
         notes: what a person should know about the data before they are used.
+        folds: option that says which fold is evaluated on; runs of one recipe may differ in it as they do in the seed.
         pooled: metrics of all groups together mean something; where they do not, each group is told alone.
     """
 
     fields: ClassVar[tuple[str, ...]]
     task: ClassVar[str]
     needs_path: ClassVar[bool] = True
+    folds: ClassVar[str | None] = None
 
     def __init__(self) -> None:
         self.broken: dict[str, str] = {}

@@ -210,6 +210,7 @@ class DistortedPhotos(DataSet):
     fields = ("image", "score", "scene", "text", "group")
     task = "quality"
     needs_path = False
+    folds = "fold"
 
     def __init__(
         self,
