@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gradio as gr
 import numpy as np
@@ -251,7 +251,7 @@ class Page(Family):
 
         shell.after_choice.append(follow)
 
-    def run(self, note: Note, state: Any, model: str, *values: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def run(self, note: Note, state: Any, model: str, *values: Any) -> tuple[Any, ...]:  # type: ignore[override]  # has a state
         """Scores a picture that was distorted: kind is a name such as "jpeg", level 0 (as it is) to 5, scene "auto" or
         one of the model's. The numbers hold the score, the probabilities of the levels of quality, and all scores of
         the kind.
@@ -261,7 +261,7 @@ class Page(Family):
         if state is None or state["key"] != key:
             with self.store.use(model, note) as loaded:
                 note("Distorting and scoring", 0.7)
-                state = {"key": key, **score_levels(loaded.model, picture, scene, kind)}  # type: ignore[arg-type]
+                state = {"key": key, **score_levels(cast("Gamma", loaded.model), picture, scene, kind)}
         figure = curve(state["scores"], kind, level)
         return state, _verdict(state, scene, kind, level), state["pictures"][level], figure, _numbers(state, level)
 

@@ -254,8 +254,9 @@ def _run(command: list[str], folder: Path, inside: Path | None, bar: _Bar) -> st
         What it told, if it failed.
     """
     variables = os.environ | {"TMPDIR": str(folder), "LC_ALL": "C"}  # pip has its parts of files in TMPDIR
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with bar, subprocess.Popen(command, cwd=inside, env=variables, text=True, **streams) as client:  # type: ignore[call-overload]
+    none, pipe, there = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
+    client = subprocess.Popen(command, stdin=none, stdout=pipe, stderr=there, cwd=inside, env=variables, text=True)
+    with bar, client:
         try:
             told = None
             while told is None:

@@ -142,7 +142,10 @@ def test_each_block_is_followed_by_its_adapter(name: str) -> None:
     rows, columns = stack.grid(32, 48)
     calls: dict[int, tuple[Any, ...]] = {}
     for i, block in enumerate(stack.blocks):
-        keep = lambda _, args, kwargs, out, i=i: calls.update({i: (args, kwargs, out)})  # noqa: E731
+
+        def keep(_, args, kwargs, out, i=i):
+            calls[i] = args, kwargs, out
+
         block.register_forward_hook(keep, with_kwargs=True)
     run(adapted, images)
     for i, (args, kwargs, found) in calls.items():

@@ -159,7 +159,7 @@ def test_a_teacher_follows_as_published(start: Path) -> None:
         seen.append(stage.model.head.out.bias.detach().clone())
         inner(step)
 
-    stage.model.after_step = after_step  # type: ignore[method-assign]
+    stage.model.after_step = after_step  # type: ignore[method-assign]  # watched in place
     stage.train()
     expected = (seen[0] + seen[1]) / 2 * (2 / 3) + seen[2] / 3
     torch.testing.assert_close(stage.model.training_state()["teacher.head.out.bias"], expected)

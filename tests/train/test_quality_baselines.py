@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.train.test_distortions import picture  # noqa: F401  # a fixture
 from train.data.distortions import distort
 from train.quality_baselines import compare, jpeg_size, normalised, piqe, statistics_of, table, total_variation
 
 
-def test_piqe_of_spoilt_pictures_is_higher(picture):  # noqa: F811
+def test_piqe_of_spoilt_pictures_is_higher(picture):
     busy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).resize((128, 96))
     clean = Image.blend(picture, busy, 0.15)
     found = [piqe(clean), piqe(distort(clean, "gaussian_blur", 5)), piqe(distort(clean, "jpeg", 5))]
@@ -25,7 +24,7 @@ def test_normalised_luminance_does_not_depend_on_contrast():
     assert abs(normalised(np.full((32, 32), 77.0))).max() < 1e-9
 
 
-def test_busy_pictures(picture):  # noqa: F811
+def test_busy_pictures(picture):
     blurred, noisy = distort(picture, "gaussian_blur", 5), distort(picture, "white_noise", 5)
     for measure in (total_variation, jpeg_size):
         assert measure(blurred) < measure(picture) < measure(noisy)
@@ -33,7 +32,7 @@ def test_busy_pictures(picture):  # noqa: F811
     assert total_variation(stripes) == 255
 
 
-def test_18_statistics(picture):  # noqa: F811
+def test_18_statistics(picture):
     found = statistics_of(picture)
     assert len(found) == 18 and np.isfinite(found).all()
     assert np.isfinite(statistics_of(Image.new("RGB", (9, 9)))).all()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mmoe.errors import BadInput, CorruptFile, MissingExtra, Offline
+from mmoe.errors import BadInput, CorruptFile, MissingExtra, MmoeError, Offline
 from tests.wheels import make_wheel
 from zoo import packages, weights
 from zoo.packages import PackagedFile, fetch, find, find_local
@@ -343,7 +343,8 @@ def test_apt_fails(apt: Path, told: str, kind: type[Exception], wrong: str, fix:
     script(apt / "apt-get", f"cat >&2 <<'END'\n{told}\nEND", "exit 100")
     with pytest.raises(kind) as error:
         fetch([PHOTO], progress=False)
-    assert (error.value.wrong, error.value.fix) == (wrong, fix)  # type: ignore[attr-defined]
+    assert isinstance(error.value, MmoeError)
+    assert (error.value.wrong, error.value.fix) == (wrong, fix)
 
 
 def test_a_system_without_apt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
