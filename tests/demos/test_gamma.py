@@ -281,5 +281,5 @@ def test_a_visit(server: SimpleNamespace, model: Gamma, browser: Any, shots: Pat
     visit.tab("Try")
     page.wait_for_selector("#gamma-verdict .score", state="detached")
     page.get_by_role("combobox", name="Scene").click()
-    assert page.get_by_role("option", name="underwater").count() == 1
+    page.get_by_role("option", name="underwater").wait_for()
     visit.close()
