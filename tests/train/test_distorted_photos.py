@@ -11,9 +11,9 @@ import pytest
 from mmoe.errors import BadInput, BadOverride
 from train.data import build
 from train.data.base import data_sets
-from train.data.distorted_photos import CONTENT, _kept, cells_of, on_scale, opinions, severity, standings
+from train.data.distorted_photos import CONTENT, View, _kept, cells_of, on_scale, opinions, severity, standings
 from train.data.distortions import GROUPS
-from train.data.photos import SCENES, photos
+from train.data.photos import SCENES, open_photo, photos
 from train.sections import DataSection
 from zoo.packages import find_local, home
 
@@ -35,7 +35,7 @@ def packaged():
 
 
 def photographs(data):
-    return Counter(photo.id for photo, _ in data.samples_of)
+    return Counter(view.photo.id for view, _ in data.samples_of)
 
 
 class Seen:
@@ -54,6 +54,21 @@ def test_pictures_of_a_batch_are_turned_by_their_seed():
     again = [turned.index(data.batch([5], Seen(), [seed])[0]["image"].tobytes()) for seed in range(20)]
     assert again == places
     assert plain.batch([5], Seen(), [1])[0]["image"].tobytes() == turned[0] == data.read(5)["image"].tobytes()
+
+
+def test_quarters_are_of_the_same_photographs():
+    plain, data, held = load(), load(quarters=True), load("eval", quarters=True)
+    assert len(data) == 5 * len(plain) and len(held) == len(load("eval")), "only training has quarters"
+    assert set(photographs(data)) == set(photographs(plain))
+    assert len({data.name(index) for index in range(len(data))}) == len(data)
+    photo = plain.samples_of[0][0].photo
+    quarters = [data.read(index) for index, (view, cell) in enumerate(data.samples_of) if not cell.row][1:5]
+    assert {sample["photo"] for sample in quarters} == {photo.id}
+    whole = np.zeros((2 * SIZE, 2 * SIZE, 3), np.uint8)
+    for number, sample in enumerate(quarters):
+        row, column = SIZE * (number // 2), SIZE * (number % 2)
+        whole[row : row + SIZE, column : column + SIZE] = sample["image"]
+    assert np.array_equal(whole, open_photo(photo, 2 * SIZE, ""))
 
 
 def test_captions_tell_kind_and_severity():
@@ -118,8 +133,8 @@ def test_content_moves_pictures_against_each_other_only():
 
 @pytest.mark.parametrize(("kind", "level"), UNCHANGED)
 def test_cells_that_leave_pictures_as_they_are(kind, level):
-    photo = next(photo for photo, _ in load("eval").samples_of if photo.colour)
-    pictures = np.load(_kept(photo, SIZE))
+    photo = next(view.photo for view, _ in load("eval").samples_of if view.photo.colour)
+    pictures = np.load(_kept(View(photo), SIZE))
     (row,) = [cell.row for cell in cells_of(photo) if (cell.kind, cell.level) == (kind, level)]
     assert np.abs(pictures[row].astype(int) - pictures[0]).max() <= 1
 
@@ -135,7 +150,7 @@ def test_levels_with_two_sides_are_ordered_by_opinion():
 def test_pictures_are_made_once_and_whole(monkeypatch):
     data = load("eval")
     folder = home() / "distorted_photos"
-    kept = [_kept(photo, SIZE) for photo in {photo for photo, _ in data.samples_of}]
+    kept = [_kept(view, SIZE) for view in {view for view, _ in data.samples_of}]
     before = data.read(5)["image"]
     kept[0].unlink()
     times = {path: path.stat().st_mtime_ns for path in kept[1:]}

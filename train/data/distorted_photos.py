@@ -5,7 +5,7 @@ KADID-10k (Lin et al., QoMEX 2019), scaled to 0 .. 1, plus a small term for how 
 the standardised mean rank of five metrics in its cell. Data card: assets/data/photos/README.md.
 
 Distorted pictures are made once, by a seed from the picture's name, and kept in the folder of downloaded files: one
-array per picture and size, 14 MB at 192 pixels. Shapes: n = 1 + 5 per kind pictures of one photograph, S side.
+array per view and size, 14 MB at 192 pixels. Shapes: n = 1 + 5 per kind pictures of one view, S side.
 """
 
 from __future__ import annotations
@@ -41,8 +41,30 @@ FETCH = "mmoe recipe fetch distorted_photos"
 _BY_OPINION = ("mean_shift", "contrast_change")  # their levels go from one side of the pristine picture to the other
 
 
+class View(NamedTuple):
+    """The square middle of a photograph, or a quarter of it, 1 to 4, at twice the resolution."""
+
+    photo: Photo
+    quarter: int = 0
+
+    def open(self, size: int) -> Image.Image:
+        """The pristine picture, (S, S) RGB.
+
+        Raises:
+            BadInput: its file is not on this machine.
+        """
+        if not self.quarter:
+            return open_photo(self.photo, size, FETCH)
+        row, column = divmod(self.quarter - 1, 2)
+        box = column * size, row * size, (column + 1) * size, (row + 1) * size
+        return open_photo(self.photo, 2 * size, FETCH).crop(box)
+
+    def __str__(self) -> str:
+        return f"{self.photo.id} quarter {self.quarter}" if self.quarter else self.photo.id
+
+
 class Cell(NamedTuple):
-    """One picture of a photograph: what was done to it, and its place in the array of the photograph."""
+    """One picture of a view: what was done to it, and its place in the array of the view."""
 
     kind: str
     level: int
@@ -149,27 +171,28 @@ def _folder(size: int) -> Path:
     return home() / "distorted_photos" / f"{size}-{hashlib.sha256(code).hexdigest()[:8]}"
 
 
-def _kept(photo: Photo, size: int) -> Path:
-    return _folder(size) / f"{photo.id}-{str(photo.file.sha256)[:8]}.npy"
+def _kept(view: View, size: int) -> Path:
+    quarter = f"-{view.quarter}" if view.quarter else ""
+    return _folder(size) / f"{view.photo.id}-{str(view.photo.file.sha256)[:8]}{quarter}.npy"
 
 
 @cache
 def _opened(file: Path) -> np.ndarray:
-    """The kept pictures of one photograph (n, S, S, 3), on the disk until they are asked for."""
+    """The kept pictures of one view (n, S, S, 3), on the disk until they are asked for."""
     return np.load(file, mmap_mode="r")
 
 
-def make(wanted: Sequence[Photo], size: int) -> None:
-    """Makes the distorted pictures of photographs that are not kept yet; whole files only, so it can be stopped.
+def make(wanted: Sequence[View], size: int) -> None:
+    """Makes the distorted pictures of views that are not kept yet; whole files only, so it can be stopped.
 
     Args:
-        wanted: photographs.
+        wanted: views.
         size: side in pixels.
 
     Raises:
         BadInput: a photograph is not on this machine, or the disk is full.
     """
-    if all(_kept(photo, size).is_file() for photo in wanted):
+    if all(_kept(view, size).is_file() for view in wanted):
         return
     from filelock import FileLock
 
@@ -179,12 +202,12 @@ def make(wanted: Sequence[Photo], size: int) -> None:
         fix = "MMOE_HOME=FOLDER in front of the command"
         raise BadInput("keep distorted pictures", f"'{_folder(size)}': {error.strerror}", fix) from error
     with FileLock(_folder(size) / ".lock"), Progress("distorting", len(wanted), unit="photos") as bar:
-        for number, photo in enumerate(wanted, 1):
-            if not _kept(photo, size).is_file():
-                pristine = open_photo(photo, size, FETCH)
+        for number, view in enumerate(wanted, 1):
+            if not _kept(view, size).is_file():
+                pristine = view.open(size)
                 made = [np.asarray(pristine)]
-                made += [spoil(pristine, photo, kind, level) for kind, level, _ in cells_of(photo)[1:]]
-                with open_atomic(_kept(photo, size)) as file:
+                made += [spoil(pristine, view.photo, kind, level) for kind, level, _ in cells_of(view.photo)[1:]]
+                with open_atomic(_kept(view, size)) as file:
                     np.save(file, np.stack(made))  # (n, S, S, 3)
             bar.update(number)
 
@@ -203,7 +226,9 @@ class DistortedPhotos(DataSet):
         content: adds to the labels how well the picture stands the distortion.
         scales: gives each third of the photographs to people with another scale ("set" of a sample: A, B or C).
         without: a group of kinds that is not trained on, and alone evaluated on.
-        rotate: turns each picture of a training batch by a random number of right angles, which spoils it no further.
+        quarters: trains on the four quarters of each photograph at twice the resolution too, with its labels: five
+            times as many pictures, and as much on the disk.
+        rotate: turns each picture of a training batch by a random number of right angles.
         limit: uses so many samples, drawn at random.
     """
 
@@ -222,21 +247,24 @@ class DistortedPhotos(DataSet):
         content: bool = True,
         scales: bool = False,
         without: str | None = None,
+        quarters: bool = False,
         rotate: bool = False,
         limit: int | None = None,
     ) -> None:
         super().__init__()
         check_int("fold", fold, 0, FOLDS - 1)
         check_int("size", size, 16, 2048)
-        for option, value in {"packaged": packaged, "content": content, "scales": scales, "rotate": rotate}.items():
+        switches = {"packaged": packaged, "content": content, "scales": scales, "quarters": quarters, "rotate": rotate}
+        for option, value in switches.items():
             check_bool(option, value)
         if without is not None:
             check_choice("without", without, GROUPS)
         self.size, self.content, self.scales, self.rotate = size, content, scales, rotate
         own = [photo for photo in photos(packaged) if (places()[photo.id] % FOLDS == fold) == (split == "eval")]
-        make(own, size)
-        self.kept = {photo.id: _kept(photo, size) for photo in own}
-        found = [(photo, cell) for photo in own for cell in cells_of(photo) if _wanted(cell, split, without)]
+        views = [View(photo, quarter) for photo in own for quarter in range(5 if quarters and split == "train" else 1)]
+        make(views, size)
+        self.kept = {view: _kept(view, size) for view in views}
+        found = [(view, cell) for view in views for cell in cells_of(view.photo) if _wanted(cell, split, without)]
         self.samples_of = found if limit is None else random.Random(0).sample(found, min(limit, len(found)))
         self.notes.append("the labels are pseudo-labels: nobody rated these pictures")
 
@@ -249,9 +277,9 @@ class DistortedPhotos(DataSet):
         return len(self.samples_of)
 
     def name(self, index: int) -> str:
-        """Photograph, kind and level."""
-        photo, cell = self.samples_of[index]
-        return f"{photo.id} {cell.kind} {cell.level}"
+        """Photograph, quarter of it, kind and level."""
+        view, cell = self.samples_of[index]
+        return f"{view} {cell.kind} {cell.level}"
 
     def read(self, index: int) -> Sample:
         """A picture with what is known about it.
@@ -259,8 +287,8 @@ class DistortedPhotos(DataSet):
         "score" is what is trained on, "human" its part that people gave; "severity" is the place of the level among
         those of its kind, and "text" says both in words.
         """
-        photo, (kind, level, row) = self.samples_of[index]
-        pictures = _opened(self.kept[photo.id])
+        view, (kind, level, row) = self.samples_of[index]
+        photo, pictures = view.photo, _opened(self.kept[view])
         about = {"scene": photo.scene, "photo": photo.id, "kind": kind, "level": level}
         about["group"] = KINDS[kind].group if level else PRISTINE
         about |= {"severity": severity(kind, level) if level else 0, "human": opinions()[kind, level]}
