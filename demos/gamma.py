@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import gradio as gr
-import numpy as np
 from PIL import Image
 
 from demos import look
@@ -69,13 +68,10 @@ def read_level(level: Any) -> int:
     raise BadInput(f"no level {look.quoted(str(level))} of distortion", wrong, "level=3")
 
 
-def fitted(picture: Image.Image, crop: int) -> Image.Image:
-    """A picture whose short side has two crops at the most.
-
-    >>> fitted(Image.new("RGB", (800, 400)), 96).size
-    (384, 192)
-    """
-    factor = min(2 * crop / min(picture.size), LONGEST / max(picture.size))
+def fitted(picture: Image.Image, model: Gamma) -> Image.Image:
+    """A picture as small as the model scores it, or as two crops where it scores pictures as they are."""
+    short = model.config.short_side or 2 * model.config.crop
+    factor = min(short / min(picture.size), LONGEST / max(picture.size))
     if factor >= 1:
         return picture
     width, height = (max(1, round(side * factor)) for side in picture.size)
@@ -154,13 +150,11 @@ class Page(Family):
 
     def picture(self, model: Model, inputs: tuple[Any, ...]) -> Image.Image:
         """The first crop, which is the centre unless the model takes random ones."""
-        pixels = self.batch(model, inputs)["image"][0, 0].float().cpu().permute(1, 2, 0).numpy()  # (S, S, 3)
-        colours = pixels * model.preprocessing["std"] + model.preprocessing["mean"]
-        return Image.fromarray((255 * colours).round().clip(0, 255).astype(np.uint8))
+        return model.seen(self._spoilt(model, inputs))
 
     def _spoilt(self, model: Any, inputs: tuple[Any, ...]) -> Image.Image:
         picture, _, kind, level = inputs
-        return distort(fitted(picture, model.config.crop), kind, level)
+        return distort(fitted(picture, model), kind, level)
 
     def draw(self, shell: Shell) -> list[gr.components.Component]:
         """Draws the picture, what is done to it, and what the model says."""
@@ -268,7 +262,7 @@ class Page(Family):
 
 def score_levels(model: Gamma, picture: Image.Image, scene: str, kind: str) -> dict[str, Any]:
     """A picture at all levels of a kind, and what the model says of each, as plain data."""
-    small = fitted(picture, model.config.crop)
+    small = fitted(picture, model)
     spoilt = [distort(small, kind, level) for level in range(LEVELS + 1)]
     result = model.predict(spoilt, scene)
     return {

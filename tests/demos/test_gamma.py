@@ -226,9 +226,10 @@ def test_words_about_distortions() -> None:
             gamma.read_level(level)
 
 
-def test_long_strips_stay_small() -> None:
-    assert gamma.fitted(Image.new("RGB", (50, 9000)), 48).size == (11, 2048)
-    assert gamma.fitted(Image.new("RGB", (90, 90)), 48).size == (90, 90)
+def test_pictures_are_made_as_small_as_they_are_scored(model: Gamma) -> None:
+    sizes = {size: gamma.fitted(Image.new("RGB", size), model).size for size in ((800, 400), (50, 9000), (90, 90))}
+    assert sizes == {(800, 400): (192, 96), (50, 9000): (11, 2048), (90, 90): (90, 90)}
+    assert gamma.fitted(Image.new("RGB", (800, 400)), build(short_side=150)).size == (300, 150)
 
 
 def test_a_level_is_marked_on_the_curve() -> None:
