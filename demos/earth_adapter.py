@@ -1,14 +1,13 @@
 """Earth-Adapter in the gallery: what covers the ground, and what the adapters make of low and high frequencies.
 
 The mask lies over the picture in the classes' colours; a class that is seen has its name written on it, so that nobody
-has to tell colours apart. Example places are cut out of Blue Marble where `mmoe recipe fetch blue_marble` brought it.
+has to tell colours apart. Example places are bundled.
 Shapes: H and W of the picture, h and w of what is drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt
 
 from demos import look
-from demos.examples import Example, chooser
+from demos.examples import bundled, chooser
 from demos.family import REDRAW, Choice, Family, Shell, Steps, message_area, picture_input, read_picture
 from demos.panels import read_layer
 from demos.store import ModelStore, Note
 from mmoe.errors import BadInput, Refused
-from train.data import blue_marble
 from zoo.card import Card
-from zoo.packages import find_local
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,39 +37,12 @@ LONGEST = 2048  # pixels on the long side of a picture that is segmented
 DRAWN = 640  # pixels on the long side of what is shown
 OPACITY = 0.5
 NAMED = 0.01  # of the picture: classes with a smaller share are in the legend alone
-PLACES = {  # latitude and longitude of the middle
-    "Nile delta": (29.5, 31.0),
-    "Himalaya": (29.5, 85.5),
-    "Congo and Sahel": (8.0, 21.0),
-    "Baltic Sea": (58.5, 22.0),
-    "Great Lakes": (44.0, -83.5),
-    "Florida": (29.0, -83.0),
-    "Andes": (-17.0, -68.0),
-    "Patagonia": (-47.0, -70.0),
-}
-WINDOW = 192  # pixels of an example
 HINT = "Press Segment."
 ABOUT_EXAMPLES = "NASA Blue Marble, 192 pixels or 12.8 degrees a side."
-NO_EXAMPLES = "Example places come with “mmoe recipe fetch blue_marble” (31 MB); or upload a satellite picture."
 SPLIT = (
     "Adapters read the features of each patch (expert 0, spatial), their low frequencies (expert 1) and the rest, the "
     "high ones (expert 2); a router weighs the three, patch by patch. Bright is strong."
 )
-
-
-def places() -> list[Example]:
-    """Cuts of Blue Marble, if the map is on this machine."""
-    if find_local(blue_marble.FILES["picture"]) is None:
-        return []
-    ids = {name: f"place/{name.lower().replace(' ', '_')}" for name in PLACES}
-    return [Example(id=ids[name], name=name, read=partial(cut, name)) for name in PLACES]
-
-
-def cut(name: str) -> Image.Image:
-    """The surroundings of a place, from the map of `train.data.blue_marble`: 15 pixels per degree, from 70 N."""
-    latitude, longitude = PLACES[name]
-    row, column = round(15 * (70 - latitude)) - WINDOW // 2, round(15 * (180 + longitude)) - WINDOW // 2
-    return Image.fromarray(blue_marble.pictures()[row : row + WINDOW, column : column + WINDOW])
 
 
 def drawing(result: Segmentation, picture: Image.Image) -> dict[str, Any]:
@@ -129,8 +99,8 @@ class Page(Family):
     def __init__(self, cards: Sequence[Card], store: ModelStore) -> None:
         super().__init__(cards, store)
         self.parameters = ("image",)
-        self.offered = places()
-        self.first = self.offered[0].read() if self.offered else None
+        self.offered = bundled("places")
+        self.first = self.offered[0].read()
         self.defaults = (self.first,)
 
     def read(self, *values: Any) -> tuple[Any, ...]:
@@ -160,7 +130,7 @@ class Page(Family):
                 picture = picture_input(value=self.first, height=300, elem_id="earth_adapter-picture")
                 with gr.Accordion("Pick a place", open=True):
                     chooser(shell, self.name, self.offered, picture)
-                    gr.HTML(look.hint(ABOUT_EXAMPLES if self.offered else NO_EXAMPLES))
+                    gr.HTML(look.hint(ABOUT_EXAMPLES))
                 run = gr.Button("Segment", variant="primary", elem_id="earth_adapter-run")
                 message = message_area()
             with gr.Column(scale=6, min_width=280):

@@ -40,16 +40,19 @@ class Example:
     mark: str = ""
 
 
-def drawings() -> list[Example]:
-    """The bundled ones.
+def bundled(folder: str) -> list[Example]:
+    """Those of a folder of the assets: drawings in "examples", pictures of the earth in "places".
 
-    >>> drawings()[0].id
-    'example/airplane'
+    >>> bundled("examples")[0].id, len(bundled("places"))
+    ('example/airplane', 8)
     """
-    files = sorted(asset("examples").glob("*.png"))
     return [
-        Example(id=f"example/{file.stem}", name=file.stem.replace("_", " "), read=partial(read_image, file))
-        for file in files
+        Example(
+            id=f"{folder.removesuffix('s')}/{file.stem}",
+            name=file.stem.replace("_", " "),
+            read=partial(read_image, file),
+        )
+        for file in sorted(asset(folder).glob("*.png"))
     ]
 
 

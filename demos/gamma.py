@@ -15,7 +15,7 @@ import gradio as gr
 from PIL import Image
 
 from demos import look
-from demos.examples import Example, chooser, drawings, photographs
+from demos.examples import Example, bundled, chooser, photographs
 from demos.family import Family, Menu, Shell, Steps, keep, message_area, picture_input, read_picture
 from demos.store import ModelStore, Note
 from mmoe.errors import BadInput
@@ -117,7 +117,7 @@ class Page(Family):
     def __init__(self, cards: Sequence[Card], store: ModelStore) -> None:
         super().__init__(cards, store)
         self.parameters = ("image", "scene", "kind", "level")
-        self.offered: list[Example] = [*photographs(), *drawings()]
+        self.offered: list[Example] = [*photographs(), *bundled("examples")]
         self.first = self.offered[0].read()
         self.defaults = (self.first, "auto", FIRST_KIND, 0)
 

@@ -50,10 +50,8 @@ def model() -> EarthAdapter:
 @pytest.fixture(scope="module")
 def server(model: EarthAdapter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     store = MadeStore({MODEL: lambda: model})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(earth_adapter, "find_local", lambda file: None)  # as where no map was fetched
-        with served(store, tmp_path_factory.getbasetemp() / "gradio", MODEL) as running:
-            yield running
+    with served(store, tmp_path_factory.getbasetemp() / "gradio", MODEL) as running:
+        yield running
 
 
 @pytest.fixture
@@ -225,20 +223,13 @@ def test_a_model_that_splits_nothing(page: earth_adapter.Page, tile: Path) -> No
         page.frequencies(quiet, 1, MODEL, str(tile))
 
 
-def test_places_are_offered_where_the_map_is(
-    page: earth_adapter.Page, model: EarthAdapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert earth_adapter.places() == []
-    rows, columns = np.mgrid[:1920, :5400]
-    map_ = np.stack([rows // 8, columns // 25, 0 * rows], 2).astype(np.uint8)
-    monkeypatch.setattr(earth_adapter, "find_local", lambda file: Path("bmng.jpg"))
-    monkeypatch.setattr(earth_adapter.blue_marble, "pictures", lambda: map_)
-    offered = earth_adapter.places()
-    assert [one.name for one in offered] == list(earth_adapter.PLACES)
-    assert all(one.read().size == (192, 192) for one in offered), "all places lie on the map"
-    latitude, longitude = earth_adapter.PLACES["Nile delta"]
-    middle = offered[0].read().getpixel((96, 96))
-    assert middle[:2] == (round(15 * (70 - latitude)) // 8, round(15 * (180 + longitude)) // 25)
+def test_places_are_offered(page: earth_adapter.Page, model: EarthAdapter, client: Client) -> None:
+    assert [one.name for one in page.offered][:2] == ["andes", "baltic sea"]
+    assert {one.read().size for one in page.offered} == {(192, 192)}
+    assert page.first == page.offered[0].read()
+    error, picture = client.predict("place/florida", api_name="/earth_adapter_pick")
+    with Image.open(picture) as picked:
+        assert error == "" and picked.convert("RGB").tobytes() == page.offered[3].read().tobytes()
     assert [view.grid for view in page.views(model)] == [(4, 4)]
 
 
@@ -256,6 +247,7 @@ def test_a_visit(server: SimpleNamespace, browser: Any, shots: Path, tile: Path,
     page = visit.page
     visit.shot("earth_0_start")
     assert not page.locator("#earth_adapter-file").is_visible()
+    page.locator("#earth_adapter-picture").get_by_role("button", name="Remove Image").click()
     page.click("#earth_adapter-run")
     page.get_by_role("alert").get_by_text("There is no picture").wait_for()
     page.set_input_files("#earth_adapter-picture input[type=file]", tile)

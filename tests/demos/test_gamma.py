@@ -17,7 +17,7 @@ from PIL import Image
 import mmoe
 import zoo
 from demos import gamma
-from demos.examples import SIDE, drawings, photographs
+from demos.examples import SIDE, bundled, photographs
 from demos.store import ModelStore, quiet
 from mmoe.errors import BadInput, UnknownName
 from mmoe.moe import moe_layers
@@ -205,7 +205,7 @@ def test_pictures_to_pick(client: Client) -> None:
     found = {one.id for one in photographs()}
     assert "photo/china" in found, "scikit-learn is always installed"
     assert all(max(one.read().size) <= SIDE for one in photographs())
-    assert len(drawings()) == 10
+    assert len(bundled("examples")) == 10
 
 
 def test_scenes_are_those_of_the_model(server: SimpleNamespace) -> None:
