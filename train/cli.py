@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -320,6 +321,24 @@ def _is_launch(words: list[str], number: int) -> bool:
     return words[number].startswith("--launch") or (number > 0 and words[number - 1] == "--launch")
 
 
+def _tables(metrics: Mapping[str, float]) -> Iterator[str]:
+    """Metrics one a line, and those of parts of the data as a table with a row for each part."""
+    from zoo.table import columns
+
+    pooled = {name: value for name, value in metrics.items() if "/" not in name}
+    if pooled:
+        width = max(map(len, pooled))
+        yield "\n".join(f"{name:{width}}  {value:.4f}" for name, value in pooled.items())
+    parts: dict[str, dict[str, str]] = {}
+    for name, value in metrics.items():
+        part, slash, metric = name.rpartition("/")
+        if slash:
+            parts.setdefault(part, {})[metric] = f"{value:.4f}"
+    if parts:
+        names = list(dict.fromkeys(metric for row in parts.values() for metric in row))
+        yield columns(["", *names], [[part, *(row.get(name, "") for name in names)] for part, row in parts.items()])
+
+
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a run or of a model, or a name.")],
     on: Annotated[str | None, typer.Option(help="Data set, as NAME or NAME:PATH; that of the run by default.")] = None,
@@ -347,8 +366,6 @@ def evaluate(
     if as_json:
         print(json.dumps(results, indent=2))
         return
-    width = max(map(len, results["metrics"]))
-    for name, value in results["metrics"].items():
-        print(f"{name:{width}}  {value:.4f}")
+    print("\n\n".join(_tables(results["metrics"])))
     for name, wrong in results["broken"].items():
         print(f"left out: {name}: {wrong}", file=sys.stderr)

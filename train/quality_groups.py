@@ -1,4 +1,4 @@
-"""Agreement of predicted scores with opinions, group by group, and whether scores fall as distortions get worse."""
+"""Agreement of predicted scores with opinions, of groups and kinds too, and whether scores fall as it gets worse."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from train.quality import agreement
 def agreement_by_group(
     predicted: Sequence[float] | np.ndarray, samples: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Agreement with the scores of samples and share of series that fall; of all, and as "GROUP/SRCC" of each group.
+    """Agreement with the scores of samples and share of series that fall; of all, and as "GROUP/SRCC" of each part.
 
     Args:
         predicted: one per sample.
-        samples: with "score" and, where they have it, "group"; "photo", "kind" and "severity" make series.
+        samples: with "score" and, where they have it, "group" and "kind", which are parts; "photo", "kind" and
+            "severity" make series. Of all, "SRCC human" is that with the part of the scores that people gave.
     """
     groups: dict[str, list[int]] = {"": list(range(len(samples)))}
     for number, sample in enumerate(samples):
-        if sample.get("group") is not None:
-            groups.setdefault(f"{sample['group']}/", []).append(number)
+        for part in {sample.get("group"), sample.get("kind")} - {None}:
+            groups.setdefault(f"{part}/", []).append(number)
     found = {}
+    if samples and all("human" in sample for sample in samples):
+        found["SRCC human"] = agreement(predicted, [sample["human"] for sample in samples])["SRCC"]
     for name, numbers in sorted(groups.items()):
         said, part = [predicted[number] for number in numbers], [samples[number] for number in numbers]
         given = [float(sample["score"]) for sample in part]

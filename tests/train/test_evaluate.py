@@ -11,6 +11,7 @@ from PIL import Image
 
 import zoo
 from mmoe.errors import BadInput, Refused
+from train.cli import _tables
 from train.data.base import DataSet
 from train.evaluate import features, overlap, recall, tasks
 
@@ -192,7 +193,7 @@ def test_quality():
 
 def test_quality_of_groups_and_of_levels():
     samples = [
-        {"image": None, "score": 1 - level / 4, "group": group, "photo": "a", "kind": group, "severity": level}
+        {"image": None, "score": 1 - level / 4, "group": group, "photo": "a", "kind": f"{group}_1", "severity": level}
         for group in ("blur", "noise")
         for level in range(1, 4)
     ]
@@ -200,7 +201,23 @@ def test_quality_of_groups_and_of_levels():
     found = tasks.build("quality").measure(Rates(0.9, 0.5, 0.2, 0.2, 0.5, 0.9, 1.0), Listed(samples))
     assert (found["blur/SRCC"], found["noise/SRCC"], found["monotone"]) == (1.0, -1.0, 0.5)
     assert (found["blur/monotone"], found["noise/monotone"]) == (1.0, 0.0)
+    assert (found["blur_1/SRCC"], found["noise_1/monotone"]) == (1.0, 0.0), "kinds are told as groups are"
     assert "pristine/SRCC" not in found, "all its scores are the same"
+    people = [{**sample, "human": 1 - sample["score"]} for sample in samples]
+    again = tasks.build("quality").measure(Rates(0.9, 0.5, 0.2, 0.2, 0.5, 0.9, 1.0), Listed(people))
+    assert again.pop("SRCC human") == -found["SRCC"] and again == found
+
+
+def test_metrics_of_parts_are_shown_as_a_table():
+    found = {"SRCC": 0.5, "blur/SRCC": 0.25, "blur/monotone": 1.0, "noise/SRCC": -0.5}
+    assert "\n\n".join(_tables(found)).splitlines() == [
+        "SRCC  0.5000",
+        "",
+        "       SRCC     monotone",
+        "blur   0.2500   1.0000",
+        "noise  -0.5000",
+    ]
+    assert list(_tables({"R@1": 1.0})) == ["R@1  1.0000"]
 
 
 def test_models_that_ask_for_a_scene_are_told():
