@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -182,6 +183,9 @@ class EarthAdapterConfig:
         if len(self.out_layers or ()) != 4:
             asked, wrong = f"out_layers={list(self.out_layers or ())}", "the head takes the patches of four blocks"
             raise BadOverride(asked, wrong, f"out_layers={list(_evenly(self.depth))}")
+        if list(self.out_layers or ()) != sorted(set(self.out_layers or ())):
+            asked, wrong = f"out_layers={list(self.out_layers or ())}", "blocks are named once, the first ones first"
+            raise BadOverride(asked, wrong, f"out_layers={list(_evenly(self.depth))}")
         if self.width % (self.heads or 1):
             asked = f"heads={self.heads} in a backbone of width {self.width}"
             raise BadOverride(asked, "heads must share the width evenly", "heads=1")
@@ -195,9 +199,14 @@ class EarthAdapterConfig:
         if not 1 <= len(self.classes or ()) <= 255:
             wrong = "masks have numbers from 0 to 254, and 255 is left out"
             raise BadOverride(f"{len(self.classes or ())} classes", wrong, "classes=[land, sea]")
+        if len(set(self.classes or ())) < self.num_classes:
+            raise BadOverride(f"classes={list(self.classes or ())}", "no two have the same name", "classes=[land, sea]")
         if self.colors is not None and len(self.colors) != self.num_classes:
             asked = f"{len(self.colors)} colors for {self.num_classes} classes"
             raise BadOverride(asked, "each class has one", "colors=null")
+        for color in self.colors or ():
+            if not re.fullmatch(r"#[0-9A-Fa-f]{6}", str(color)):
+                raise BadOverride(f"the color {color!r}", "colors are written as #RRGGBB", "colors=null")
         for name, low in (("image_mean", 0.0), ("image_std", 1e-6)):
             values = getattr(self, name)
             if len(values) != 3 or not all(isinstance(v, float | int) and low <= v < math.inf for v in values):
