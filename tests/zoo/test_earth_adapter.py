@@ -169,9 +169,10 @@ def test_a_mask_of_a_picture(sizes: dict[str, Any]) -> None:
     assert out.mask.equal(scores.argmax(0).to(torch.uint8))
 
 
-@pytest.mark.parametrize("size", [(20, 50), (7, 9), (100, 75), (33, 32), (1, 1), (32, 200)])
-def test_pictures_of_any_size(model: EarthAdapter, size: tuple[int, int]) -> None:
-    out = model.predict(picture(*size), all_probs=True)
+@heads
+@pytest.mark.parametrize("size", [(20, 50), (7, 9), (100, 75), (33, 32), (1, 1), (5, 40), (32, 200)])
+def test_pictures_of_any_size(sizes: dict[str, Any], size: tuple[int, int]) -> None:
+    out = build(**{**sizes, "head_width": 64}).predict(picture(*size), all_probs=True)
     assert out.mask.shape == size and out.probs.shape == (3, *size)
 
 
@@ -885,6 +886,15 @@ def test_bf16_agrees(model: EarthAdapter) -> None:
     expected = model.predict(picture(), all_probs=True).probs
     found = copy.deepcopy(model).bfloat16().predict(picture(), all_probs=True).probs
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
+@heads
+def test_bf16_trains(sizes: dict[str, Any]) -> None:
+    model = build(**sizes).bfloat16()
+    batch = model.preprocess(picture())
+    out = model.train()(**batch, mask=torch.randint(3, (1, 32, 32)))
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32 and out.loss.isfinite()
 
 
 def test_heads_say_what_they_are() -> None:

@@ -28,12 +28,15 @@ Losses = dict[str, Tensor]
 
 
 def pyramid(maps: list[Tensor]) -> list[Tensor]:
-    """Four maps (B, D, h, w) resized by 4, 2, 1 and 1/2.
+    """Four maps (B, D, h, w) resized by 4, 2, 1 and 1/2; a single row or column stays one.
 
     >>> [tuple(level.shape[2:]) for level in pyramid([torch.zeros(1, 1, 4, 6)] * 4)]
     [(16, 24), (8, 12), (4, 6), (2, 3)]
     """
     factors = (4.0, 2.0, 1.0, 0.5)
+    height, width = maps[-1].shape[2:]
+    if min(height, width) == 1:
+        maps = [*maps[:-1], F.pad(maps[-1], (0, int(width == 1), 0, int(height == 1)), mode="replicate")]
     return [
         one if factor == 1 else F.interpolate(one, scale_factor=factor, mode="bilinear", align_corners=False)
         for one, factor in zip(maps, factors, strict=True)
@@ -103,10 +106,11 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
 
     def loss(self, maps: list[Tensor], mask: Tensor) -> Losses:
         """Weighted losses of all layers against masks (B, H, W): of classes, of masks, and their dice."""
-        layers = [{"class_queries_logits": c, "masks_queries_logits": m} for c, m in self.queries(maps)]
+        found = self.queries(maps)
+        layers = [{"class_queries_logits": c.float(), "masks_queries_logits": m.float()} for c, m in found]
         labels = [one.unique() for one in mask]
         labels = [one[one != IGNORED] for one in labels]
-        truth = [(one == label[:, None, None]).to(maps[0].dtype) for one, label in zip(mask, labels, strict=True)]
+        truth = [(one == label[:, None, None]).float() for one, label in zip(mask, labels, strict=True)]
         weights = {
             "loss_cross_entropy": self.config.class_weight,
             "loss_mask": self.config.mask_weight,
