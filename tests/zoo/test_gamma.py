@@ -370,6 +370,12 @@ def test_a_batch_of_samples(model: Gamma) -> None:
         model.training_batch([{**samples[0], "scene": "fac"}])
 
 
+@pytest.mark.parametrize("scene", [None, 1, {"natural": 1}, ["natural", None]])
+def test_what_is_no_scene(model: Gamma, scene: Any) -> None:
+    with pytest.raises(UnknownName, match="no scene"):
+        model.scene_ids(scene, 2)
+
+
 def test_captions_are_learned_beside_the_scores() -> None:
     model = build(num_experts=0, loss="levels", caption_coef=0.5)
     captions = ["strong jpeg", "pristine", "strong jpeg"]

@@ -214,7 +214,8 @@ class Gamma(Model):
         Raises:
             UnknownName: there is no such scene. BadInput: there are more or fewer than pictures.
         """
-        names = [scene] * count if isinstance(scene, str) else list(scene)
+        many = isinstance(scene, Sequence) and not isinstance(scene, str)
+        names = list(scene) if many else [str(scene)] * count
         if self.config.prompts == "naive":
             names = ["auto"] * len(names)
         if len(names) != count:
