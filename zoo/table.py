@@ -5,11 +5,10 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from torch import Tensor
-
-from mmoe.options import check_int
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
@@ -125,6 +124,8 @@ def most_probable(labels: Sequence[str], probs: Tensor, k: int, picture: int) ->
     >>> most_probable(["fox", "dog"], torch.tensor([[0.25, 0.75]]), 1, 0)
     [('dog', 0.75)]
     """
+    from mmoe.options import check_int
+
     check_int("k", k, 1)
     check_int("picture", picture, 0, len(probs) - 1)
     best = probs[picture].topk(min(k, len(labels)))
