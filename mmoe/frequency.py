@@ -31,7 +31,7 @@ from mmoe.errors import BadInput, BadOverride
 from mmoe.experts.base import Experts
 from mmoe.experts.ffn import FFNExperts
 from mmoe.moe import MoE
-from mmoe.options import check_choice, check_float, check_int
+from mmoe.options import check_bool, check_choice, check_float, check_int
 from mmoe.recompute import Calls, in_backward, in_checkpoint
 from mmoe.routers.dense import DenseRouter
 from mmoe.routing import Routing
@@ -98,6 +98,27 @@ def frequency_split(maps: Tensor, cutoff: float = 0.3, box: Box = "half_open") -
     return low.to(maps.dtype), (maps - low).to(maps.dtype)
 
 
+def check_split(cutoff: Any, box: Any) -> None:
+    """The options of `frequency_split`.
+
+    Raises:
+        BadOverride: the cutoff is no share, or there is no such box.
+    """
+    check_float("cutoff", cutoff, low=0, usual=0.3)
+    if cutoff > 1:
+        raise BadOverride(f"cutoff={cutoff}", "it is a share of the grid, 0 to 1", "cutoff=0.3")
+    check_choice("box", box, get_args(Box))
+
+
+def _check_grid(token_dim: int, token_grid: Any) -> None:
+    asked = f"token_dim={token_dim} with token_grid={token_grid}"
+    if bool(token_dim) != (token_grid is not None):
+        raise BadOverride(asked, "they belong together", "token_dim=64, token_grid=(32, 32)")
+    two = isinstance(token_grid, tuple | list) and len(token_grid) == 2
+    if token_grid is not None and not (two and all(isinstance(side, int) and side > 0 for side in token_grid)):
+        raise BadOverride(asked, "a grid is its numbers of rows and columns", "token_grid=(32, 32)")
+
+
 class AdapterExperts(Experts):
     """Packed adapters: one on maps, or three on maps and on their low and high frequencies.
 
@@ -106,9 +127,9 @@ class AdapterExperts(Experts):
         hidden_dim: F.
         num_experts: 1 (spatial), or 3 (spatial, low, high).
         cutoff, box: see `frequency_split`.
-        num_tokens: N of the grid that learned vectors of the patches belong to, which the spatial adapter also reads
-            (its input is D + C wide); 0 where there are none.
-        token_dim: C.
+        token_dim: C, width of learned vectors of the patches, which the spatial adapter also reads (its input is then
+            D + C wide); 0 where there are none.
+        token_grid: rows and columns of the patches that they belong to.
     """
 
     packed = FFNExperts.packed
@@ -121,22 +142,23 @@ class AdapterExperts(Experts):
         *,
         cutoff: float = 0.3,
         box: Box = "half_open",
-        num_tokens: int = 0,
         token_dim: int = 0,
+        token_grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        check_float("cutoff", cutoff, low=0, usual=0.3)
-        if cutoff > 1:
-            raise BadOverride(f"cutoff={cutoff}", "it is a share of the grid, 0 to 1", "cutoff=0.3")
-        check_choice("box", box, get_args(Box))
+        for name, size, least in (("dim", dim, 1), ("hidden_dim", hidden_dim, 1), ("token_dim", token_dim, 0)):
+            check_int(name, size, least)
+        check_split(cutoff, box)
+        _check_grid(token_dim, token_grid)
         self.num_experts, self.cutoff, self.box, self.act = num_experts, cutoff, box, F.relu
         plain = FFNExperts(dim, hidden_dim, num_experts)
         self.up_proj, self.down_proj = plain.up_proj, plain.down_proj
         self.up_bias, self.down_bias = plain.up_bias, plain.down_bias
         self.tokens: nn.Parameter | None = None
-        if token_dim:
+        self.token_grid = token_grid
+        if token_grid is not None:
             spread, bound = math.sqrt(6 / (3 * 16 * 16 + dim)), 1 / math.sqrt(dim + token_dim)
-            self.tokens = nn.Parameter(torch.empty(num_tokens, token_dim).uniform_(-spread, spread))
+            self.tokens = nn.Parameter(torch.empty(math.prod(token_grid), token_dim).uniform_(-spread, spread))
             self.token_proj = nn.Parameter(torch.empty(hidden_dim, token_dim).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, counts: Tensor | None = None, routing: Routing | None = None) -> Tensor:
@@ -144,7 +166,7 @@ class AdapterExperts(Experts):
         hidden = F.linear(x, self.up_proj.flatten(0, 1)).unflatten(-1, (self.num_experts, -1))  # (B, H, W, E, F)
         spatial = hidden[..., 0, :]
         if self.tokens is not None:
-            spatial = spatial + self._of_tokens(x.shape[1] * x.shape[2]).unflatten(0, x.shape[1:3]).to(hidden.dtype)
+            spatial = spatial + self._of_tokens(x.shape[1], x.shape[2]).to(hidden.dtype)
         parts = [spatial]
         if self.num_experts > 1:
             both = low_frequencies(hidden[..., 1:, :].flatten(-2), self.cutoff, self.box)
@@ -158,13 +180,14 @@ class AdapterExperts(Experts):
         weights = routing.dense_weights().to(active.dtype)  # (T, E)
         return (weights[..., None] * active).flatten(1) @ down + weights @ self.down_bias
 
-    def _of_tokens(self, patches: int) -> Tensor:
-        """What the learned vectors add to the inner channels of each patch, (N, F)."""
-        assert self.tokens is not None
-        if patches != len(self.tokens):
-            wrong = f"its learned vectors belong to {len(self.tokens)} patches"
-            raise BadInput(f"adapt a picture of {patches} patches", wrong, "pictures of one size, or token_dim=0")
-        return self.tokens @ self.token_proj.t()
+    def _of_tokens(self, rows: int, columns: int) -> Tensor:
+        """What the learned vectors add to the inner channels of each patch, (H, W, F)."""
+        assert self.tokens is not None and self.token_grid is not None
+        if (rows, columns) != tuple(self.token_grid):
+            wrong = f"its learned vectors belong to {self.token_grid[0]} x {self.token_grid[1]} patches"
+            asked = f"adapt a picture of {rows} x {columns} patches"
+            raise BadInput(asked, wrong, "pictures of one size, or token_dim=0")
+        return (self.tokens @ self.token_proj.t()).unflatten(0, self.token_grid)
 
 
 class FrequencyMoE(MoE):
@@ -174,7 +197,7 @@ class FrequencyMoE(MoE):
         dim: D.
         hidden_dim: F.
         cutoff, box: see `frequency_split`.
-        num_tokens, token_dim: learned vectors of the spatial adapter; see `AdapterExperts`.
+        token_dim, token_grid: learned vectors of the spatial adapter; see `AdapterExperts`.
 
     Example:
         >>> from mmoe import trace
@@ -194,10 +217,10 @@ class FrequencyMoE(MoE):
         *,
         cutoff: float = 0.3,
         box: Box = "half_open",
-        num_tokens: int = 0,
         token_dim: int = 0,
+        token_grid: tuple[int, int] | None = None,
     ) -> None:
-        learned = {"num_tokens": num_tokens, "token_dim": token_dim}
+        learned: dict[str, Any] = {"token_dim": token_dim, "token_grid": token_grid}
         experts = AdapterExperts(dim, hidden_dim, len(ADAPTERS), cutoff=cutoff, box=box, **learned)
         super().__init__(DenseRouter(dim, len(ADAPTERS), gate_bias=True), experts)
 
@@ -219,9 +242,11 @@ class FrequencyMoE(MoE):
 class SpatialAdapter(nn.Module):
     """The plain adapter: maps (B, H, W, D) -> (B, H, W, D). Arguments are those of `FrequencyMoE`."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, num_tokens: int = 0, token_dim: int = 0) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, *, token_dim: int = 0, token_grid: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
-        self.experts = AdapterExperts(dim, hidden_dim, 1, num_tokens=num_tokens, token_dim=token_dim)
+        self.experts = AdapterExperts(dim, hidden_dim, 1, token_dim=token_dim, token_grid=token_grid)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Applies the adapter."""
@@ -238,7 +263,7 @@ class FrequencyAdapter(nn.Module):
         frequency: mixes three adapters; False has the spatial one alone.
         cutoff, box: see `frequency_split`.
         scale: initial value of the learned factor s.
-        num_tokens, token_dim: learned vectors of the spatial adapter; see `AdapterExperts`.
+        token_dim, token_grid: learned vectors of the spatial adapter; see `AdapterExperts`.
         zero_init: starts with up projections of 0, so that nothing changes at first.
         compact: False keeps the low and high adapters and the router of a plain layer, as released files do. They are
             never run, and frozen.
@@ -259,16 +284,17 @@ class FrequencyAdapter(nn.Module):
         cutoff: float = 0.3,
         box: Box = "half_open",
         scale: float = 0.1,
-        num_tokens: int = 0,
         token_dim: int = 0,
+        token_grid: tuple[int, int] | None = None,
         zero_init: bool = False,
         compact: bool = True,
     ) -> None:
         super().__init__()
-        for name, size, least in (("dim", dim, 1), ("hidden_dim", hidden_dim, 1), ("token_dim", token_dim, 0)):
-            check_int(name, size, least)
         check_float("scale", scale)
-        learned = {"num_tokens": num_tokens, "token_dim": token_dim}
+        check_split(cutoff, box)
+        for name, value in (("frequency", frequency), ("zero_init", zero_init), ("compact", compact)):
+            check_bool(name, value)
+        learned: dict[str, Any] = {"token_dim": token_dim, "token_grid": token_grid}
         self.adapter: FrequencyMoE | SpatialAdapter
         self.adapter = (
             FrequencyMoE(dim, hidden_dim, cutoff=cutoff, box=box, **learned)
@@ -288,24 +314,28 @@ class FrequencyAdapter(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_calls": None}
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, grid: tuple[int, int], prefix: int | None = None) -> Tensor:
         """Adapts tokens (B, P + N, D), patches row by row.
 
         Args:
             tokens: of a batch.
-            grid: H and W; what comes before the last H*W tokens is passed on.
+            grid: H and W; where backward repeats a call, the grid of its first run is taken instead.
+            prefix: P, where it is known; else all before the last H*W tokens.
 
         Raises:
-            BadInput: there are fewer tokens than patches.
+            BadInput: there are fewer tokens than patches, or others than those and the prefix.
         """
-        grid = self._first_grid(tokens, grid)
-        prefix = tokens.shape[1] - grid[0] * grid[1]
-        if prefix < 0:
-            wrong = f"a grid of {grid[0]} x {grid[1]} has more"
+        rows, columns = grid = self._first_grid(tokens, grid)
+        before = tokens.shape[1] - rows * columns
+        if prefix is not None and prefix != before:
+            wrong = f"the picture has {prefix} and {rows} x {columns}"
+            raise BadInput(f"adapt {tokens.shape[1]} tokens", wrong, "a model that drops and adds no patches")
+        if before < 0:
+            wrong = f"a grid of {rows} x {columns} has more"
             raise BadInput(f"adapt {tokens.shape[1]} tokens", wrong, "the grid of the picture that they come from")
-        maps = tokens[:, prefix:].unflatten(1, grid)  # (B, H, W, D)
+        maps = tokens[:, before:].unflatten(1, grid)  # (B, H, W, D)
         adapted = maps + self.scale * self.adapter(maps)
-        return torch.cat([tokens[:, :prefix], adapted.flatten(1, 2).to(tokens.dtype)], dim=1)
+        return torch.cat([tokens[:, :before], adapted.flatten(1, 2).to(tokens.dtype)], dim=1)
 
     def _first_grid(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
         """The grid, or that of the first run where backward repeats a call: other pictures may have come since."""

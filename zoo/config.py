@@ -41,14 +41,26 @@ def make_config(config_class: type[C], values: Mapping[str, Any], model: str, fi
                 f"did you mean: {', '.join(near)}" if near else f"it has: {', '.join(sorted(known))}",
                 (fix or f"zoo.load({model!r}, {{}}=...)").format(near[0] if near else known[0]),
             )
-        if not _fits(value, hints[key]):
-            raise BadOverride(
-                f"{key}={value!r} does not fit {model}",
-                f"{key} is {_words(hints[key])}"
-                + ("" if get_origin(hints[key]) is Literal else f", not {type(value).__name__}"),
-                f"mmoe info {model}",
-            )
+        _check_type(key, value, hints[key], model, f"mmoe info {model}")
     return config_class(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+def check_types(config: Any) -> None:
+    """Makes sure that the values of a config dataclass are of the types that its class tells; for `__post_init__`.
+
+    Raises:
+        BadOverride: one is not.
+    """
+    kind = type(config)
+    hints = get_type_hints(kind)
+    for one in fields(kind):
+        _check_type(one.name, getattr(config, one.name), hints[one.name], kind.__name__, f"help({kind.__name__})")
+
+
+def _check_type(key: str, value: Any, hint: Any, owner: str, fix: str) -> None:
+    if not _fits(value, hint):
+        found = "" if get_origin(hint) is Literal else f", not {type(value).__name__}"
+        raise BadOverride(f"{key}={value!r} does not fit {owner}", f"{key} is {_words(hint)}{found}", fix)
 
 
 def _fits(value: Any, hint: Any) -> bool:

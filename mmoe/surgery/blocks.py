@@ -71,7 +71,7 @@ def vision_blocks(model: nn.Module) -> BlockStack:
         model: a vision transformer, or a model with one inside, such as a CLIP.
 
     Raises:
-        Refused: there is none, or the tower has blocks of several widths.
+        Refused: there is none, or the tower has blocks of several widths. BadInput: it is no model.
 
     Example:
         >>> class ViT(nn.Module):
@@ -86,6 +86,8 @@ def vision_blocks(model: nn.Module) -> BlockStack:
         >>> stack.name, stack.dim, stack.prefix, stack.grid(16, 24)
         ('blocks', 8, 1, (4, 6))
     """
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"find the vision blocks of a {type(model).__name__}", "it is no model", "a ViT of timm")
     lists = dict(_lists(model))
     pairs = []
     for patch_name, patches in _patch_convolutions(model):
@@ -198,14 +200,30 @@ def extend(module: Module, mixin: type) -> Module:
         mixin: a plain class with a `forward`.
 
     Raises:
-        Refused: the module has a forward of its own, which the class would not reach, or was extended before.
+        Refused: see `check_extendable`.
     """
-    if isinstance(module, Extended) or "forward" in vars(module):
-        wrong = "it was extended before" if isinstance(module, Extended) else "its forward is not that of its class"
-        raise Refused(f"extend a {host_class(module).__name__}", wrong, "a model as its library built it")
+    check_extendable([module])
     host: type = type(module)
     module.__class__ = _class(mixin, host)
     return module
+
+
+def check_extendable(modules: Sequence[nn.Module]) -> None:
+    """Modules that `extend` takes, each of them once.
+
+    Raises:
+        Refused: one has a forward of its own, which a class would not reach, was extended before, or comes twice.
+    """
+    for place, module in enumerate(modules):
+        wrong = None
+        if isinstance(module, Extended):
+            wrong = "it was extended before"
+        elif "forward" in vars(module):
+            wrong = "its forward is not that of its class"
+        elif any(module is other for other in modules[:place]):
+            wrong = "it stands in several places"
+        if wrong is not None:
+            raise Refused(f"extend a {host_class(module).__name__}", wrong, "a model as its library built it")
 
 
 def host_class(module: nn.Module) -> type:
@@ -220,20 +238,18 @@ def host_class(module: nn.Module) -> type:
 class PatchGrid:
     """Rows and columns of the picture that a tower runs on, as its convolution gave them and its blocks need them."""
 
-    now: tuple[int, int] | None = None
+    latest: tuple[int, int] | None = None
 
-    def of(self, tokens: Tensor, prefix: int) -> tuple[int, int]:
-        """The grid of tokens (B, P + N, D).
+    @property
+    def now(self) -> tuple[int, int]:
+        """The latest grid.
 
         Raises:
-            BadInput: no picture came by, or the tokens are not its patches.
+            BadInput: no picture came by.
         """
-        if self.now is None:
+        if self.latest is None:
             raise BadInput("adapt the patches of a picture", "its convolution did not run", "model(pixels)")
-        if tokens.shape[1] != prefix + self.now[0] * self.now[1]:
-            wrong = f"the picture has {prefix} and {self.now[0]} x {self.now[1]}"
-            raise BadInput(f"adapt {tokens.shape[1]} tokens", wrong, "a model that drops and adds no patches")
-        return self.now
+        return self.latest
 
 
 class NotesGrid:
@@ -244,5 +260,5 @@ class NotesGrid:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the host, and notes the grid."""
         out = super().forward(*args, **kwargs)  # type: ignore[misc]  # the host's
-        self.patch_grid.now = out.shape[-2], out.shape[-1]
+        self.patch_grid.latest = out.shape[-2], out.shape[-1]
         return out

@@ -9,15 +9,15 @@ Shapes: B pictures, N patches, P prefix tokens, D width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from mmoe.errors import BadInput, BadOverride, Refused
 from mmoe.frequency import Box, FrequencyAdapter
-from mmoe.options import check_int
-from mmoe.surgery.blocks import BlockStack, NotesGrid, PatchGrid, extend, vision_blocks
+from mmoe.options import check_bool, check_int
+from mmoe.surgery.blocks import NotesGrid, PatchGrid, check_extendable, extend, vision_blocks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +42,7 @@ class AdaptedBlock:
 
     def _adapt(self, tokens: Tensor) -> Tensor:
         tokens = tokens.transpose(0, 1) if self.tokens_first else tokens  # (B, P + N, D)
-        adapted: Tensor = self.frequency_adapter(tokens, self.patch_grid.of(tokens, self.prefix))
+        adapted: Tensor = self.frequency_adapter(tokens, self.patch_grid.now, self.prefix)
         return adapted.transpose(0, 1) if self.tokens_first else adapted
 
 
@@ -86,7 +86,8 @@ def add_frequency_adapters(
         The model with adapters.
 
     Raises:
-        Refused: no blocks are found, or there are adapters already. BadOverride: there is no such block.
+        Refused: no blocks are found, or there are adapters already. BadOverride: there is no such block, or an
+            option is none; the model is as it was then, `inplace` or not.
 
     Example:
         >>> class ViT(nn.Module):
@@ -105,44 +106,51 @@ def add_frequency_adapters(
         >>> torch.allclose(adapted(x), vit(x), atol=1e-6)
         True
     """
-    if frequency_adapters(model):
+    if isinstance(model, nn.Module) and frequency_adapters(model):
         raise Refused(f"add adapters to a {type(model).__name__}", "it has them already", "frequency_adapters(model)")
+    check_int("dim", dim, 1)
+    check_bool("freeze", freeze)
     model = model if inplace else copy.deepcopy(model)
     stack = vision_blocks(model)
     depth = len(stack.blocks)
-    for name, layers in (("fft_layers", fft_layers), ("adapter_layers", adapter_layers or ())):
-        for layer in layers:
-            check_int(f"a layer of {name}", layer, 0, depth - 1)
-    if bool(token_dim) != (token_grid is not None):
-        asked, wrong = f"token_dim={token_dim} with token_grid={token_grid}", "they belong together"
-        raise BadOverride(asked, wrong, "token_dim=64, token_grid=(32, 32)")
+    split = _layers("fft_layers", fft_layers, depth)
+    chosen = _layers("adapter_layers", range(depth) if adapter_layers is None else adapter_layers, depth)
+    blocks: list[Any] = [stack.blocks[layer] for layer in chosen]
+    check_extendable([stack.patches, *blocks])
+    adapters = [
+        FrequencyAdapter(
+            stack.dim,
+            dim,
+            frequency=layer in split,
+            cutoff=cutoff,
+            box=box,
+            scale=scale,
+            token_dim=token_dim,
+            token_grid=token_grid,
+            zero_init=zero_init,
+            compact=compact,
+        )
+        for layer in chosen
+    ]
     if freeze:
         model.requires_grad_(False)
     extend(stack.patches, NotesGrid)
     grid = stack.patches.patch_grid = PatchGrid()  # type: ignore[assignment]  # no module
-    for layer in range(depth) if adapter_layers is None else sorted(set(adapter_layers)):
-        adapter = FrequencyAdapter(
-            stack.dim,
-            dim,
-            frequency=layer in fft_layers,
-            cutoff=cutoff,
-            box=box,
-            scale=scale,
-            num_tokens=0 if token_grid is None else token_grid[0] * token_grid[1],
-            token_dim=token_dim,
-            zero_init=zero_init,
-            compact=compact,
-        )
-        _attach(stack, layer, adapter, grid)
+    for block, adapter in zip(blocks, adapters, strict=True):
+        like = next(block.parameters())
+        extend(block, AdaptedBlock)
+        block.frequency_adapter = adapter.to(like.device, like.dtype).train(block.training)
+        block.patch_grid, block.prefix, block.tokens_first = grid, stack.prefix, stack.tokens_first
     return model
 
 
-def _attach(stack: BlockStack, layer: int, adapter: FrequencyAdapter, grid: PatchGrid) -> None:
-    block: Any = stack.blocks[layer]
-    like = next(block.parameters())
-    extend(block, AdaptedBlock)
-    block.frequency_adapter = adapter.to(like.device, like.dtype).train(block.training)
-    block.patch_grid, block.prefix, block.tokens_first = grid, stack.prefix, stack.tokens_first
+def _layers(name: str, layers: Any, depth: int) -> list[int]:
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise BadOverride(f"{name}={layers!r}", "it is a list of blocks, from 0", f"{name}=[0]")
+    listed = list(layers)
+    for layer in listed:
+        check_int(f"a layer of {name}", layer, 0, depth - 1)
+    return sorted(set(listed))
 
 
 def frequency_adapters(model: nn.Module) -> dict[str, FrequencyAdapter]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmoe.errors import Refused, UnknownName, did_you_mean
+from mmoe.errors import BadInput, BadOverride, Refused, UnknownName, did_you_mean
 from mmoe.options import check_int
 from mmoe.profile import count_params
 from mmoe.registry import build_router
@@ -151,8 +151,10 @@ def choose(model: nn.Module, layers: int | str | Sequence[str] | None) -> tuple[
         layers: None for all blocks, an int n for those of the last n layers of each stack, or patterns on their names.
 
     Raises:
-        BadOverride: an int below 1. UnknownName: a pattern names no block.
+        BadInput: it is no model. BadOverride: an int below 1, or no patterns. UnknownName: a pattern names no block.
     """
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"find the feed-forward blocks of a {type(model).__name__}", "it is no model", "a torch module")
     found, refused = sites(model), refused_sites(model)
     refused |= {name: "it is a MoE already" for name, site in found.items() if site.kind == "moe"}
     hooked = "it has forward hooks, which a mixture in its place would not run; remove them first"
@@ -162,7 +164,10 @@ def choose(model: nn.Module, layers: int | str | Sequence[str] | None) -> tuple[
         check_int("layers", layers, 1)
         names = _last_layers(names, int(layers))
     elif layers is not None:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
+        patterns = [layers] if isinstance(layers, str) else layers
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            wrong = "layers are a number of last layers, or patterns on the names of blocks"
+            raise BadOverride(f"layers={layers!r}", wrong, 'layers=2, or layers="visual.*"')
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UnknownName(
@@ -213,7 +218,13 @@ def draw_router(
         parts: weights of each expert, whose device and dtype it gets.
         top_k: for routers that take it.
         generator: CPU generator; the global seed when None.
+
+    Raises:
+        BadOverride: the generator is none.
     """
+    if generator is not None and not (isinstance(generator, torch.Generator) and generator.device.type == "cpu"):
+        asked, wrong = f"generator={generator!r}", "routers are drawn by a generator of the CPU"
+        raise BadOverride(asked, wrong, "generator=torch.Generator().manual_seed(0)")
     options = {"dim": parts[0].dim, "num_experts": len(parts), "top_k": top_k}
     with torch.device("cpu"), torch.random.fork_rng(devices=[], enabled=generator is not None):
         if generator is not None:

@@ -230,9 +230,9 @@ def test_compiled_for_several_sizes() -> None:
 
 @pytest.mark.parametrize("name", ["timm ViT", "transformers Dinov2", "open_clip"])
 def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
-    """Two pictures of one area but other shapes wait for backward together."""
+    """Pictures of several shapes, two of one area, wait for backward together."""
     model = perturbed(add_frequency_adapters(make(name), 4, fft_layers=[0, 1], cutoff=0.9)).train()
-    shapes = [(32, 48)] if name == "open_clip" else [(32, 48), (48, 32)]
+    shapes = [(32, 48)] if name == "open_clip" else [(32, 48), (48, 32), (32, 64)]
     batches = [torch.randn(1, 3, *shape) for shape in shapes]
 
     def gradients() -> dict[str, Tensor]:
@@ -318,13 +318,47 @@ def test_in_place_and_not_frozen() -> None:
     [
         ({"fft_layers": [3]}, "a layer of fft_layers=3\n  a layer of fft_layers is a whole number from 0 to 2"),
         ({"adapter_layers": [-1]}, "a layer of adapter_layers=-1"),
+        ({"fft_layers": 1}, "fft_layers=1\n  it is a list of blocks"),
         ({"token_dim": 4}, "token_dim=4 with token_grid=None"),
+        (
+            {"token_dim": 4, "token_grid": (4,)},
+            "token_dim=4 with token_grid=(4,)\n  a grid is its numbers of",
+        ),
+        ({"token_dim": 4, "token_grid": 16}, "token_dim=4 with token_grid=16"),
+        ({"token_dim": 4, "token_grid": (0, 4)}, "token_dim=4 with token_grid=(0, 4)"),
+        ({"dim": 0}, "dim=0"),
+        ({"cutoff": 2.0}, "cutoff=2.0"),
+        ({"box": "round"}, "box='round'"),
+        ({"freeze": "no"}, "freeze='no'"),
+        ({"zero_init": "no"}, "zero_init='no'"),
+        ({"compact": 0}, "compact=0"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    model = timm_vit()
     with pytest.raises(BadOverride) as error:
-        add_frequency_adapters(timm_vit(), 4, **options)
+        add_frequency_adapters(model, **{"dim": 4} | options, inplace=True)
     assert str(error.value).startswith(message)
+    assert all(p.requires_grad for p in model.parameters()), "a host that gets no adapters stays as it is"
+    assert len(frequency_adapters(add_frequency_adapters(model, 4, inplace=True))) == DEPTH
+
+
+def test_a_host_that_cannot_be_extended_stays_as_it_is() -> None:
+    model = timm_vit()
+    model.blocks[2].forward = model.blocks[2].forward
+    with pytest.raises(Refused, match="its forward is not that of its class"):
+        add_frequency_adapters(model, 4, inplace=True)
+    assert all(p.requires_grad for p in model.parameters()) and not frequency_adapters(model)
+    del model.blocks[2].forward
+    model.blocks[2] = model.blocks[1]
+    with pytest.raises(Refused, match="it stands in several places"):
+        add_frequency_adapters(model, 4, inplace=True)
+    add_frequency_adapters(model, 4, adapter_layers=[0, 1], inplace=True)
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(BadInput, match="it is no model"):
+        add_frequency_adapters("vit_tiny", 4)
 
 
 def test_adapters_twice() -> None:
@@ -341,8 +375,11 @@ def test_dropped_patches_are_told() -> None:
 def test_learned_vectors_fix_the_grid() -> None:
     adapted = add_frequency_adapters(timm_vit(), 4, fft_layers=[0], token_dim=5, token_grid=(4, 4))
     assert adapted(torch.randn(2, 3, 32, 32)).shape == (2, 5)
-    with pytest.raises(BadInput, match="belong to 16 patches"):
-        adapted(torch.randn(1, 3, 32, 48))
+    for shape, grid in (((32, 48), "4 x 6"), ((16, 64), "2 x 8")):
+        with pytest.raises(
+            BadInput, match=f"a picture of {grid} patches\n  its learned vectors belong to 4 x 4 patches"
+        ):
+            adapted(torch.randn(1, 3, *shape))
 
 
 def test_only_once_and_only_what_a_class_computes() -> None:

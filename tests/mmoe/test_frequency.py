@@ -182,7 +182,7 @@ def test_dead_parts_are_counted_frozen_and_never_run() -> None:
 
 
 def test_learned_vectors_are_read_by_the_spatial_adapter_only() -> None:
-    layer, maps = FrequencyMoE(8, 4, cutoff=0.6, num_tokens=20, token_dim=5), torch.randn(2, 4, 5, 8)
+    layer, maps = FrequencyMoE(8, 4, cutoff=0.6, token_dim=5, token_grid=(4, 5)), torch.randn(2, 4, 5, 8)
     experts = layer.experts
     wide = torch.cat([maps, experts.tokens.unflatten(0, (4, 5)).expand(2, -1, -1, -1)], -1)
     weight = torch.cat([experts.up_proj[0], experts.token_proj], 1)
@@ -194,8 +194,8 @@ def test_learned_vectors_are_read_by_the_spatial_adapter_only() -> None:
         with torch.no_grad():
             experts.tokens += 1
         assert layer(maps).equal(before)
-    with pytest.raises(BadInput, match="adapt a picture of 16 patches\n  its learned vectors belong to 20 patches"):
-        layer(torch.randn(1, 4, 4, 8))
+    with pytest.raises(BadInput, match="of 5 x 4 patches\n  its learned vectors belong to 4 x 5 patches"):
+        layer(torch.randn(1, 5, 4, 8))
 
 
 def test_bf16_and_autocast_agree_with_fp32() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mmoe
 from mmoe import LearnedScale, add_side_experts
-from mmoe.errors import BadOverride, Refused, UnknownName
+from mmoe.errors import BadInput, BadOverride, Refused, UnknownName
 from mmoe.surgery import HostedMoE, sites, upcycle
 from tests.foreign_hosts import HOSTS, clip_call, open_clip_host, relative_gap
 
@@ -240,11 +240,15 @@ def test_what_cannot_be_done() -> None:
         add_side_experts(upcycle(dense)[0])
     with pytest.raises(Refused, match="no feed-forward block"):
         add_side_experts(nn.Linear(3, 3))
+    with pytest.raises(BadInput, match="it is no model"):
+        add_side_experts("vit_tiny")
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"num_experts": 0}, "num_experts=0\n  num_experts is a whole number of at least 1"),
         ({"scale": float("nan")}, "scale=nan\n  scale is a finite number"),
         ({"freeze": 1}, "freeze=1\n  freeze is true or false"),
         ({"layers": 0}, "layers=0"),
+        ({"layers": [1, 2]}, "layers=[1, 2]\n  layers are a number of last layers, or patterns"),
+        ({"generator": 3}, "generator=3\n  routers are drawn by a generator of the CPU"),
         ({"router": "dense:gate=1"}, "did you mean: gate_bias"),
     ]
     for options, message in wrong:

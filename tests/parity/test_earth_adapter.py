@@ -72,8 +72,7 @@ def build_adapter(recording, file: str, layer: int) -> FrequencyAdapter:
     state = adapter_from_original(weights, layer, frequency=fft)
     learned = {}
     if "adapter.experts.tokens" in state:
-        rows, width = state["adapter.experts.tokens"].shape
-        learned = {"num_tokens": rows, "token_dim": width}
+        learned = {"token_dim": state["adapter.experts.tokens"].shape[1], "token_grid": grid(recording)}
     width, hidden, cutoff = (recording.config[key] for key in ("D", "hidden", "cutoff"))
     adapter = FrequencyAdapter(width, hidden, frequency=fft, cutoff=cutoff, **learned)
     adapter.load_state_dict(state)

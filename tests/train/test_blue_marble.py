@@ -301,6 +301,7 @@ def test_a_recipe_reads_it_and_the_usual_task_measures_it(earth: None) -> None:
         ({"part": "train"}, "part='train'"),
         ({"view": "height"}, "did you mean: heights"),
         ({"tile": 100}, "tile=100"),
+        ({"tile": 96.0}, "tile=96.0"),
         ({"unlabelled": "all"}, "unlabelled='all'"),
         ({"hidden": 1.0}, "hidden is a finite number above 0 and below 1"),
     ],

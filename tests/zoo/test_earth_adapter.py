@@ -143,6 +143,9 @@ def test_options_win_over_the_setting_of_a_task() -> None:
         ({"colors": ("#000000", "red", "#FFFFFF")}, "the color 'red'\n  colors are written as #RRGGBB"),
         ({"colors": ("#000000", "#11223344", "#FFFFFF")}, "the color '#11223344'"),
         ({"colors": ("#000000",)}, "1 colors for 3 classes"),
+        ({"cutoff": 2.0, "adapters": "none"}, "cutoff=2.0\n  it is a share of the grid"),
+        ({"box": "round"}, "box='round' does not fit EarthAdapterConfig\n  box is 'half_open' or 'symmetric'"),
+        ({"compact": "no"}, "compact='no' does not fit EarthAdapterConfig\n  compact is bool, not str"),
         ({"stride": 40}, "stride is a whole number from 1 to 32"),
         ({"image_std": (0.0, 1.0, 1.0)}, "image_std has a number of at least 1e-06"),
     ],
@@ -194,6 +197,19 @@ def test_windows_are_averaged(model: EarthAdapter, size: tuple[int, int]) -> Non
     for batch in (1, 3):
         found = model.predict(pixels, all_probs=True, batch_size=batch)
         torch.testing.assert_close(found.probs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_windows_of_a_narrow_picture_are_run_together(model: EarthAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    scores = model._scores
+    monkeypatch.setattr(model, "_scores", lambda image: sizes.append(len(image)) or scores(image))
+    model.predict(picture(32 + 6 * model.config.stride, 20), batch_size=4)
+    assert sizes == [4, 3]
+
+
+def test_texts_are_refused(model: EarthAdapter) -> None:
+    with pytest.raises(BadInput, match="segment by texts\n  earth_adapter knows its classes alone"):
+        model.predict(picture(), ["water"])
 
 
 def test_windows_of_the_released_setting() -> None:
@@ -699,6 +715,12 @@ def test_a_file_without_dead_parts_says_which_layers_split() -> None:
     model = EarthAdapter(paper(fft_layers=(0, 2)))
     config, state = from_original(to_original(model.state_dict()), like=paper())
     assert config.fft_layers == (0, 2) and state.keys() == model.state_dict().keys()
+
+
+def test_a_file_with_adapters_has_adapters_whatever_the_config_said() -> None:
+    model = EarthAdapter(paper())
+    config, state = from_original(to_original(model.state_dict()), like=paper(adapters="none"))
+    assert config.adapters == "frequency" and state.keys() == EarthAdapter(config).state_dict().keys()
 
 
 def test_plain_adapters_are_known_by_their_file() -> None:

@@ -606,6 +606,10 @@ def test_positions_for_another_grid() -> None:
         ({"level_values": (0.0, 1.0)}, "level_values=[0.0, 1.0]\n  there are 5 levels"),
         ({"level_values": (1, 0.8, 0.6, 0.4, 0.2)}, "they rise from the worst level to the best"),
         ({"scenes": {"a": "a photo"}}, "'a' has no place {} for the level"),
+        ({"scenes": ["a {}"]}, "scenes=['a {}'] does not fit GammaConfig\n  scenes is Mapping, not list"),
+        ({"prompts": "scenes"}, "prompts='scenes' does not fit GammaConfig\n  prompts is 'scene' or 'naive'"),
+        ({"positions": "zero"}, "positions='zero'"),
+        ({"crops": "four"}, "crops='four'"),
         ({"scenes": {}}, "scenes={}\n  name one, not auto"),
         ({"num_crops": 0}, "num_crops=0\n  num_crops is a whole number of at least 1"),
         ({"vision_heads": 5}, "5 heads in a tower of width 64"),
@@ -615,6 +619,12 @@ def test_options_that_cannot_be(options: dict[str, Any], lines: str) -> None:
     with pytest.raises(BadOverride) as error:
         GammaConfig(**{**SIZES, **options})
     assert lines in str(error.value)
+
+
+@pytest.mark.parametrize("scene", [5, -2])
+def test_scenes_that_there_are_not(model: Gamma, scene: int) -> None:
+    with pytest.raises(BadInput, match="they have numbers from 0 to 4, and -1 leaves the choice to the model"):
+        model(torch.zeros(2, 3, 32, 32), torch.tensor([0, scene]))
 
 
 def test_another_router(tmp_path: Path) -> None:

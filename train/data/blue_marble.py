@@ -277,7 +277,7 @@ class BlueMarble(DataSet):
         check_choice("shift", shift, SHIFTS)
         check_choice("part", part, (*PARTS[1:], "all", "report"))
         check_choice("view", view, VIEWS)
-        if tile not in TILES:
+        if tile not in TILES or not isinstance(tile, int):
             raise BadOverride(f"tile={tile!r}", f"tile is one of {', '.join(map(str, TILES))}", "tile=96")
         check_float("hidden", hidden, above=0, below=1, usual=0.75)
         if unlabelled is not None:

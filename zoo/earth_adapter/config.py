@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from mmoe.errors import BadOverride
+from mmoe.frequency import check_split
 from mmoe.options import check_choice, check_float, check_int
+from zoo.config import check_types
 
 ISPRS = ("impervious surface", "building", "low vegetation", "tree", "car", "clutter")
 LOVEDA = ("background", "building", "road", "water", "barren", "forest", "agricultural")
@@ -143,6 +145,7 @@ class EarthAdapterConfig:
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.task is not None:
             check_choice("task", self.task, RELEASED)
         setting = RELEASED[self.task or "da_p2v"]
@@ -168,7 +171,7 @@ class EarthAdapterConfig:
             check_int(name, getattr(self, name), least)
         check_int("stride", self.stride, 1, self.image_size)
         check_float("mlp_ratio", self.mlp_ratio, above=0)
-        check_float("cutoff", self.cutoff, low=0, usual=0.3)
+        check_split(self.cutoff, self.box)
         check_float("adaptation_weight", self.adaptation_weight, low=0, usual=0.5)
         if self.adaptation_threshold is not None:
             check_float("adaptation_threshold", self.adaptation_threshold, low=0, usual=0.968)

@@ -193,6 +193,7 @@ def _infer(state: Mapping[str, Tensor], head: Mapping[str, Tensor], like: EarthA
         raise _mismatch(f"it has no {error}") from error
     shown: dict[str, Any] = {"depth": len(scale), "width": width, "adapter_dim": len(first)}
     shown["token_dim"] = first.shape[1] - width
+    shown["adapters"] = like.adapters if like.adapters != "none" else "frequency"
     split = [layer for layer in range(len(scale)) if f"refine_feat.mlp_list2.{layer}.0.weight" in state]
     if not split:
         shown["adapters"], shown["fft_layers"] = "spatial", ()

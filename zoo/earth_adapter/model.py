@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, overload
 
 import numpy as np
@@ -314,13 +315,15 @@ class EarthAdapter(Model):
 
         Args:
             image: path, PIL image or array, or a list of some.
-            texts: there are none; for callers that give both.
+            texts: None; other models of the zoo have some.
             all_probs: keeps the probabilities of all classes.
             batch_size: windows that are computed together.
 
         Raises:
-            BadInput: it is no picture, or one of more than 50 megapixels.
+            BadInput: it is no picture, or one of more than 50 megapixels, or there are texts.
         """
+        if texts is not None:
+            raise BadInput("segment by texts", f"{self.family} knows its classes alone", "model.predict('tile.png')")
         self.check_values("predict with")
         check_int("batch_size", batch_size, 1)
         if self.config.head == "classes":
@@ -359,16 +362,23 @@ class EarthAdapter(Model):
         for left in lefts:
             columns[left : left + wide] += 1
         carry, rows = torch.zeros(self.config.num_classes, 0, picture.shape[1]), torch.zeros(0)
+        windows = self._window_scores(picture, list(product(tops, lefts)), (tall, wide), batch_size)
         for top, below in zip(tops, [*tops[1:], picture.shape[0]], strict=True):
             carry, rows = F.pad(carry, (0, 0, 0, tall - carry.shape[1])), F.pad(rows, (0, tall - len(rows))) + 1
-            for first in range(0, len(lefts), batch_size):
-                some = lefts[first : first + batch_size]
-                windows = [self._pixels(picture[top : top + tall, left : left + wide]) for left in some]
-                for left, scores in zip(some, self._scores(torch.stack(windows)), strict=True):
-                    carry[:, :, left : left + wide] += scores
+            for left in lefts:
+                carry[:, :, left : left + wide] += next(windows)
             done = below - top
             yield carry[:, :done] / (rows[:done, None] * columns)
             carry, rows = carry[:, done:], rows[done:]
+
+    def _window_scores(
+        self, picture: np.ndarray, corners: list[tuple[int, int]], size: tuple[int, int], batch_size: int
+    ) -> Iterator[Tensor]:
+        """Scores (C, *size) of each window, computed when they are wanted, some at a time."""
+        for first in range(0, len(corners), batch_size):
+            some = corners[first : first + batch_size]
+            windows = [picture[top : top + size[0], left : left + size[1]] for top, left in some]
+            yield from self._scores(torch.stack([self._pixels(window) for window in windows]))
 
     def _scores(self, image: Tensor) -> Tensor:
         scores = self(image).scores

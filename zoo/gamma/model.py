@@ -368,8 +368,12 @@ class Gamma(Model):
         if len(self.scenes) == 1:
             return torch.zeros_like(scene), self.scene_features([0]).expand(len(scene), -1, -1)
         given = scene.unique()
-        if int(given[0]) != AUTO:
-            texts = self.scene_features(given.tolist())  # (S, K, C)
+        numbers = given.tolist()
+        if numbers[0] < AUTO or numbers[-1] >= len(self.scenes):
+            wrong = f"they have numbers from 0 to {len(self.scenes) - 1}, and {AUTO} leaves the choice to the model"
+            raise BadInput(f"score with the scenes {numbers}", wrong, "scene=model.scene_ids('auto', 1)")
+        if numbers[0] != AUTO:
+            texts = self.scene_features(numbers)  # (S, K, C)
             return scene, texts[torch.searchsorted(given, scene)]
         texts = self.scene_features(range(len(self.scenes)))
         cosines = level_logits(adapted.detach(), texts.detach().flatten(0, 1), scene.new_zeros(()))  # (B, V, S * K)
@@ -413,8 +417,8 @@ class Gamma(Model):
     def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Samples with "image" and "score", and "scene" where it is known, as a batch for the loss.
 
-        With a `caption_coef` in the config they need a "text" too, the caption. Each picture is
-        flipped for one in two and cropped at random, from the "seed" of its sample, or from the global one.
+        With a `caption_coef` in the config they need a "text" too, the caption. Each picture is flipped for one in two
+        and cropped at random, from the "seed" of its sample, or from the global one.
         """
         wanted = ("image", "score", "text") if self.config.caption_coef else ("image", "score")
         missing = [name for name in wanted if name not in samples[0]]

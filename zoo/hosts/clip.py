@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from mmoe.errors import BadInput, BadOverride, LoadMismatch
 from mmoe.moe import with_context
-from mmoe.options import check_choice, check_float, check_int
+from mmoe.options import check_float, check_int
 from mmoe.routing import Context
+from zoo.config import check_types
 
 BYTE_TOKENS, SPECIAL_TOKENS = 512, 2
 
@@ -82,13 +83,13 @@ class CLIPSizes:
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, least in self.least.items():
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least)
         for name in ("vision_mlp_ratio", "text_mlp_ratio"):
             check_float(name, getattr(self, name), above=0)
         check_float("init_logit_scale", self.init_logit_scale)
-        check_choice("init_patches", self.init_patches, ("random", "cosine"))
         for name, low in (("image_mean", 0.0), ("image_std", 1e-6)):
             values = getattr(self, name)
             if len(values) != 3 or not all(isinstance(v, float | int) and low <= v < math.inf for v in values):
