@@ -265,8 +265,9 @@ class Quality(Task):
 
     Where photographs are distorted at several levels, "monotone" is the share of such series whose scores never rise.
     All are told of all samples, and as "blur/SRCC" of each group, "jpeg/SRCC" of each kind of distortion, where samples
-    have them; "SRCC human" is that with the part of pseudo-labels that people gave. Models answer several pictures at
-    once with `scores`; those that ask for scenes are told those of the samples, "auto" where one has none.
+    have them; "SRCC human" is that with the part of pseudo-labels that people gave, "SRCC metrics" that with what
+    metrics alone say. Models answer several pictures at once with `scores`; those that ask for scenes are told those of
+    the samples, "auto" where one has none.
     """
 
     fields = ("image", "score")

@@ -192,7 +192,8 @@ def main() -> None:
     given = parser.parse_args()
     pictures = measured(given.packaged, given.size)
     folds = range(FOLDS) if given.fold is None else [given.fold]
-    for label, told in (("human", "human part of the pseudo-labels"), ("score", "pseudo-labels with content")):
+    labels = {"human": "human part of the pseudo-labels", "score": "pseudo-labels with content"}
+    for label, told in {**labels, "metrics": "what five metrics alone say"}.items():
         print(f"{told}, fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}")
         print(table([compare(pictures, fold, label) for fold in folds]), end="\n\n")
 

@@ -20,15 +20,17 @@ def agreement_by_group(
     Args:
         predicted: one per sample.
         samples: with "score" and, where they have it, "group" and "kind", which are parts; "photo", "kind" and
-            "severity" make series. Of all, "SRCC human" is that with the part of the scores that people gave.
+            "severity" make series. "human" and "metrics", other opinions of the same pictures, are told of all, as
+            "SRCC human" and "SRCC metrics".
     """
     groups: dict[str, list[int]] = {"": list(range(len(samples)))}
     for number, sample in enumerate(samples):
         for part in {sample.get("group"), sample.get("kind")} - {None}:
             groups.setdefault(f"{part}/", []).append(number)
     found = {}
-    if samples and all("human" in sample for sample in samples):
-        found["SRCC human"] = agreement(predicted, [sample["human"] for sample in samples])["SRCC"]
+    for other in ("human", "metrics"):
+        if samples and all(other in sample for sample in samples):
+            found[f"SRCC {other}"] = agreement(predicted, [sample[other] for sample in samples])["SRCC"]
     for name, numbers in sorted(groups.items()):
         said, part = [predicted[number] for number in numbers], [samples[number] for number in numbers]
         given = [float(sample["score"]) for sample in part]

@@ -11,7 +11,16 @@ import pytest
 from mmoe.errors import BadInput, BadOverride
 from train.data import build
 from train.data.base import data_sets
-from train.data.distorted_photos import CONTENT, View, _kept, cells_of, on_scale, opinions, severity, standings
+from train.data.distorted_photos import (
+    CONTENT,
+    View,
+    _kept,
+    cells_of,
+    on_scale,
+    opinions,
+    severity,
+    standings,
+)
 from train.data.distortions import GROUPS
 from train.data.photos import SCENES, open_photo, photos
 from train.sections import DataSection
@@ -173,6 +182,9 @@ def test_scales_bend_the_labels_of_a_third_each():
         assert sets.setdefault(sample["photo"], sample["set"]) == sample["set"]
         assert sample["score"] == on_scale(right, sample["set"])
     assert set(sets.values()) == set("ABC")
+    held, right = load("eval", scales=True), load("eval")
+    assert held.read(5)["set"] in "ABC"
+    assert [held.read(i)["score"] for i in range(9)] == [right.read(i)["score"] for i in range(9)]
     assert [on_scale(0, scale) for scale in "ABC"] == [0, 0, pytest.approx(0.2)]
     assert [on_scale(1, scale) for scale in "ABC"] == [1, 1, pytest.approx(0.9)]
 

@@ -203,9 +203,10 @@ def test_quality_of_groups_and_of_levels():
     assert (found["blur/monotone"], found["noise/monotone"]) == (1.0, 0.0)
     assert (found["blur_1/SRCC"], found["noise_1/monotone"]) == (1.0, 0.0), "kinds are told as groups are"
     assert "pristine/SRCC" not in found, "all its scores are the same"
-    people = [{**sample, "human": 1 - sample["score"]} for sample in samples]
-    again = tasks.build("quality").measure(Rates(0.9, 0.5, 0.2, 0.2, 0.5, 0.9, 1.0), Listed(people))
-    assert again.pop("SRCC human") == -found["SRCC"] and again == found
+    others = [{**sample, "human": 1 - sample["score"], "metrics": sample["score"] ** 2} for sample in samples]
+    again = tasks.build("quality").measure(Rates(0.9, 0.5, 0.2, 0.2, 0.5, 0.9, 1.0), Listed(others))
+    assert again.pop("SRCC human") == -found["SRCC"] and again.pop("SRCC metrics") == found["SRCC"]
+    assert again == found
 
 
 def test_metrics_of_parts_are_shown_as_a_table():

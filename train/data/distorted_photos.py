@@ -224,7 +224,8 @@ class DistortedPhotos(DataSet):
         size: side of the pictures in pixels.
         packaged: only the pictures inside scikit-image and scikit-learn.
         content: adds to the labels how well the picture stands the distortion.
-        scales: gives each third of the photographs to people with another scale ("set" of a sample: A, B or C).
+        scales: gives each third of the photographs to people with another scale ("set" of a sample: A, B or C), who
+            bend the labels that are trained on; those of "eval" stay as they are.
         without: a group of kinds that is not trained on, and alone evaluated on.
         quarters: trains on the four quarters of each photograph at twice the resolution too, with its labels: five
             times as many pictures, and as much on the disk.
@@ -259,7 +260,7 @@ class DistortedPhotos(DataSet):
             check_bool(option, value)
         if without is not None:
             check_choice("without", without, GROUPS)
-        self.size, self.content, self.scales, self.rotate = size, content, scales, rotate
+        self.split, self.size, self.content, self.scales, self.rotate = split, size, content, scales, rotate
         own = [photo for photo in photos(packaged) if (places()[photo.id] % FOLDS == fold) == (split == "eval")]
         views = [View(photo, quarter) for photo in own for quarter in range(5 if quarters and split == "train" else 1)]
         make(views, size)
@@ -296,6 +297,7 @@ class DistortedPhotos(DataSet):
         about["score"] = self.score(photo, kind, level)
         if self.scales:
             about["set"] = "ABC"[places()[photo.id] // FOLDS % 3]
+        if self.scales and self.split == "train":
             about["score"] = on_scale(about["score"], about["set"])
         return {"image": Image.fromarray(np.array(pictures[row])), **about}
 

