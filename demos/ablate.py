@@ -154,7 +154,7 @@ class _AblatePanel:
         """Layers of a model and the number of experts in each, as rows for the switches; expert 0 is ticked."""
         if shown == model:
             return gr.skip(), gr.skip()
-        with self.shell.store.use(model, note) as loaded:
+        with self.family.use(model, note) as loaded:
             sizes = record.experts_of(loaded.model, model)
             names = record.layer_names(list(sizes), self.family.views(loaded.model))
         rows = [{"layer": layer, "name": names[layer], "experts": size} for layer, size in sizes.items()]
@@ -175,7 +175,7 @@ class _AblatePanel:
         import mmoe
 
         inputs = self.family.read(*values)
-        with self.shell.store.use(model, note) as loaded:
+        with self.family.use(model, note) as loaded:
             sizes = record.experts_of(loaded.model, model)
             names = record.layer_names(list(sizes), self.family.views(loaded.model))
             off = matching(read_switches(switched_off), sizes, names)

@@ -220,7 +220,7 @@ class Page(Family):
     def compare(self, note: Note, model: str, image: str, labels: str) -> tuple[dict[str, float], str]:
         """Probabilities of labels for a picture (labels one per line or separated by commas)."""
         inputs = self.read(image, labels)
-        with self.store.use(model, note) as loaded:
+        with self.use(model, note) as loaded:
             note("Comparing", 0.8)
             start = time.perf_counter()
             found = self.predict(loaded.model, inputs)
@@ -311,7 +311,7 @@ class Page(Family):
             raise BadInput("there is nothing to search for", "the box is empty", QUERY)
         read_texts(text.replace(",", " "), "text")  # its length
         check_style(style)
-        with self.store.use(model, note) as loaded:
+        with self.use(model, note) as loaded:
             found = nearest_emoji(loaded, text, style, note)
             cut = told_cut(loaded.model, [text])
         concepts = [emoji_set().concepts[index] for index, _ in found]

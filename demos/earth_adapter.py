@@ -164,7 +164,7 @@ class Page(Family):
             """
             shown = read_opacity(opacity)
             (picture,) = self.read(image)
-            with self.store.use(model, note) as loaded:
+            with self.use(model, note) as loaded:
                 note("Segmenting", 0.6)
                 result = loaded.model.predict(picture)
             kept = drawing(result, picture)
@@ -238,7 +238,7 @@ class Page(Family):
         from mmoe.frequency_maps import frequency_maps
 
         inputs = self.read(image)
-        with self.store.use(model, note) as loaded:
+        with self.use(model, note) as loaded:
             note("Running with the adapters watched", 0.6)
             try:
                 found = frequency_maps(loaded.model, self.observe, loaded.model, inputs)

@@ -22,6 +22,7 @@ import inspect
 import logging
 from abc import ABCMeta
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -32,7 +33,7 @@ import gradio as gr
 from gradio.component_meta import ComponentMeta
 
 from demos import look
-from demos.store import ModelStore, Note, quiet
+from demos.store import Loaded, ModelStore, Note, quiet
 from mmoe.errors import BadInput, MmoeError
 from zoo.assets import asset
 from zoo.card import Card
@@ -311,6 +312,17 @@ class Family:
         filled = {"image": str(asset("examples/fox.png")), "text": "a fox\na cat\na pizza"}
         self.defaults: tuple[Any, ...] = tuple(filled[name] for name in self.parameters)
 
+    def use(self, model: str, note: Note) -> AbstractContextManager[Loaded]:
+        """A model of the family for one job; see `ModelStore.use`.
+
+        Raises:
+            BadInput: it is of another family.
+        """
+        own = [card.name for card in self.cards]
+        if model and model not in own:
+            raise BadInput(f"run {look.quoted(model)} on this page", f"it shows {', '.join(own)}", own[0])
+        return self.store.use(model, note)
+
     def draw(self, shell: Shell) -> list[gr.components.Component]:
         """Draws the Try tab: an input per modality, a button, probabilities."""
         with gr.Row():
@@ -330,7 +342,7 @@ class Family:
     def run(self, note: Note, model: str, *values: Any) -> dict[str, float]:
         """Runs a model on plain inputs: numbers by name."""
         inputs = self.read(*values)
-        with self.store.use(model, note) as loaded:
+        with self.use(model, note) as loaded:
             return self.predict(loaded.model, inputs)
 
     def _input(self, name: str) -> gr.components.Component:

@@ -253,7 +253,7 @@ class Page(Family):
         picture, scene, kind, level = self.read(*values)
         key = (model, *values[:3])
         if state is None or state["key"] != key:
-            with self.store.use(model, note) as loaded:
+            with self.use(model, note) as loaded:
                 note("Distorting and scoring", 0.7)
                 state = {"key": key, **score_levels(cast("Gamma", loaded.model), picture, scene, kind)}
         figure = curve(state["scores"], kind, level)

@@ -99,7 +99,7 @@ class _RoutingPanel:
     def run(self, note: Note, depth: int, model: str, *values: Any) -> tuple[Any, ...]:
         """Runs a model and shows where each patch and token went, with load and entropy of every layer."""
         inputs = self.family.read(*values)
-        with self.shell.store.use(model, note) as loaded:
+        with self.family.use(model, note) as loaded:
             note("Running with the routers recorded", 0.6)
             _, found = record.record_routing(
                 loaded.model,

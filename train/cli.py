@@ -342,6 +342,10 @@ def _tables(metrics: Mapping[str, float]) -> Iterator[str]:
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a run or of a model, or a name.")],
     on: Annotated[str | None, typer.Option(help="Data set, as NAME or NAME:PATH; that of the run by default.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the data set; may be repeated. mmoe recipe data"),
+    ] = None,
     task: Annotated[str | None, typer.Option(help="What is measured; the data set's own by default.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many samples.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the results here, as JSON.")] = None,
@@ -356,10 +360,13 @@ def evaluate(
     mmoe eval clip_moe_tiny --on emoji
     mmoe eval runs/clip_moe_router
     mmoe eval runs/mine/model --on pairs:photos --limit 100 --out results.json
+    mmoe eval gamma_tiny --on distorted_photos --option fold=1
     """
     from train.score import measure
+    from zoo.cli import parse_settings
 
-    results: dict[str, Any] = measure(model, on, task, limit, out=out, to_card=to_card, progress=True)
+    options = parse_settings(option or [], "--option", "--option fold=1")
+    results: dict[str, Any] = measure(model, on, task, limit, options=options, out=out, to_card=to_card, progress=True)
     if results["trained_on"]:
         told = f"{results['trained_on']} of these {results['samples']} samples"
         print(f"note: the run was trained on {told}", file=sys.stderr)

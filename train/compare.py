@@ -69,14 +69,14 @@ def _recipe(folder: Path) -> Recipe:
 
 def _check_same(folders: Sequence[str | Path], recipes: Sequence[Recipe]) -> list[int]:
     """Seeds of runs that differ in nothing else but the fold of their data."""
-    seeds = [recipe.stages[0].run.seed for recipe in recipes]
-    if len(set(seeds)) < len(seeds):
-        raise BadInput("compare runs", f"their seeds are {', '.join(map(str, seeds))}", "runs with different seeds")
     for folder, recipe in zip(folders[1:], recipes[1:], strict=True):
         free = "run.seed", *(f"data.options.{name}" for name in _folds(recipe))
         others = [told for told in differences(recipes[0], recipe) if not told.partition(":")[0].endswith(free)]
         if others:
             raise BadInput(f"compare '{folder}' with '{folders[0]}'", "\n".join(others), "runs of one recipe")
+    seeds = [recipe.stages[0].run.seed for recipe in recipes]
+    if len(set(seeds)) < len(seeds):
+        raise BadInput("compare runs", f"their seeds are {', '.join(map(str, seeds))}", "runs with different seeds")
     return seeds
 
 

@@ -79,6 +79,7 @@ class EmojiRetrieval(Task):
     """
 
     fields = ("image", "text")
+    of_model = "retrieval"
 
     def measure(self, model: Any, data: Any) -> dict[str, float]:
         """All recalls."""

@@ -33,11 +33,25 @@ class Task(ABC):
 
     Attributes:
         fields: that a sample of the data has to have.
+        of_model: the task that a model's card has to name; empty where any model may try.
         progress: shows a bar.
     """
 
     fields: ClassVar[tuple[str, ...]]
+    of_model: ClassVar[str] = ""
     progress: bool = False
+
+    def check(self, model: Any, data: DataSet) -> None:
+        """Makes sure that a model does what is measured; weights are not looked at.
+
+        Raises:
+            Refused: its card says that it does something else. BadInput: it and the data have other classes.
+        """
+        card = getattr(model, "card", None)
+        if self.of_model and card is not None and self.of_model not in card.tasks:
+            asked = f"measure {tasks.name_of(self)} of {card.name}"
+            wrong = f"it does {', '.join(card.tasks)}; data {data_sets.name_of(data)!r} is for other models"
+            raise Refused(asked, wrong, suggested_data(card.tasks))
 
     @abstractmethod
     def measure(self, model: Any, data: DataSet) -> dict[str, float]:
@@ -74,6 +88,17 @@ class Task(ABC):
                 bar.update(last)
         if not found:
             raise BadInput("measure a model", "the data has no samples to evaluate on", "data.held_out=0.1")
+
+
+def suggested_data(of_model: Sequence[str]) -> str:
+    """Data that models of some tasks are measured on, as a suggestion."""
+    found = []
+    for name in data_sets.names():
+        kind: Any = data_sets.get(name)
+        task: Any = tasks.get(kind.task)
+        if task.of_model in of_model:
+            found.append(f"--on {name}{':FOLDER' if kind.needs_path else ''}")
+    return " or ".join(found) or "mmoe recipe data"
 
 
 def check_metric(name: str, task: Task, model: Any, data: DataSet) -> None:
@@ -140,6 +165,7 @@ class Retrieval(Task):
     """
 
     fields = ("image", "text")
+    of_model = "retrieval"
 
     def measure(self, model: Any, data: DataSet) -> dict[str, float]:
         """R@K in both directions, and their mean at 1."""
@@ -200,6 +226,7 @@ class ZeroShot(Task):
     """
 
     fields = ("image", "label")
+    of_model = "zero-shot-classification"
 
     def __init__(self, *, template: str = "a picture of a {}") -> None:
         self.template = template
@@ -271,6 +298,7 @@ class Quality(Task):
     """
 
     fields = ("image", "score")
+    of_model = "quality"
 
     def measure(self, model: Any, data: DataSet) -> dict[str, float]:
         """Correlations, -1 to 1; 0 where all answers are the same."""
@@ -291,6 +319,16 @@ class Segmentation(_Answers):
     """Mean over classes of intersection over union (mIoU), and share of right pixels; 255 counts nothing."""
 
     fields = ("image", "mask")
+    of_model = "segmentation"
+
+    def check(self, model: Any, data: DataSet) -> None:
+        """The classes of the data are those of the model, where both have names."""
+        super().check(model, data)
+        own, given = (list(getattr(one, "classes", None) or ()) for one in (getattr(model, "config", None), data))
+        if own and given and own != given:
+            wrong = f"the model knows {', '.join(own)}; the data has {', '.join(given)}"
+            fix = "data with the model's classes (--option, data.options), or model.overrides.classes=[...]"
+            raise BadInput("compare masks of other classes", wrong, fix)
 
     def answers(self, model: Any, sample: Sample) -> list[tuple[Any, Any]]:
         """The mask that the model draws, and the right one."""

@@ -33,5 +33,7 @@ def write_model(run: StageRun, folder: Path) -> None:
             base = run.stage.start or run.stage.model.name
             tune.save_adapters(model, folder, str(base), merge=run.stage.tune.merge)
         else:
-            model.save(folder)
+            stage = run.stage
+            told = {"verb": "train", "source": stage.model.name, "stage": stage.name, "data": stage.data.name}
+            model.save(folder, made_by={**told, "steps": run.state.step, "seed": stage.run.seed})
     run.accelerator.wait_for_everyone()

@@ -57,9 +57,10 @@ def check(recipe: Recipe) -> Iterator[str]:
             yield f"{name}{split} data {stage.data.name}: {len(samples):,} samples; {shown}"
             yield from (f"{name}{split} data cannot read {one}: {why}" for one, why in samples.broken.items())
         yield from (f"{name}data {note}" for note in data["train"].notes)
-        _check_steps(stage, data["train"], model, recipe.scale.processes or 1)
         task = tasks.build(stage.data.task or data["eval"].task)
         check_fields(task, data["eval"], "data.task")
+        task.check(model, data["eval"])
+        _check_steps(stage, data["train"], model, recipe.scale.processes or 1)
         _check_best(stage, task)
         yield f"{name}task {tasks.name_of(task)}" if len(data["eval"]) else f"{name}nothing is measured"
         earlier[stage.name] = stage

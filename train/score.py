@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -13,11 +14,11 @@ import torch
 
 import zoo
 from mmoe.atomic import atomic_path
-from mmoe.errors import BadInput, MmoeError, UnknownName
+from mmoe.errors import BadInput, BadOverride, MmoeError, UnknownName
 from mmoe.moe import moe_layers
 from mmoe.trace import trace
 from train.data import DataSet, build
-from train.evaluate import Task, check_fields, tasks
+from train.evaluate import Task, check_fields, suggested_data, tasks
 from train.recipe import RECIPE, Recipe
 from train.sections import DataSection
 from train.stages import RESULTS, Models, provenance
@@ -35,6 +36,7 @@ def measure(
     task: str | None = None,
     limit: int | None = None,
     *,
+    options: Mapping[str, Any] | None = None,
     out: Path | None = None,
     to_card: bool = False,
     progress: bool = False,
@@ -46,6 +48,7 @@ def measure(
         on: data set, as "NAME" or "NAME:PATH"; that of the run when None.
         task: what is measured; the data set's own when None.
         limit: so many samples.
+        options: of the data set; those of the run with these changed when `on` is None.
         out: JSON file for the results.
         to_card: adds them, and how the experts are used, to the card in the model's folder.
         progress: shows a bar.
@@ -60,16 +63,18 @@ def measure(
         raise BadInput(asked, wrong, "train.measure('clip_moe_tiny', on='emoji')")
     name = model if isinstance(model, str) else model.card.name if model.card is not None else type(model).__name__
     recipe = _recipe_of(Path(model)) if isinstance(model, str) else None
-    section = _data(on, recipe, limit)
     measured, folder = find_model(model, recipe) if isinstance(model, str) else (model.eval(), None)
+    section = _data(on, recipe, limit, dict(options or {}), measured)
     if to_card and (folder is None or measured.card is None):
         raise BadInput("write into a card", "the model has no folder of its own with a card", "--out results.json")
     chosen, data = _built(section, task)
+    chosen.check(measured, data)
     chosen.progress = progress
     with torch.no_grad():
         metrics = chosen.measure(measured, data)
-    options = {"--on": on, "--task": task, "--limit": limit}
-    told = [word for key, value in options.items() if value is not None for word in (key, str(value))]
+    given = [("--on", on), *(("--option", f"{key}={json.dumps(value)}") for key, value in (options or {}).items())]
+    given += [("--task", task), ("--limit", limit)]
+    told = [word for key, value in given if value is not None for word in (key, str(value))]
     command = shlex.join(["mmoe", "eval", name, *told])
     results = {
         "model": name,
@@ -99,6 +104,8 @@ def _built(section: DataSection, task: str | None) -> tuple[Task, DataSet]:
     """
     try:
         data = build(section, "eval", seed=0)
+    except BadOverride as error:
+        raise BadOverride(error.asked, error.wrong, "--option KEY=VALUE; mmoe recipe data") from error
     except MmoeError as error:
         raise type(error)(error.asked, error.wrong, "--on NAME, or --on NAME:PATH; mmoe recipe data") from error
     try:
@@ -147,13 +154,18 @@ def _trained_on(data: DataSet, section: DataSection, recipe: Recipe | None) -> i
     return sum(data.name(index) in seen for index in range(len(data)))
 
 
-def _data(on: str | None, recipe: Recipe | None, limit: int | None) -> DataSection:
+def _data(
+    on: str | None, recipe: Recipe | None, limit: int | None, options: dict[str, Any], model: Model
+) -> DataSection:
     if on is None:
         if recipe is None:
-            raise BadInput("measure a model", "it is not told on which data", "--on emoji, or --on pairs:FOLDER")
-        return recipe.stages[-1].data.model_copy(update={"limit": limit or recipe.stages[-1].data.limit})
+            fix = suggested_data(model.card.tasks) if model.card is not None else "--on emoji, or --on pairs:FOLDER"
+            raise BadInput("measure a model", "it is not told on which data", fix)
+        own = recipe.stages[-1].data
+        return own.model_copy(update={"limit": limit or own.limit, "options": own.options | options})
     name, _, path = on.partition(":")
-    return DataSection(name=name, path=Path(path) if path else None, limit=limit, held_out=1.0 if path else 0.1)
+    held_out = 1.0 if path else 0.1
+    return DataSection(name=name, path=Path(path) if path else None, limit=limit, held_out=held_out, options=options)
 
 
 def _expert_use(model: Model, task: Task, section: DataSection) -> list[dict[str, Any]]:

@@ -85,6 +85,10 @@ def load(
     origin = _find(str(name))
     swapped = {key: spec for key, spec in (("router", router), ("experts", experts)) if spec is not None}
     config_class, values = origin.model_class.config_class, {**origin.config, **overrides, **swapped}
+    for key, spec in swapped.items():
+        if not hasattr(config_class, key):
+            wrong = f"the {key}s of {origin.model_class.family} are part of its method; it has no option {key!r}"
+            raise BadOverride(f"{key}={spec!r} for {origin.label}", wrong, "zoo.load('clip_moe_tiny', router='topk')")
     if hasattr(config_class, "top_k"):
         values = _with_one_top_k(values, overrides, swapped)
     config: Any = make_config(config_class, values, origin.label)

@@ -212,7 +212,7 @@ class Model(nn.Module):
         values = config_values(self.config if config is None else config)
         return {"config": values, "params": {"total": params.total, "active": params.active}, "moe": moe}
 
-    def _card_to_save(self, config: Any) -> Card | None:
+    def _card_to_save(self, config: Any, made_by: Mapping[str, Any] | None) -> Card | None:
         """A card for a folder: its structure and where it comes from, without numbers measured on other weights."""
         card, report = self.card, self.load_report
         if card is None:
@@ -221,16 +221,17 @@ class Model(nn.Module):
         changed = {f.name: getattr(config, f.name) for f in fields(given)}
         changed = {key: value for key, value in changed.items() if value != getattr(given, key)}
         measured = card.weights or card.metrics or card.routing
-        if report is not None and not (report.random or changed or measured):
+        if report is not None and made_by is None and not (report.random or changed or measured):
             return card  # a folder's own, saved again
         weights = "random, or trained since they were loaded" if report is None else f"loaded from {report.source}"
         if report is not None and report.random:
             weights += f", {report.random} tensors random"
-        lineage = {"verb": "save", "source": card.name, "weights": weights, **changed}
+        verb = {"verb": "save", "source": card.name, "weights": weights} if made_by is None else made_by
+        lineage = {**verb, **changed}
         return replace(
             card,
             **self.facts(config),
-            summary=f"Saved from {card.name}.",
+            summary=f"{'Saved' if made_by is None else 'Trained'} from {card.name}.",
             licence=card.whole_licence,
             weights={},
             metrics=(),
@@ -239,7 +240,14 @@ class Model(nn.Module):
             lineage={**lineage, "before": card.lineage} if card.lineage else lineage,
         )
 
-    def save(self, folder: str | Path, *, dtype: str | torch.dtype | None = None, card: Card | None = None) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        card: Card | None = None,
+        made_by: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Writes a folder that `zoo.load(folder)` reads alone: config, weights, preprocessing and card.
 
         The card tells the structure and where the model comes from. Numbers stay behind, since nobody measured them on
@@ -250,6 +258,7 @@ class Model(nn.Module):
                 a full disk leaves the old model.
             dtype: type of the saved parameters, as for `zoo.load`; as they are when None.
             card: written as it is, in place of one made from the model's own.
+            made_by: what made the weights, for the card's lineage: a verb, and with what.
 
         Returns:
             The folder.
@@ -263,7 +272,7 @@ class Model(nn.Module):
         folder, whole = Path(folder).expanduser(), self._saved_state(None if dtype is None else pick_dtype(dtype))
         state, saved = without_base(self, whole)
         config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(saved)}
-        card = card or self._card_to_save(saved)
+        card = card or self._card_to_save(saved, made_by)
         data = {} if card is None else {"card.json": card.as_dict()}
         data |= {"preprocess.json": self.preprocessing, "config.json": config}  # a folder is a model once it has this
         with atomic_paths(folder / WEIGHTS, *(folder / name for name in data)) as (weights, *texts):

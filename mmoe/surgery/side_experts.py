@@ -71,7 +71,7 @@ def add_side_experts(
         >>> dense = nn.Sequential(Block(), Block())
         >>> model, report = add_side_experts(dense, num_experts=3, layers=1)
         >>> print(report)
-        1 blocks given side experts, 560 -> 1,428 parameters (1,428 active)
+        1 block given side experts, 560 -> 1,428 parameters (1,428 active)
           1.ffn  3 experts, copies of the model's own, 280 -> 1,148
         >>> x = torch.randn(3, 8)
         >>> torch.equal(model(x), dense(x))

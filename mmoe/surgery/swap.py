@@ -66,8 +66,9 @@ class SwapReport:
         return asdict(self)
 
     def __str__(self) -> str:
+        count = f"{len(self.sites)} block{'s' if len(self.sites) != 1 else ''}"
         lines = [
-            f"{len(self.sites)} blocks {self.verb}, {self.params_before:,} -> {self.params_after:,} parameters "
+            f"{count} {self.verb}, {self.params_before:,} -> {self.params_after:,} parameters "
             f"({self.active_after:,} active)"
         ]
         width = max(map(len, [*self.sites, *self.refused]), default=0)

@@ -82,7 +82,7 @@ def upcycle(
         >>> dense = nn.Sequential(Block(), Block())
         >>> sparse, report = upcycle(dense, num_experts=4, layers=1)
         >>> print(report)
-        1 blocks upcycled, 560 -> 1,432 parameters (872 active)
+        1 block upcycled, 560 -> 1,432 parameters (872 active)
           1.ffn  4 experts, copies of the model's own, 280 -> 1,152
         >>> x = torch.randn(3, 8)
         >>> torch.allclose(sparse(x), dense(x), atol=1e-6)

@@ -106,6 +106,8 @@ class Visit:
         self.page.on("console", lambda line: self.faults.append(line.text) if line.type == "error" else None)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", lambda asked: self._note(asked.url, url))
+        self.refused: list[Any] = []
+        self.page.on("response", lambda answer: self.refused.append(answer) if answer.status >= 400 else None)
         self.page.goto(url)
         self.page.wait_for_selector(ready)
 
@@ -143,8 +145,9 @@ class Visit:
         return {one[1].strip(): int(one[2]) for one in found if one}
 
     def close(self) -> None:
+        told = [f"{one.status} {one.request.post_data} {one.text()}" for one in self.refused]
         self.context.close()
-        assert self.faults == [] and self.outside == []
+        assert told == [] and self.faults == [] and self.outside == []
 
 
 @pytest.fixture

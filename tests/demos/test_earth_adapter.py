@@ -206,6 +206,13 @@ def test_mistakes_become_cards(client: Client, tile: Path, tmp_path: Path) -> No
     )
 
 
+def test_models_of_other_families_are_told(client: Client, tile: Path) -> None:
+    for before, endpoint, behind in (((), "predict", (0.5,)), (("{}",), "ablate", ())):
+        given = *before, "clip_moe_tiny", handle_file(tile), *behind
+        told = client.predict(*given, api_name=f"/earth_adapter_{endpoint}")[0]
+        assert "clip_moe_tiny" in told and "it shows earth_adapter_dinov2_l, earth_adapter_tiny" in told
+
+
 def test_other_kinds_of_pictures(client: Client, page: earth_adapter.Page, tmp_path: Path) -> None:
     deep = tmp_path / "deep.png"
     Image.fromarray(np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)).save(deep)

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+import train
 from mmoe.errors import BadInput, BadOverride
 from train.data import build
 from train.data.base import data_sets
@@ -24,6 +25,8 @@ from train.data.distorted_photos import (
 from train.data.distortions import GROUPS
 from train.data.photos import SCENES, open_photo, photos
 from train.sections import DataSection
+from zoo.gamma.config import GammaConfig
+from zoo.gamma.model import Gamma
 from zoo.packages import find_local, home
 
 SIZE = 32
@@ -213,3 +216,15 @@ def test_what_is_missing_is_told_with_the_command_that_fetches_it(monkeypatch):
         load("eval")
     assert len(data_sets.get("distorted_photos").files({})) == len(photos())
     assert len(data_sets.get("distorted_photos").files({"packaged": True})) == 18
+
+
+def test_options_of_an_evaluation():
+    sizes = {"image_size": 16, "patch_size": 8, "vision_width": 64, "text_width": 64, "vocab_size": 600}
+    model = Gamma(GammaConfig(**sizes, vision_layers=1, text_layers=1, first_layer=0, prompts="naive", crops="centre"))
+    options = {"packaged": True, "size": SIZE, "without": "noise"}
+    found = train.measure(model, on="distorted_photos", options=options, limit=60)
+    assert {name.partition("/")[0] for name in found["metrics"] if "/" in name} & set(GROUPS) == {"noise"}
+    command = (
+        "mmoe eval Gamma --on distorted_photos --option packaged=true --option size=32 --option 'without=\"noise\"'"
+    )
+    assert found["provenance"]["command"] == f"{command} --limit 60"

@@ -221,6 +221,15 @@ def test_metrics_of_parts_are_shown_as_a_table():
     assert list(_tables({"R@1": 1.0})) == ["R@1  1.0000"]
 
 
+def test_masks_of_other_classes_are_not_compared():
+    model = SimpleNamespace(card=None, config=SimpleNamespace(classes=("sea", "land")))
+    task = tasks.build("segmentation")
+    task.check(model, Listed([], classes=["sea", "land"]))
+    task.check(model, Listed([]))
+    with pytest.raises(BadInput, match="the model knows sea, land; the data has sea, ice"):
+        task.check(model, Listed([], classes=["sea", "ice"]))
+
+
 def test_models_that_ask_for_a_scene_are_told():
     class OfScenes:
         def predict(self, images, scene):

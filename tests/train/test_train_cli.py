@@ -374,6 +374,14 @@ def test_a_wrong_recipe_starts_nothing(change, capsys, folder, monkeypatch):
     ("words", "told"),
     {
         ("eval", "clip_moe_tiny"): "it is not told on which data",
+        ("eval", "earth_adapter_tiny"): "try: --on blue_marble or --on segmentation:FOLDER",
+        (
+            "eval",
+            "earth_adapter_tiny",
+            "--on",
+            "emoji",
+        ): "measure emoji_retrieval of earth_adapter_tiny\n  it does",
+        ("train", "tiny.yaml", "model.name=earth_adapter_tiny", "model.overrides={}"): "it does segmentation; data",
         ("eval", "runs/nowhere"): "there is no such folder",
         ("eval", "clip_moe_tiny", "--on", "emoji", "--task", "zero_shot"): "try: --task emoji_retrieval",
         ("train", "runs/nowhere", "--resume"): "there is no such folder",
@@ -382,6 +390,8 @@ def test_a_wrong_recipe_starts_nothing(change, capsys, folder, monkeypatch):
         ("recipe", "options", "optm"): "did you mean: optim",
         ("eval", "clip_moe_tny", "--on", "emoji"): "no model named",
         ("eval", "clip_moe_tiny", "--on", "emojy"): "did you mean: emoji",
+        ("eval", "clip_moe_tiny", "--on", "distorted_photos", "--option", "folds=1"): "did you mean: fold",
+        ("eval", "clip_moe_tiny", "--on", "emoji", "--option", "part"): "cannot read --option 'part'",
         ("eval", "clip_moe_tiny", "--on", "pairs:none"): "there is no such file or folder",
         ("eval", "clip_moe_tiny", "--on", "pairs:photos", "--card"): "no folder of its own",
         ("train", "tiny.yaml", "--stage", "one"): "it has no stages",

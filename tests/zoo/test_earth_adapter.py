@@ -207,6 +207,33 @@ def test_windows_of_a_narrow_picture_are_run_together(model: EarthAdapter, monke
     assert sizes == [4, 3]
 
 
+@pytest.mark.parametrize(
+    ("batch", "wrong"),
+    [
+        ({"image": torch.zeros(3, 32, 32)}, "pictures of the shape (3, 32, 32) are not (B, 3, H, W)"),
+        ({"mask": torch.zeros(2, 16, 16).long()}, "masks of the shape (2, 16, 16) are not those of pictures"),
+        ({"label": torch.zeros(2).long()}, "the head 'light' has no use for a label"),
+        (
+            {"mask": torch.zeros(2, 32, 32).long(), "target": torch.zeros(2, 3, 32, 32)},
+            "a target needs masks, and a model with adaptation_begin",
+        ),
+    ],
+)
+def test_batches_that_do_not_fit(model: EarthAdapter, batch: dict[str, Tensor], wrong: str) -> None:
+    with pytest.raises(BadInput) as error:
+        model(**{"image": torch.zeros(2, 3, 32, 32)} | batch)
+    assert wrong in str(error.value)
+    assert model._adaptation is None
+
+
+def test_labels_of_pictures_fit_the_head() -> None:
+    model = build(head="classes", adapters="none")
+    for label, wrong in ((torch.zeros(3).long(), "not one for each of 2"), (None, "has no use for a mask")):
+        given = {"mask": torch.zeros(2, 32, 32).long()} if label is None else {"label": label}
+        with pytest.raises(BadInput, match=wrong):
+            model(torch.zeros(2, 3, 32, 32), **given)
+
+
 def test_texts_are_refused(model: EarthAdapter) -> None:
     with pytest.raises(BadInput, match="segment by texts\n  earth_adapter knows its classes alone"):
         model.predict(picture(), ["water"])
@@ -280,6 +307,13 @@ def test_numbers_of_a_result() -> None:
     assert np.asarray(found).tolist() == found.mask.tolist()
     told = json.loads(json.dumps(found.as_dict()))
     assert (told["height"], told["width"], told["confidence"]) == (2, 3, 1.0)
+
+
+def test_wrong_uses_of_a_result() -> None:
+    with pytest.raises(BadInput, match=r"try: save\('mask.png'\)"):
+        result().save("")
+    with pytest.raises(BadOverride, match="alpha=3"):
+        result().overlay(picture(), alpha=3)
 
 
 def test_a_saved_mask_has_numbers_and_colours(tmp_path: Path) -> None:

@@ -621,6 +621,27 @@ def test_options_that_cannot_be(options: dict[str, Any], lines: str) -> None:
     assert lines in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("batch", "wrong"),
+    [
+        ({"image": torch.zeros(3, 32, 32)}, "not (3, 32, 32) float32"),
+        ({"image": torch.zeros(2, 1, 32, 32)}, "not (2, 1, 32, 32) float32"),
+        ({"image": torch.zeros(2, 3, 32, 32).byte()}, "not (2, 3, 32, 32) uint8"),
+        ({"scene": torch.zeros(1).long()}, "scene has 1 entries for 2 pictures"),
+        ({"score": torch.zeros(1)}, "score has 1 entries for 2 pictures"),
+    ],
+)
+def test_batches_that_do_not_fit(model: Gamma, batch: dict[str, Tensor], wrong: str) -> None:
+    with pytest.raises(BadInput) as error:
+        model(**{"image": torch.zeros(2, 3, 32, 32)} | batch)
+    assert wrong in str(error.value)
+
+
+def test_a_table_of_a_picture_that_there_is_not(model: Gamma) -> None:
+    with pytest.raises(BadOverride, match="picture=7"):
+        model.predict(picture()).table(picture=7)
+
+
 @pytest.mark.parametrize("scene", [5, -2])
 def test_scenes_that_there_are_not(model: Gamma, scene: int) -> None:
     with pytest.raises(BadInput, match="they have numbers from 0 to 4, and -1 leaves the choice to the model"):

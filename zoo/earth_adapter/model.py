@@ -253,7 +253,11 @@ class EarthAdapter(Model):
             mask: (B, H, W) class numbers; 255 is left out.
             label: (B,) class numbers, for the head "classes".
             target: (B, 3, H, W) pixels without labels, to adapt to.
+
+        Raises:
+            BadInput: their shapes do not fit, or the head has no use for such labels.
         """
+        self._check_labels(image, mask, label, target)
         if target is not None and mask is not None:
             self._adaptation = self._adaptation or self._adapting()
             return self._adaptation.loss({"image": image, "mask": mask}, target)
@@ -269,6 +273,21 @@ class EarthAdapter(Model):
             return EarthOutput(scores=self.head.scores(maps, (image.shape[-2], image.shape[-1])))
         losses = self.head.loss(maps, mask)
         return EarthOutput(loss=torch.stack(list(losses.values())).sum(), losses=losses)
+
+    def _check_labels(self, image: Tensor, mask: Tensor | None, label: Tensor | None, target: Tensor | None) -> None:
+        head, wrong = self.config.head, None
+        if image.ndim != 4 or image.shape[1] != 3:
+            wrong = f"pictures of the shape {tuple(image.shape)} are not (B, 3, H, W)"
+        elif (mask if head == "classes" else label) is not None:
+            wrong = f"the head {head!r} has no use for a {'mask' if head == 'classes' else 'label'}"
+        elif mask is not None and mask.shape != (len(image), *image.shape[2:]):
+            wrong = f"masks of the shape {tuple(mask.shape)} are not those of pictures {tuple(image.shape)}"
+        elif label is not None and label.shape != (len(image),):
+            wrong = f"labels of the shape {tuple(label.shape)} are not one for each of {len(image)} pictures"
+        elif target is not None and (mask is None or self.config.adaptation_begin is None):
+            wrong = "a target needs masks, and a model with adaptation_begin"
+        if wrong is not None:
+            raise BadInput(f"run {self.family} on a batch", wrong, "model(**model.training_batch(samples))")
 
     def _adapting(self) -> Adaptation:
         told = self.config

@@ -16,7 +16,7 @@ from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
 from mmoe.atomic import atomic_path
-from mmoe.errors import BadInput
+from mmoe.errors import BadInput, BadOverride
 from mmoe.options import check_float, check_int
 from zoo.images import read_image
 
@@ -101,7 +101,7 @@ class Segmentation:
         """
         path = Path(path).expanduser()
         if path.suffix.lower() != ".png":
-            fix = f"save('{path.with_suffix('.png').name}')"
+            fix = f"save('{path.stem or 'mask'}.png')"
             raise BadInput(f"cannot write the mask '{path}'", "other formats than PNG change its numbers", fix)
         with atomic_path(path) as temporary:
             self.picture().save(temporary, format="PNG")
@@ -118,11 +118,13 @@ class Segmentation:
             BadInput: the picture has another size.
         """
         check_float("alpha", alpha, low=0, usual=0.5)
+        if alpha > 1:
+            raise BadOverride(f"alpha={alpha}", "it is an opacity, 0 to 1", "alpha=0.5")
         below, size = read_image(image), (self.mask.shape[1], self.mask.shape[0])
         if below.size != size:
             wrong = f"the mask has {size[0]} x {size[1]}"
             raise BadInput(f"lay a mask over {below.width} x {below.height} pixels", wrong, "the picture it belongs to")
-        return Image.blend(below, self.picture().convert("RGB"), min(1.0, alpha))
+        return Image.blend(below, self.picture().convert("RGB"), alpha)
 
     def legend(self) -> Image.Image:
         """Colour, name and share of every class that occurs, the largest first."""

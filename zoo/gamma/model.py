@@ -34,6 +34,7 @@ from torchvision.transforms import functional as pictures
 from mmoe.dispatch import is_sharded
 from mmoe.errors import BadInput, Refused, UnknownName, did_you_mean
 from mmoe.moe import moe_layers
+from mmoe.options import check_int
 from zoo.config import make_config
 from zoo.gamma.config import GammaConfig
 from zoo.gamma.crops import Offsets, cut_picture, enlarge, five_offsets, random_offsets, shrink
@@ -106,6 +107,7 @@ class Assessment:
 
     def table(self, picture: int = 0) -> tuple[list[str], list[list[str]]]:
         """Header and rows that show one picture's score and levels."""
+        check_int("picture", picture, 0, len(self.scores) - 1)
         scene = self.scenes[picture] + (", scaled up" if self.upscaled[picture] else "")
         levels = zip(self.labels, self.probs[picture].tolist(), strict=True)
         return ["", ""], [
@@ -328,7 +330,11 @@ class Gamma(Model):
             scene: (B,) numbers of scenes, `AUTO` where the model chooses; it chooses all when None.
             score: (B,) labels in [0, 1], higher is better; each crop is compared with that of its picture.
             text: (B, N) token ids of captions; with labels, `caption_coef` times the loss of captions is added.
+
+        Raises:
+            BadInput: their shapes do not fit.
         """
+        self._check_batch(image, scene, score, text)
         crops = image if image.ndim == 5 else image[:, None]
         features = self.encode_image(crops.flatten(0, 1)).unflatten(0, crops.shape[:2])  # (B, V, C)
         adapted = self.adapter(features)
@@ -355,6 +361,17 @@ class Gamma(Model):
                 output.losses["captions"] = self._caption_loss(features, text)
                 output.loss = output.loss + self.config.caption_coef * output.losses["captions"]
         return output
+
+    def _check_batch(self, image: Tensor, scene: Tensor | None, score: Tensor | None, text: Tensor | None) -> None:
+        wrong = None
+        if image.ndim not in (4, 5) or image.shape[-3] != 3 or not image.is_floating_point():
+            told = f"{tuple(image.shape)} {str(image.dtype).removeprefix('torch.')}"
+            wrong = f"pictures are numbers (B, 3, S, S) or (B, V, 3, S, S), not {told}"
+        for name, value in (("scene", scene), ("score", score), ("text", text)):
+            if wrong is None and value is not None and len(value) != len(image):
+                wrong = f"{name} has {len(value)} entries for {len(image)} pictures"
+        if wrong is not None:
+            raise BadInput(f"run {self.family} on a batch", wrong, "model(**model.preprocess('photo.jpg'))")
 
     def _caption_loss(self, features: Tensor, text: Tensor) -> Tensor:
         """That of the captions (B, N) of pictures with features (B, V, C)."""
