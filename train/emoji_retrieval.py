@@ -13,7 +13,8 @@ from torch import Tensor
 
 from train.augment import as_input, on_background
 from train.data.emoji import EmojiSet, load_emoji
-from train.evaluate import Task, recalls, tasks
+from train.evaluate import Task, tasks
+from train.recall import recalls
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 import train
 from mmoe.errors import BadInput, BadOverride
@@ -17,6 +18,7 @@ from train.data.distorted_photos import (
     View,
     _kept,
     cells_of,
+    metrics,
     on_scale,
     opinions,
     severity,
@@ -129,6 +131,21 @@ def test_labels_by_people_and_by_content():
         assert whole.read(index)["score"] == pytest.approx(min(1, max(0, sample["score"] + moved)))
     assert opinions()["gaussian_blur", 5] == pytest.approx((1.303 - 1) / 4)
     assert len(opinions()) == 126
+
+
+def test_what_metrics_alone_say():
+    ranks = metrics()
+    assert set(ranks) == set(standings())
+    assert min(ranks.values()) > 0 and max(ranks.values()) <= 1
+    assert np.mean(list(ranks.values())) == pytest.approx(0.5, abs=1e-3), "mean ranks of all"
+    data = load("eval")
+    for index in (0, 5, 40):
+        sample = data.read(index)
+        assert sample["metrics"] == ranks.get((sample["photo"], sample["kind"], sample["level"]), 1.0)
+    for cell in {(kind, level) for _, kind, level in ranks if kind == "lens_blur"}:
+        photos_of = [photo for photo, *one in ranks if tuple(one) == cell]
+        pairs = [(ranks[photo, *cell], standings()[photo, *cell]) for photo in photos_of]
+        assert spearmanr(*zip(*pairs, strict=True)).statistic > 0.8, "the same metrics rank pictures of one cell"
 
 
 def test_content_moves_pictures_against_each_other_only():

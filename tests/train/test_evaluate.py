@@ -13,7 +13,8 @@ import zoo
 from mmoe.errors import BadInput, Refused
 from train.cli import _tables
 from train.data.base import DataSet
-from train.evaluate import features, overlap, recall, tasks
+from train.evaluate import features, overlap, tasks
+from train.recall import recall
 
 
 class Listed(DataSet):

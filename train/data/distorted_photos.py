@@ -111,6 +111,13 @@ def standings() -> dict[tuple[str, str, int], float]:
 
 
 @cache
+def metrics() -> dict[tuple[str, str, int], float]:
+    """Mean rank of each distorted picture by five metrics, as a share of all, 1 the best; no person had a say."""
+    rows = _table("metrics.csv")
+    return {(row["photo"], row["kind"], level): float(row[f"level_{level}"]) for row in rows for level in range(1, 6)}
+
+
+@cache
 def severity(kind: str, level: int) -> int:
     """Place of a level among those of its kind, 1 the mildest: the level, or by opinion where levels have two sides.
 
@@ -285,14 +292,15 @@ class DistortedPhotos(DataSet):
     def read(self, index: int) -> Sample:
         """A picture with what is known about it.
 
-        "score" is what is trained on, "human" its part that people gave; "severity" is the place of the level among
-        those of its kind, and "text" says both in words.
+        "score" is what is trained on, "human" its part that people gave, "metrics" what metrics alone say;
+        "severity" is the place of the level among those of its kind, and "text" says both in words.
         """
         view, (kind, level, row) = self.samples_of[index]
         photo, pictures = view.photo, _opened(self.kept[view])
         about = {"scene": photo.scene, "photo": photo.id, "kind": kind, "level": level}
         about["group"] = KINDS[kind].group if level else PRISTINE
         about |= {"severity": severity(kind, level) if level else 0, "human": opinions()[kind, level]}
+        about["metrics"] = metrics()[photo.id, kind, level] if level else 1.0
         about["text"] = caption(kind, about["severity"])
         about["score"] = self.score(photo, kind, level)
         if self.scales:
