@@ -29,6 +29,35 @@ NO_EXPERTS = (
 )
 MAX_UPLOAD = "20mb"
 CLEAN_EVERY, KEEP = 600, 3600  # seconds
+# Gradio's page cancels a run by the number that the server gave it. Where the inputs change before that number has
+# come, it would ask to cancel the number null, which the server refuses, and the result would be shown though its
+# inputs are gone. So a cancel waits for the number, and the page is told another one, for which no result comes.
+DROP_EARLY = """() => {
+  const send = window.fetch, unnumbered = new Map();
+
+  async function join(address, options) {
+    const run = JSON.parse(options.body).fn_index, call = {dropped: false}, answering = send(address, options);
+    call.number = answering.then(answer => answer.clone().json()).then(told => told.event_id).catch(() => null);
+    unnumbered.set(run, call);
+    const number = await call.number;
+    if (unnumbered.get(run) === call) unnumbered.delete(run);
+    return call.dropped && number ? Response.json({event_id: `dropped-${number}`}) : answering;
+  }
+
+  async function cancel(address, options) {
+    const asked = JSON.parse(options.body), call = unnumbered.get(asked.fn_index);
+    if (asked.event_id !== null) return send(address, options);
+    if (call) call.dropped = true;
+    const number = await call?.number;
+    if (!number) return Response.json({success: true});
+    return send(address, {...options, body: JSON.stringify({...asked, event_id: number})});
+  }
+
+  window.fetch = (address, options) => {
+    const act = {join, cancel, reset: cancel}[String(address).split('?')[0].split('/').pop()];
+    return options?.body && act ? act(address, options) : send(address, options);
+  };
+}"""
 
 
 @dataclass
@@ -110,6 +139,7 @@ def launch_options() -> dict[str, Any]:
     return {
         "theme": look.theme(),
         "css": look.CSS,
+        "js": DROP_EARLY,
         "footer_links": ["api"],
         "run_history": False,
         "show_error": False,

@@ -85,14 +85,6 @@ def browser(chromium: str) -> Iterator[Any]:
         running.close()
 
 
-DROPS = ("/cancel", "/reset")  # what gradio asks for to drop a call
-
-
-def _too_early(answer: Any) -> bool:
-    """Whether a call was to be dropped before the server had numbered it: gradio then asks for the number null."""
-    return answer.url.endswith(DROPS) and '"event_id":null' in answer.request.post_data
-
-
 class Visit:
     """A page with what went wrong in it.
 
@@ -111,18 +103,13 @@ class Visit:
         self.page.set_default_timeout(WAIT)
         self.faults: list[str] = []
         self.outside: list[str] = []
-        self.page.on("console", self._note_line)
+        self.page.on("console", lambda line: self.faults.append(line.text) if line.type == "error" else None)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", lambda asked: self._note(asked.url, url))
         self.refused: list[Any] = []
         self.page.on("response", lambda answer: self.refused.append(answer) if answer.status >= 400 else None)
         self.page.goto(url)
         self.page.wait_for_selector(ready)
-
-    def _note_line(self, line: Any) -> None:
-        """Errors in the console; what the server says to a call that is dropped is looked at in `close`."""
-        if line.type == "error" and not line.location.get("url", "").endswith(DROPS):
-            self.faults.append(line.text)
 
     def _note(self, asked: str, url: str) -> None:
         if not asked.startswith((url, "data:", "blob:")):
@@ -158,7 +145,7 @@ class Visit:
         return {one[1].strip(): int(one[2]) for one in found if one}
 
     def close(self) -> None:
-        told = [f"{one.status} {one.request.post_data} {one.text()}" for one in self.refused if not _too_early(one)]
+        told = [f"{one.status} {one.request.post_data} {one.text()}" for one in self.refused]
         self.context.close()
         assert told == [] and self.faults == [] and self.outside == []
 

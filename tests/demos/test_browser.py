@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gradio_client import Client
 
 import mmoe
 import zoo
@@ -323,13 +324,16 @@ def test_every_way_to_change_an_input_clears_results(server: str, browser: Any, 
     visit.close()
 
 
+# Notes in `window.stale` whether a result with the first labels was ever shown.
+WATCH = """() => new MutationObserver(() => {
+  window.stale ||= document.querySelector('#clip_moe-result').innerText.includes('dog face');
+}).observe(document.querySelector('#clip_moe-result'), {subtree: true, childList: true, characterData: true})"""
+
+
 def test_a_run_that_has_not_ended_is_dropped_with_its_inputs(server: str, browser: Any, shots: Path) -> None:
     visit = Visit(browser, server, 1280, shots)
     page = visit.page
-    seen = """() => new MutationObserver(() => {
-      window.stale ||= document.querySelector('#clip_moe-result').innerText.includes('dog face');
-    }).observe(document.querySelector('#clip_moe-result'), {subtree: true, childList: true, characterData: true})"""
-    page.evaluate(seen)
+    page.evaluate(WATCH)
     page.click("#unload")
     page.locator("#status", has_text="none").wait_for()  # so that the run has to load the model first
     with page.expect_response(lambda answer: "dog face" in (answer.request.post_data or "")):
@@ -343,6 +347,36 @@ def test_a_run_that_has_not_ended_is_dropped_with_its_inputs(server: str, browse
     other = Visit(browser, server, 1280, shots)
     other.page.locator("#status", has_text=MODEL).wait_for()
     other.close()
+    visit.close()
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_run_is_dropped_that_the_server_has_not_numbered(server: str, browser: Any, shots: Path, ended: bool) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    page.evaluate(WATCH)
+    page.click("#unload")
+    page.locator("#status", has_text="none").wait_for()  # so that the run has to load the model first
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        if not held and "dog face" in route.request.post_data:
+            held.extend((route, route.fetch()))
+        else:
+            route.continue_()
+
+    page.route("**/queue/join*", hold)
+    page.click("#clip_moe-run")
+    with page.expect_response(lambda answer: "a zebra" in (answer.request.post_data or "")):
+        page.locator("#clip_moe-labels textarea").fill("a zebra")
+    if ended:
+        Client(server, verbose=False, analytics_enabled=False).predict(MODEL, api_name="/load")  # waits for the run
+    route, numbered = held
+    route.fulfill(response=numbered)
+    page.locator("#clip_moe-run:enabled").wait_for()
+    page.click("#clip_moe-run")
+    assert visit.shares("#clip_moe-result") == {"a zebra": 100}
+    assert not page.evaluate("window.stale")
     visit.close()
 
 
