@@ -372,8 +372,8 @@ def test_a_run_is_dropped_that_the_server_has_not_numbered(server: str, browser:
     if ended:
         Client(server, verbose=False, analytics_enabled=False).predict(MODEL, api_name="/load")  # waits for the run
     route, numbered = held
-    route.fulfill(response=numbered)
-    page.locator("#clip_moe-run:enabled").wait_for()
+    with page.expect_response("**/cancel"):
+        route.fulfill(response=numbered)
     page.click("#clip_moe-run")
     assert visit.shares("#clip_moe-result") == {"a zebra": 100}
     assert not page.evaluate("window.stale")
