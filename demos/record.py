@@ -107,7 +107,7 @@ def experts_of(model: Model, name: str) -> dict[str, int]:
         raise Refused(
             f"{name} has no routing",
             "it is a dense model: no layer has experts",
-            "choose a model with experts, such as clip_moe_tiny",
+            "choose a model with experts in the list of models",
         )
     return sizes
 

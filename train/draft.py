@@ -15,6 +15,7 @@ from train.sections import Stage, section_of
 
 R = TypeVar("R", bound=BaseModel)
 Key = tuple[str | int, ...]
+BUNDLED = Path(__file__).parent / "recipes"
 SIMPLE = "mmoe recipe show clip_moe_router"
 SECTIONS = tuple(name for name in Stage.model_fields if name not in ("name", "start"))
 _COMMAND_LINE = "on the command line"
@@ -135,7 +136,15 @@ class Draft:
             mistakes += self._mistakes(error)
         if not mistakes:
             return recipe
-        raise BadInput(f"cannot use the recipe '{self.path}'", "\n".join(mistakes), f"{SIMPLE}   (one that works)")
+        raise BadInput(
+            f"cannot use the recipe '{self.path}'", "\n".join(mistakes), f"{self._example()}   (one that works)"
+        )
+
+    def _example(self) -> str:
+        """Shows the bundled recipe of the model, where it has one of its name."""
+        model = self.data.get("model")
+        name = str(model.get("name")) if isinstance(model, Mapping) else ""
+        return f"mmoe recipe show {name}" if name in {file.stem for file in BUNDLED.glob("*/*.yaml")} else SIMPLE
 
     def _misplaced(self) -> list[str]:
         """Mistakes outside of the sections."""

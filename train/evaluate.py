@@ -259,7 +259,7 @@ class Quality(Task):
     All are told of all samples, and as "blur/SRCC" of each group, "jpeg/SRCC" of each kind of distortion, where samples
     have them; "SRCC human" is that with the part of pseudo-labels that people gave, "SRCC metrics" that with what
     metrics alone say. Models answer several pictures at once with `scores`; those that ask for scenes are told those of
-    the samples, "auto" where one has none.
+    the samples, "auto" where one has none that the model knows.
     """
 
     fields = ("image", "score")
@@ -271,12 +271,17 @@ class Quality(Task):
 
         said, given = list[float](), list[Sample]()
         for samples in self.batches(data):
-            scenes = [sample.get("scene") or "auto" for sample in samples]
-            asked = {"scene": scenes} if "scene" in inspect.signature(model.predict).parameters else {}
-            told = model.predict([sample["image"] for sample in samples], **asked)
+            told = model.predict([sample["image"] for sample in samples], **self._asked(model, samples))
             said += told.scores
             given += [{name: value for name, value in sample.items() if name != "image"} for sample in samples]
         return agreement_by_group(said, given)
+
+    @staticmethod
+    def _asked(model: Any, samples: Sequence[Sample]) -> dict[str, Any]:
+        if "scene" not in inspect.signature(model.predict).parameters:
+            return {}
+        known, scenes = getattr(model, "scenes", None), [sample.get("scene") for sample in samples]
+        return {"scene": [scene if scene and (known is None or scene in known) else "auto" for scene in scenes]}
 
 
 @tasks.register("segmentation")

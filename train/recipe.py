@@ -24,11 +24,10 @@ from pydantic import Field
 
 from mmoe.atomic import atomic_path
 from mmoe.errors import UnknownName, did_you_mean
-from train.draft import SECTIONS, Draft
+from train.draft import BUNDLED, SECTIONS, Draft
 from train.sections import ScaleSection, Section, Stage
 from zoo.registry import model_folder
 
-BUNDLED = Path(__file__).parent / "recipes"
 RECIPE = "recipe.yaml"  # in the folder of a run
 _FREE = ("data.path", "data.workers", "data.max_broken", "moe.health.*", "log", "scale.processes")
 _FREE += tuple(f"run.{name}" for name in ("best", "keep_last", "log_every", "eval_every", "save_every"))

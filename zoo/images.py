@@ -48,7 +48,11 @@ def read_image(source: Any, background: tuple[int, int, int] = (255, 255, 255)) 
         return _flatten(source, background)
     if str(getattr(source, "dtype", "")) == "torch.bfloat16":  # numpy does not have it
         source = source.float()
-    return _flatten(_from_array(np.asarray(source)), background)
+    array = np.asarray(source)
+    if array.dtype == object or not array.ndim:
+        wrong = "a picture is a path, a PIL image or an array"
+        raise BadInput(f"cannot read a picture from {type(source).__name__}", wrong, "model.predict('photo.png')")
+    return _flatten(_from_array(array), background)
 
 
 def as_seen(source: Any, resize_mode: str = "shortest") -> Image.Image:

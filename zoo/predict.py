@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import inspect
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mmoe.errors import BadInput, BadOverride, Refused, did_you_mean
+from mmoe.errors import BadInput, BadOverride, MmoeError, Refused, did_you_mean
 from zoo.cli import Json, echo_table, find_card, parse_settings, print_json
 from zoo.registry import model_folder
 
@@ -62,10 +65,9 @@ def predict(
     more = parse_settings(given or [], "--with", "--with scene=natural")
 
     from mmoe.trace import trace as record
-    from zoo.loading import load
 
-    chosen: bool | str = weights != "random" and (weights if weights is not None else True)
-    model: Any = load(name, chosen, device=device, dtype=dtype, router=router, **overrides)
+    options = {"device": device, "dtype": dtype, "router": router, **overrides}
+    model: Any = _loaded([name, *inputs], weights, options)
     words = (labels,) if labels else ()
     _check_given(model, more, len(words))
     with record(model) as routing:
@@ -87,6 +89,51 @@ def predict(
     _echo_routing(routing.summary())
     for kind, path in files.items():
         typer.echo(f"{kind}: {path}")
+
+
+def _loaded(given: Sequence[str], weights: str | None, options: Mapping[str, Any]) -> Any:
+    """The model that a command names first; errors suggest the command again, with other options."""
+    from zoo.loading import load
+
+    chosen: bool | str = weights != "random" and (weights if weights is not None else True)
+    try:
+        return load(given[0], chosen, **options)
+    except MmoeError as error:
+        raise type(error)(error.asked, error.wrong, _as_command(error.fix, given)) from error
+
+
+def _as_command(fix: str, given: Sequence[str]) -> str:
+    """A fix that loads a model in Python, or an option of that, as the command that does it; others stay as they are.
+
+    >>> _as_command("zoo.load('gamma_vit_b16', weights=False)", ["gamma_vit_b16", "my photo.jpg"])
+    "mmoe predict gamma_vit_b16 'my photo.jpg' --weights random"
+    >>> _as_command("device='auto'", ["gamma_tiny", "a.jpg"]), _as_command("mmoe list", ["gamma_tiny", "a.jpg"])
+    ('mmoe predict gamma_tiny a.jpg --device auto', 'mmoe list')
+    """
+    options = _options_of(fix, given[0])
+    words = ["mmoe", "predict", *given]
+    for name, value in options.items():
+        own = name in ("weights", "router", "device", "dtype")
+        words += [f"--{name}", value] if own else ["--set", f"{name}={value}"]
+    return shlex.join(words) if options and "allow_missing" not in options else fix
+
+
+def _options_of(fix: str, model: str) -> dict[str, str]:
+    """Options of `zoo.load` for a model in a line of Python, as the command line writes them; none of other lines."""
+    for code in (fix, f"zoo.load(..., {fix})"):
+        with contextlib.suppress(SyntaxError):
+            call = ast.parse(code, mode="eval").body
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "zoo.load" and len(call.args) == 1:
+                own = ast.unparse(call.args[0]) in ("...", repr(model))
+                return {str(one.arg): _written(one) for one in call.keywords} if own else {}
+    return {}
+
+
+def _written(option: ast.keyword) -> str:
+    if isinstance(option.value, ast.Constant) and isinstance(option.value.value, str):
+        return option.value.value
+    value = ast.unparse(option.value)
+    return "random" if option.arg == "weights" and value == "False" else value
 
 
 def _echo_result(result: Any, pictures: Sequence[str]) -> None:

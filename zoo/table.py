@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,9 +37,10 @@ def _width(text: str) -> int:
 
 
 def metric_tables(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Metrics of a card that share their data, as a heading and a table each.
+    """Metrics of a card as a heading and a table each: rows that share their data, with a line for each model.
 
-    A number with a partner named "... sd" is shown with it; shares are shown in percent. A heading says where the
+    Many parts of one data set with few models each are one table, with a line for each part. A number with a partner
+    named "... sd" is shown with it; shares are shown in percent, correlations as they are. A heading says where the
     numbers are from and how they are shown, where that is not as before.
 
     >>> row = {"data": "d", "model": "a", "total": 3000, "active": 2000, "R@1": 0.5, "R@1 sd": 0.01}
@@ -47,34 +48,73 @@ def metric_tables(metrics: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]
     d; ours, in %, mean ± standard deviation: c
     model  active / total  R@1
     a      2.00k / 3.00k   50.0±1.0
+    >>> parts = [{"data": f"d: {part}", "model": "a", "SRCC": 0.5, "provenance": "ours"} for part in ("blur", "noise")]
+    >>> print(*metric_tables(parts)[0], sep="\\n")
+    d; ours
+    part   SRCC a
+    blur   0.500
+    noise  0.500
     """
+    by_data = groupby(metrics, lambda m: (m["data"], m["provenance"], m.get("command")))
     tables, said = [], ""
-    for (data, provenance, command), group in groupby(
-        metrics, lambda m: (m["data"], m["provenance"], m.get("command"))
-    ):
-        rows = list(group)
-        about = {"data", "model", "total", "active", "trained", "seeds", "provenance", "command"}
-        keys = [key for key in rows[0] if key not in about and not key.endswith(" sd")]
-        sizes = ["active / total"] if "total" in rows[0] else []
-        sizes += ["trained"] if "trained" in rows[0] else []
-        cells = [[str(row.get("model", "")), *(_value(row, key) for key in [*sizes, *keys])] for row in rows]
-        seeds = f", seeds {', '.join(map(str, rows[0]['seeds']))}" if rows[0].get("seeds") else ""
-        source = f"{provenance}{seeds}{_units(rows, keys)}" + (f": {command}" if command else "")
-        heading = data if source == said else f"{data}; {source}"
-        tables.append((heading, columns(["model", *sizes, *keys], cells)))
-        said = source
+    for _, alike in groupby([list(rows) for _, rows in by_data], _outline):
+        groups = list(alike)
+        turned = len(groups) > len(groups[0])
+        for rows in [[row for group in groups for row in group]] if turned else groups:
+            keys, source = _metrics(rows[0]), _source(rows)
+            data = rows[0]["data"].partition(": ")[0] if turned else rows[0]["data"]
+            heading = data if source == said else f"{data}; {source}"
+            tables.append((heading, _by_part(groups, keys) if turned else _by_model(rows, keys)))
+            said = source
     return tables
+
+
+def _outline(rows: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    """What tables have to share to be parts of one: the data set, the models, the metrics and where they are from."""
+    data, _, part = rows[0]["data"].partition(": ")
+    return (data, bool(part), [row.get("model") for row in rows], _metrics(rows[0]), _source(rows))
+
+
+def _metrics(row: Mapping[str, Any]) -> list[str]:
+    about = {"data", "model", "total", "active", "trained", "seeds", "provenance", "command"}
+    return [key for key in row if key not in about and not key.endswith(" sd")]
+
+
+def _source(rows: Sequence[Mapping[str, Any]]) -> str:
+    seeds = f", seeds {', '.join(map(str, rows[0]['seeds']))}" if rows[0].get("seeds") else ""
+    command = rows[0].get("command")
+    return f"{rows[0]['provenance']}{seeds}{_units(rows, _metrics(rows[0]))}" + (f": {command}" if command else "")
+
+
+def _by_model(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
+    sizes = ["active / total"] if "total" in rows[0] else []
+    sizes += ["trained"] if "trained" in rows[0] else []
+    cells = [[str(row.get("model", "")), *(_value(row, key) for key in [*sizes, *keys])] for row in rows]
+    return columns(["model", *sizes, *keys], cells)
+
+
+def _by_part(groups: Sequence[Sequence[Mapping[str, Any]]], keys: Sequence[str]) -> str:
+    header = [f"{key} {row.get('model', '')}" for key in keys for row in groups[0]]
+    cells = [
+        [rows[0]["data"].partition(": ")[2], *(_value(row, key) for key in keys for row in rows)] for rows in groups
+    ]
+    return columns(["part", *header], cells)
 
 
 def _units(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """How the numbers of a table are shown."""
-    shares = any(_is_share(row.get(key)) for row in rows for key in keys)
+    shares = any(_is_share(key, row.get(key)) for row in rows for key in keys)
     spread = any(f"{key} sd" in row for row in rows for key in keys)
-    return (", in %" if shares else "") + (", mean ± standard deviation" if spread else "")
+    told = ("shares in %" if any(map(_is_correlation, keys)) else "in %") if shares else ""
+    return (f", {told}" if told else "") + (", mean ± standard deviation" if spread else "")
 
 
-def _is_share(value: Any) -> TypeGuard[float]:
-    return isinstance(value, float) and 0 <= value <= 1
+def _is_correlation(key: str) -> bool:
+    return key.startswith(("SRCC", "PLCC", "KRCC"))
+
+
+def _is_share(key: str, value: Any) -> bool:
+    return isinstance(value, float) and 0 <= value <= 1 and not _is_correlation(key)
 
 
 def _value(row: Mapping[str, Any], key: str) -> str:
@@ -83,9 +123,10 @@ def _value(row: Mapping[str, Any], key: str) -> str:
     if key == "trained":
         return short(row[key])
     value, spread = row.get(key), row.get(f"{key} sd")
-    if not _is_share(value):
+    if not isinstance(value, float) or not (_is_share(key, value) or _is_correlation(key)):
         return str(value)
-    return f"{100 * value:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
+    factor, decimals = (1, 3) if _is_correlation(key) else (100, 1)
+    return f"{factor * value:.{decimals}f}" + ("" if spread is None else f"±{factor * spread:.{decimals}f}")
 
 
 def routing_table(routing: Mapping[str, Any]) -> tuple[str, str]:

