@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from mmoe.errors import BadInput, MissingExtra
 from train.recipe import Recipe
@@ -53,6 +53,7 @@ def make_accelerator(recipe: Recipe, out: Path) -> Accelerator:
         cpu=not gpu,
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(recipe.log) or None,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # of a modality that is not there
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "tensorboard")),
     )
 

@@ -29,12 +29,12 @@ from train.data.loader import Steps, count_steps, seed_of
 from train.evaluate import Task
 from train.health import RouterHealth
 from train.log import RunLog
-from train.mixture_loss import mixture_loss
 from train.optim import Optimizers, schedule
 from train.outcome import write_model
 from train.progress import Progress, interrupts_held, interrupts_raise
 from train.recipe import course
 from train.sections import ScaleSection, Stage
+from train.step_loss import StepLoss
 from zoo.model import Model
 
 CHECKPOINTS = "checkpoints"
@@ -91,6 +91,8 @@ class StageRun:
             mesh = parallel.make_mesh(scale.expert_parallel)
             parallel.parallelize(self.trained, mesh, methods=model.layer_methods)
             self._check_sharded()
+        inner = torch.compile(self.trained) if stage.run.compile else self.trained
+        self.loss = StepLoss(inner, stage.moe, model.config)
         self.optimizers = Optimizers.make(self.trained, stage.optim, chosen)
         self.health = RouterHealth(model, stage.moe.health)
         self.state = State()
@@ -136,9 +138,7 @@ class StageRun:
         self.log.begin(self.state.step)
         accelerator, run = self.accelerator, self.stage.run
         # It lies on the device; moved once more, its memory would no longer be that of the optimisers' views.
-        model = self.trained if self.sharded else accelerator.prepare_model(self.trained, device_placement=False)
-        if run.compile:
-            model = torch.compile(model)
+        model = self.loss if self.sharded else accelerator.prepare_model(self.loss, device_placement=False)
         each = [accelerator.prepare(optimizer) for optimizer in self.optimizers.each]
         model.train()
         quiet = not (self.progress and accelerator.is_main_process)
@@ -194,13 +194,12 @@ class StageRun:
             last = number == len(parts)
             with nullcontext() if last or self.sharded else self.accelerator.no_sync(model):
                 with trace(self.model) as routing, self.accelerator.autocast():
-                    out = model(**send_to_device(batch, self.accelerator.device))
-                    loss = out.loss + mixture_loss(self.stage.moe, self.model.config, routing)
+                    loss, losses = model(send_to_device(batch, self.accelerator.device), routing)
                 self.accelerator.backward(loss / len(parts))
             whole.extend(routing.detach())
             total += float(loss.detach()) / len(parts)
             if logs:
-                losses = {f"loss/{name}": value.detach() / len(parts) for name, value in out.losses.items()}
+                losses = {f"loss/{name}": value / len(parts) for name, value in losses.items()}
                 for name, value in self.accelerator.reduce(losses, "mean").items():
                     found[name] = found.get(name, 0.0) + float(value)
         self.optimizers.parts.take_gradients()

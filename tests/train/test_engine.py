@@ -404,7 +404,7 @@ def test_the_balance_loss_changes_the_gradient_where_its_coefficient_is_above_0(
             tiny.stages[0]
         )
         parts, _ = stage.batches[0]
-        stage._step(stage.trained.train(), stage.optimizers.each, parts, False)
+        stage._step(stage.loss.train(), stage.optimizers.each, parts, False)
         return next(iter(moe_layers(stage.model).values())).router.weight.grad.clone()
 
     assert torch.equal(gradient(0.0), gradient(coef)) == (coef == 0.0)
@@ -463,7 +463,7 @@ def test_the_z_loss_of_a_recipe_counts_once(tmp_path, monkeypatch, checkpointing
         tiny = recipe(tmp_path, *changes, f"run.checkpointing={str(checkpointing).lower()}")
         stage = Run(tiny, tmp_path / str(value), progress=False).start(tiny.stages[0])
         parts, _ = stage.batches[0]
-        stage._step(stage.trained.train(), stage.optimizers.each, parts, False)
+        stage._step(stage.loss.train(), stage.optimizers.each, parts, False)
         return next(iter(moe_layers(stage.model).values())).router.weight.grad.clone()
 
     def alone() -> torch.Tensor:

@@ -112,6 +112,34 @@ CASES = {
 }
 
 
+def test_parameters_that_no_loss_needs_are_not_waited_for(tmp_path, root):
+    rows = [f"{root}/assets/examples/fox.png,{score / 15}" for score in range(16)]
+    (tmp_path / "scores.csv").write_text("\n".join(["image,score", *rows]))
+    sizes = {
+        "vision_heads": 2,
+        "text_heads": 2,
+        "vision_width": 64,
+        "text_width": 64,
+        "vision_layers": 1,
+        "text_layers": 1,
+        "image_size": 32,
+    }
+    told = {
+        # This loss compares probabilities of levels, so the numbers that turn them into a score have no gradient.
+        "model": {
+            "name": "gamma_tiny",
+            "weights": False,
+            "overrides": {**sizes, "num_experts": 0, "first_layer": 0, "loss": "levels", "short_side": 32},
+        },
+        "data": {"name": "quality", "path": str(tmp_path), "batch_size": 8, "held_out": 0.0},
+        "run": {"steps": 3, "log_every": 1, "save_every": None},
+    }
+    path = recipe(tmp_path, **told)
+    train.run(Recipe.load(path), tmp_path / "one", progress=False)
+    launch(tmp_path, path, tmp_path / "two", 2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
 PARTS_OF_OTHERS = {"ddp", "fsdp", "fsdp, evaluated", "experts"}
 
 
