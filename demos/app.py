@@ -159,7 +159,7 @@ def _draw_side(cards: list[Card], first: Card, store: ModelStore) -> _Side:
         status = gr.HTML(_status(store), elem_classes="picker-status", elem_id="status")
         with gr.Row():
             unload = gr.Button("Unload this model", size="sm", min_width=90, elem_id="unload")
-            fetch = gr.Button("Fetch and load", size="sm", min_width=110, visible=not first.bundled, elem_id="fetch")
+            fetch = gr.Button("Fetch and load", size="sm", min_width=110, visible=_fetchable(first), elem_id="fetch")
         return _Side(picker, status, unload, fetch, message_area())
 
 
@@ -220,7 +220,7 @@ def _wire_models(shell: Shell, side: _Side, head: gr.HTML, pages: list[_Page]) -
         for page in pages:
             own = page.family.name == card.family
             updates += [gr.Column(visible=own), panels.card_text(card) if own else gr.skip()]
-        return look.head(card), _status(store), gr.Button(visible=not card.bundled), *updates
+        return look.head(card), _status(store), gr.Button(visible=_fetchable(card)), *updates
 
     def load(note: Any, model: str) -> str:
         """Loads a model, and fetches its weights when they are not here."""
@@ -249,6 +249,11 @@ def _wire_models(shell: Shell, side: _Side, head: gr.HTML, pages: list[_Page]) -
         follow()
     shell.on(side.fetch.click, load, [side.picker], [side.status], api_name="load", blank=keep, **common)
     shell.on(side.unload.click, drop, [side.picker], [side.status], api_name="unload", blank=keep, **common)
+
+
+def _fetchable(card: Card) -> bool:
+    """Whether weights of a model can be brought to this machine."""
+    return bool(card.weights) and not card.bundled
 
 
 def _warm_up(card: Card) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 KEEP_SECONDS = 3600
 LONGEST = 2048  # pixels on the long side, however narrow a picture is
 FIRST_KIND, SHOWN = "gaussian_blur", 260
-HINT = "Press Score, or move the slider: each step up spoils the picture more."
+HINT = "Press Score, or move the slider to spoil the picture."
 SCORED = "of 1; higher is better"
 
 
@@ -301,7 +301,6 @@ def _verdict(state: dict[str, Any], scene: str, kind: str, level: int) -> str:
     if pristine.size != state["given"]:
         told.append(f"The picture was made smaller first, to {width} x {height} pixels.")
     if state["upscaled"][level]:
-        told.append(f"It is smaller than a crop and was scaled up: its short side has {min(width, height)} pixels, a ")
-        told[-1] += f"crop {state['crop']}."
+        told.append(f"It is smaller than a crop of {state['crop']} pixels and was scaled up from {min(width, height)}.")
     best = [(name, share, "") for name, share in reversed(list(shares))]
     return look.score(state["scores"][level], SCORED) + look.shares(best) + look.hint(" ".join(told))

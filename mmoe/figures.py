@@ -208,7 +208,7 @@ def load_bars(load: Routing | Shares | Mapping[str, Shares], *, title: str = "Lo
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="y", color="#E6E6E6")
     axes.set_axisbelow(True)
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=1 + len(shares), frameon=False, fontsize=9)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=2, frameon=False, fontsize=9)
     return figure
 
 

@@ -320,14 +320,15 @@ class FrequencyAdapter(nn.Module):
         Args:
             tokens: of a batch.
             grid: H and W; where backward repeats a call, the grid of its first run is taken instead.
-            prefix: P, where it is known; else all before the last H*W tokens.
+            prefix: P, where it is known; else all before the last H*W tokens. There may be none yet: class tokens of
+                some hosts join in a later block.
 
         Raises:
             BadInput: there are fewer tokens than patches, or others than those and the prefix.
         """
         rows, columns = grid = self._first_grid(tokens, grid)
         before = tokens.shape[1] - rows * columns
-        if prefix is not None and prefix != before:
+        if prefix is not None and before not in (0, prefix):
             wrong = f"the picture has {prefix} and {rows} x {columns}"
             raise BadInput(f"adapt {tokens.shape[1]} tokens", wrong, "a model that drops and adds no patches")
         if before < 0:

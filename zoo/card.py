@@ -103,9 +103,8 @@ class Card:
             UnknownWeights: there is no such tag, or the model has no weights at all.
         """
         if not self.weights:
-            raise UnknownWeights(
-                f"no weights for {self.name!r}", "its card lists none", f"zoo.load({self.name!r}, weights=False)"
-            )
+            wrong = f"its card lists none; mmoe convert from-original {self.family} takes the authors' file"
+            raise UnknownWeights(f"no weights for {self.name!r}", wrong, f"zoo.load({self.name!r}, weights=False)")
         if tag is None:
             tag = next(iter(self.weights))
         if tag not in self.weights:

@@ -255,6 +255,8 @@ def parse_settings(settings: Sequence[str], option: str = "--set", fix: str = "-
         key, equals, value = setting.partition("=")
         if not equals or not key.isidentifier():
             raise BadOverride(f"cannot read {option} {setting!r}", "it is written KEY=VALUE", fix)
+        if key in values:
+            raise BadOverride(f"cannot read {option} {setting!r}", f"{key} is given twice", fix)
         try:
             values[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -225,7 +226,8 @@ def to_original(
         return
     if differ:
         theirs = ", ".join(f"{key}={there.get(key)}" for key in differ)
-        back = " ".join(f"--set {key}={value}" for key, value in differ.items())
+        written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in differ.items()}
+        back = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in written.items())
         note = f"their code takes {theirs} for this file and computes something else; the way back needs {back}"
         typer.echo(f"note: {note}" + (", which the file carries" if out.suffix == ".safetensors" else ""), err=True)
     typer.echo(f"{out}: {len(state)} tensors, {out.stat().st_size / 1e6:,.1f} MB; read back they are equal bit for bit")

@@ -72,7 +72,7 @@ class Model(nn.Module):
     """Base of the models of the zoo.
 
     A family sets `family` and `config_class`, builds itself from a config alone, and implements `preprocess`, `predict`
-    and `forward`. What its preprocessing needs besides the config it gives in `preprocessing` and takes back there.
+    and `forward`. What preprocessing needs besides the config is given in `preprocessing` and taken back there.
 
     Attributes:
         family: folder of the family in the zoo.
@@ -80,7 +80,7 @@ class Model(nn.Module):
         layer_methods: methods besides `forward` that run the layers.
         adapters: patterns of the parameters that the family trains on a backbone that stays frozen.
         base_tensors: patterns of the tensors that `config.base` holds; see `zoo.base`.
-        windows: `predict` looks at a picture part by part, so that its routing is shown by a forward of the whole.
+        windows: `predict` looks at a picture part by part; its routing is shown by a forward of the whole.
         card: what is known about the model, or None for one built by hand.
         config: the options it was built with.
     """
@@ -91,6 +91,7 @@ class Model(nn.Module):
     adapters: ClassVar[tuple[str, ...]] = ()
     base_tensors: ClassVar[tuple[str, ...]] = ()
     windows: ClassVar[bool] = False
+    views_note: str = ""  # what a person should know about `views` and `seen`
     card: Card | None = None
     _report: LoadReport | None = None
     _loaded: Mapping[str, Mark] = MappingProxyType({})

@@ -159,6 +159,8 @@ def _draw(files: Mapping[str, Path], model: Any, inputs: Sequence[Any], routing:
     from zoo import routes
 
     batch = model.preprocess(*inputs)
+    if model.views_note and (model.windows or "overlay" in files):
+        typer.echo(f"note: {model.views_note}", err=True)
     if model.windows:
         with torch.no_grad(), trace(model) as routing:
             model(**batch)

@@ -41,6 +41,9 @@ class AdaptedBlock:
         raise BadInput("adapt what a block gives", f"it is a {kind}, not tokens or a tuple", "a ViT of timm")
 
     def _adapt(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim == 4:  # maps (B, H, W, D), as in SAM
+            flat: Tensor = self.frequency_adapter(tokens.flatten(1, 2), self.patch_grid.now, 0)
+            return flat.view_as(tokens)
         tokens = tokens.transpose(0, 1) if self.tokens_first else tokens  # (B, P + N, D)
         adapted: Tensor = self.frequency_adapter(tokens, self.patch_grid.now, self.prefix)
         return adapted.transpose(0, 1) if self.tokens_first else adapted

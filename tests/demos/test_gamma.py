@@ -108,7 +108,7 @@ def test_small_and_grey_pictures_are_told(client: Client, tmp_path: Path) -> Non
         MODEL, handle_file(path), "auto", "color_saturation_hsv", 5, api_name="/gamma_predict"
     )[1:]
     assert numbers["upscaled"] and numbers["size"] == [60, 40]
-    assert "its short side has 40 pixels, a crop 48" in verdict and "made smaller" not in verdict
+    assert "smaller than a crop of 48 pixels and was scaled up from 40" in verdict and "made smaller" not in verdict
     assert "leaves this picture as it is" in verdict
 
 

@@ -396,3 +396,20 @@ def test_only_once_and_only_what_a_class_computes() -> None:
     other.forward = lambda x: x
     with pytest.raises(Refused, match="its forward is not that of its class"):
         extend(other, Doubles)
+
+
+def test_hosts_whose_class_token_joins_late_or_whose_tokens_are_maps() -> None:
+    from timm.models.cait import Cait
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    sam = VisionTransformerSAM(**sizes, window_size=0, neck_chans=8, num_classes=0)
+    for host in (Cait(**sizes, num_classes=3).eval(), sam.eval()):
+        image = torch.randn(2, 3, 32, 32)
+        same = add_frequency_adapters(host, 4, fft_layers=[1], zero_init=True)
+        torch.testing.assert_close(same(image), host(image), atol=1e-5, rtol=1e-4)
+        adapted = add_frequency_adapters(host, 4, fft_layers=[1])
+        assert not torch.equal(adapted(image), host(image))
+        with mmoe.trace(adapted) as routing:
+            adapted(image)
+        assert [len(one.weights) for one in routing] == [2 * 16]

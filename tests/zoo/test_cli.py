@@ -499,6 +499,11 @@ MISTAKES = {
         "BadOverride",
         "cannot read --set 'top_k'\n  it is written KEY=VALUE\n  try: --set top_k=1",
     ),
+    "override that is given twice": (
+        ["predict", NAME, "FOX", "a fox", "--set", "top_k=1", "--set", "top_k=2"],
+        "BadOverride",
+        "cannot read --set 'top_k=2'\n  top_k is given twice\n  try: --set top_k=1",
+    ),
     "override that is no YAML": (
         ["predict", NAME, "FOX", "a fox", "--set", "top_k=["],
         "BadOverride",

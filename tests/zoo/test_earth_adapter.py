@@ -832,6 +832,7 @@ def test_predict_from_the_command_line(run: Any, saved: Path, tmp_path: Path, si
     files = ["--out", mask, "--trace", trace, *(word for kind, path in drawn.items() for word in (f"--{kind}", path))]
     done = run("predict", saved, tile, *files)
     assert done.code == 0, done.err
+    assert "note: experts are drawn as in one pass over the whole picture" in done.err
     model = zoo.load(saved, device="cpu")
     expected = model.predict(tile)
     with Image.open(mask) as found:

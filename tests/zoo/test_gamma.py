@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -748,6 +749,21 @@ def test_what_the_authors_have_no_names_for() -> None:
     convert.check_expressible(build().config)
 
 
+CHOSEN = "prompts", "scenes", "levels", "positions", "short_side", "crop_size", "crops", "num_crops", "crop_seed"
+CHOSEN += "image_mean", "image_std"
+
+
+def test_what_the_way_back_needs_is_told(run: Any, tmp_path: Path) -> None:
+    done = run("convert", "to-original", "gamma_tiny", "--out", tmp_path / "theirs.pt")
+    assert done.code == 0, done.err
+    options = shlex.split(done.err.partition("the way back needs ")[2])
+    assert options.count("--set") > 5
+    done = run("convert", "from-original", "gamma", tmp_path / "theirs.pt", "--out", tmp_path / "back", *options)
+    assert done.code == 0, done.err
+    again, before = zoo.load(tmp_path / "back", device="cpu"), zoo.load("gamma_tiny", device="cpu")
+    assert again.predict(picture(size=(200, 120))).as_dict() == before.predict(picture(size=(200, 120))).as_dict()
+
+
 def test_from_the_command_line(run: Any, model: Gamma, tmp_path: Path) -> None:
     torch.save({"params": theirs(model)}, tmp_path / "gamma.pth")
     done = run("convert", "from-original", "gamma", tmp_path / "gamma.pth", "--out", tmp_path / "g", "--json")
@@ -756,7 +772,7 @@ def test_from_the_command_line(run: Any, model: Gamma, tmp_path: Path) -> None:
         "activation": "quick_gelu",
         "vision_heads": 1,
         "text_heads": 1,
-        "prompts": "scene",
+        **{name: json.loads(json.dumps(getattr(GammaConfig(), name))) for name in CHOSEN},
     }
     again = zoo.load(tmp_path / "g", device="cpu")
     assert float(again.predict(picture(), "face")) == pytest.approx(float(model.predict(picture(), "face")), abs=1e-6)
@@ -772,6 +788,7 @@ def test_predictions_on_the_command_line(run: Any, model: Gamma, tmp_path: Path)
     picture(size=(8, 9)).save(small)
     done = run("predict", tmp_path / "g", large, small, "--with", "scene=face", "--overlay", tmp_path / "o.png")
     assert done.code == 0, done.err
+    assert "note: the overlay shows the first of the crops that are scored, the one in the middle" in done.err
     expected = model.predict([large, small], "face")
     assert [f"{score:.3f}" for score in expected.scores] == re.findall(r"score +([\d.]+)", done.out)
     assert done.out.count("face, scaled up") == 1 and done.out.count("perfect") == 2

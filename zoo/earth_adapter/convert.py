@@ -229,7 +229,8 @@ def _with_sizes(like: EarthAdapterConfig, shown: Mapping[str, Any]) -> EarthAdap
 
 def assumed(config: EarthAdapterConfig) -> dict[str, Any]:
     """Options that `from_original` cannot read from a file."""
-    names = ("heads", "fft_layers", "cutoff", "box", "out_layers", "classes")
+    read = "image_size", "stride", "image_mean", "image_std"
+    names = "heads", "fft_layers", "cutoff", "box", "out_layers", "classes", *read
     return {name: getattr(config, name) for name in names}
 
 

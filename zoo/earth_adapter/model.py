@@ -78,6 +78,7 @@ class EarthAdapter(Model):
 
     family = "earth_adapter"
     windows = True
+    views_note = "experts are drawn as in one pass over the whole picture; the result is made of windows"
     config_class = EarthAdapterConfig
     base_tensors = (
         *(f"backbone.{part}" for part in _PARTS),

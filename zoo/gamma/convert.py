@@ -118,7 +118,9 @@ def check_expressible(config: GammaConfig) -> None:
 def assumed(config: GammaConfig) -> dict[str, Any]:
     """Options that `from_original` cannot read from a file."""
     heads = {f"{tower}_heads": config.heads(tower) for tower in TOWERS}
-    return {"activation": config.activation, **heads, "prompts": config.prompts}
+    read = "short_side", "crop_size", "crops", "num_crops", "crop_seed", "image_mean", "image_std"
+    names = "activation", "prompts", "scenes", "levels", "positions", *read
+    return {**heads, **{name: getattr(config, name) for name in names}}
 
 
 def _ours(name: str) -> str:

@@ -251,6 +251,12 @@ class Gamma(Model):
         pairs = [enlarge(picture, self.config.crop) for picture in read]
         return [picture for picture, _ in pairs], [upscaled for _, upscaled in pairs]
 
+    @property
+    def views_note(self) -> str:  # type: ignore[override]  # it depends on the config
+        """Which of the crops is drawn."""
+        where = {"five": "the one in the middle", "random": "a random one"}.get(self.config.crops)
+        return f"the overlay shows the first of the crops that are scored, {where}" if where else ""
+
     def seen(self, picture: Any) -> Image.Image:
         """The first crop, which is that in the middle unless crops are random."""
         (read,), _ = self._read(picture)
