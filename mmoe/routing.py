@@ -32,6 +32,7 @@ class Context:
         expert_ids: (T,) or (T, K) given routes; E marks an unused slot.
         task_ids: (T,) task of each row.
         features: (T, C) what the router looks at when that is not x.
+        row_weights: (T,) how much each row counts in the balance loss of routers that weigh rows.
     """
 
     group_ids: Tensor | None = None
@@ -41,6 +42,7 @@ class Context:
     expert_ids: Tensor | None = None
     task_ids: Tensor | None = None
     features: Tensor | None = None
+    row_weights: Tensor | None = None
 
     def over(self, other: Context | None) -> Context:
         """This context, with the fields of another one where this one has none."""

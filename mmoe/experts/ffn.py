@@ -25,10 +25,15 @@ from mmoe.registry import experts
 from mmoe.routing import Routing
 
 
+def pack(num_experts: int, outputs: int, inputs: int) -> nn.Parameter:
+    """Weights (E, out, in), initialised as those of E separate `nn.Linear`s."""
+    bound = 1 / math.sqrt(inputs)
+    return nn.Parameter(torch.empty(num_experts, outputs, inputs).uniform_(-bound, bound))
+
+
 def _packed(num_experts: int, outputs: int, inputs: int, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Weights (E, out, in) and biases (E, out) or None, initialised as E separate `nn.Linear`s."""
-    bound = 1 / math.sqrt(inputs)
-    weight = nn.Parameter(torch.empty(num_experts, outputs, inputs).uniform_(-bound, bound))
+    weight, bound = pack(num_experts, outputs, inputs), 1 / math.sqrt(inputs)
     return weight, nn.Parameter(torch.empty(num_experts, outputs).uniform_(-bound, bound)) if bias else None
 
 

@@ -1,9 +1,10 @@
-"""Null experts: routes that cost nothing, so that a token can buy less computation.
+"""Null experts: routes that cost nothing, so that a token can buy less computation; and smaller ones that all take.
 
     zero:  Expert(x) = 0        copy:  Expert(x) = x
 
 Paper: MoE++, Jin et al. 2024, arXiv 2410.07348 (equations 3 and 4). Null experts stand behind the real ones: with
-E real and Z null experts the router chooses among E + Z. Shapes: N sorted rows, D width.
+E real and Z null experts the router chooses among E + Z. Behind them may stand shared experts of another width, for
+routers that give them weights of their own (`mmoe.routers.dynamic`). Shapes: N sorted rows, D width.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ class WithNullExperts(Experts):
     Args:
         dim: D.
         hidden_dim: F of the real experts.
-        num_experts: number of all routes, real and null.
+        num_experts: number of all routes, real, null and shared.
         num_null: how many of them are null.
         kind: "zero" or "copy".
-        real: name or spec of the real experts.
+        num_shared: how many at the end are shared.
+        shared_dim: F of the shared experts; that of the real ones when None.
+        real: name or spec of the real and the shared experts.
         act, dropout: of the real experts; their own default when None.
 
     Example:
@@ -49,6 +52,8 @@ class WithNullExperts(Experts):
         *,
         num_null: int = 1,
         kind: Kind = "zero",
+        num_shared: int = 0,
+        shared_dim: int | None = None,
         real: str = "ffn",
         act: str | Activation | None = None,
         dropout: float | None = None,
@@ -56,11 +61,15 @@ class WithNullExperts(Experts):
         super().__init__()
         check_int("num_experts", num_experts, 1)
         check_choice("kind", kind, get_args(Kind))
-        check_int("num_null", num_null, 0, num_experts - 1)
+        check_int("num_shared", num_shared, 0, num_experts - 1)
+        check_int("num_null", num_null, 0, num_experts - num_shared - 1)
+        check_int("shared_dim", shared_dim or hidden_dim, 1)
         self.num_experts, self.num_null, self.kind = num_experts, num_null, kind
         options = {key: value for key, value in (("act", act), ("dropout", dropout)) if value is not None}
-        sizes = {"dim": dim, "hidden_dim": hidden_dim, "num_experts": num_experts - num_null}
+        sizes = {"dim": dim, "hidden_dim": hidden_dim, "num_experts": num_experts - num_null - num_shared}
         self.real: Experts = build_experts(real, **sizes, **options)
+        sizes |= {"hidden_dim": shared_dim or hidden_dim, "num_experts": num_shared}
+        self.side: Experts | None = build_experts(real, **sizes, **options) if num_shared else None
 
     @property
     def backend(self) -> Backend:
@@ -70,15 +79,23 @@ class WithNullExperts(Experts):
     @backend.setter
     def backend(self, backend: Backend) -> None:
         self.real.backend = backend
+        if self.side is not None:
+            self.side.backend = backend
 
     def shared(self, count: int) -> nn.Module:
         """A dense block as large as `count` of the real experts."""
         return self.real.shared(count)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Rows (N, D) sorted by expert -> (N, D); only rows of real experts are computed."""
-        counts = counts[: self.real.num_experts]
-        computed = int(counts.sum())
-        out = self.real(x[:computed], counts)
-        rest = x[computed:].to(out.dtype)
-        return torch.cat([out, rest if self.kind == "copy" else torch.zeros_like(rest)])
+        """Rows (N, D) sorted by expert -> (N, D); rows of null experts are not computed."""
+        real, behind = self.real.num_experts, self.real.num_experts + self.num_null
+        computed = int(counts[:real].sum())
+        out = self.real(x[:computed], counts[:real])
+        if self.side is None:
+            return torch.cat([out, self._null(x[computed:].to(out.dtype))])
+        last = computed + int(counts[real:behind].sum())
+        side = self.side(x[last:], counts[behind:])
+        return torch.cat([out, self._null(x[computed:last].to(out.dtype)), side])
+
+    def _null(self, x: Tensor) -> Tensor:
+        return x if self.kind == "copy" else torch.zeros_like(x)

@@ -25,6 +25,7 @@ VARIANTS = [
     "gated_ffn:bias=true",
     "with_null:kind=copy,num_null=2",
     "with_null:real=gated_ffn",
+    "with_null:real=gated_ffn,num_shared=2,shared_dim=24",
 ]
 COUNTS = {
     "even": [4, 4, 4, 4, 4],
