@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmoe.errors import BadOverride, LoadMismatch
+from mmoe.errors import BadInput, BadOverride, LoadMismatch
 from zoo.hosts.beats import BEATs, BEATsConfig, from_original, log_mels
 
 SIZES = {"embed_dim": 16, "width": 24, "ffn_dim": 40, "layers": 2, "heads": 3, "conv_pos": 8, "conv_pos_groups": 4}
@@ -30,6 +30,11 @@ def test_the_released_sizes() -> None:
 def test_high_sounds_lie_in_high_bands() -> None:
     low, high = (log_mels(sound(0.5, pitch)).mean(0).argmax().item() for pitch in (200, 4000))
     assert low < 40 < 90 < high
+
+
+def test_a_sound_shorter_than_a_frame_is_told() -> None:
+    with pytest.raises(BadInput, match="hear 399 samples"):
+        log_mels(np.zeros(399))
 
 
 def test_ten_seconds_are_496_tokens() -> None:

@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmoe.errors import BadOverride, LoadMismatch
+from mmoe.errors import BadInput, BadOverride, LoadMismatch
 from mmoe.options import check_float, check_int
 from zoo.config import check_types
 
-RATE, MELS = 16_000, 128
+RATE, MELS, FRAME, HOP = 16_000, 128, 400, 160  # of sound: samples per second, bands, samples
 MEAN, SPREAD = 15.41663, 6.55582  # of log-mels, published with the model
 
 
@@ -65,39 +67,45 @@ class BEATsConfig:
         check_float("max_distance", self.max_distance, above=self.buckets // 4)
 
 
-def log_mels(waveform: np.ndarray) -> Tensor:
+@cache
+def _filters() -> tuple[Tensor, Tensor]:
+    """Window (400,) and mel filters (257, 128) of Kaldi, in fp64."""
+    from transformers.audio_utils import mel_filter_bank, window_function
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the lowest bands are narrower than a bin, and empty, as Kaldi's
+        bank = mel_filter_bank(257, MELS, 20.0, RATE / 2, RATE, mel_scale="kaldi", triangularize_in_mel_space=True)
+    window = window_function(FRAME, "povey", periodic=False)
+    return torch.from_numpy(window).double(), torch.from_numpy(bank).double()
+
+
+def log_mels(waveform: Tensor | np.ndarray) -> Tensor:
     """What the encoder sees of sound: Kaldi's filter bank of 25 ms every 10 ms, normalised.
 
     Args:
-        waveform: (S,) at 16 kHz, in [-1, 1], at least 400 samples.
+        waveform: (..., S) at 16 kHz, in [-1, 1].
 
     Returns:
-        (T, 128) with T = 1 + (S - 400) // 160.
+        (..., T, 128) with T = 1 + (S - 400) // 160.
+
+    Raises:
+        BadInput: it is shorter than a frame of 400 samples.
 
     Example:
-        >>> log_mels(np.sin(np.arange(16000) / 10)).shape
+        >>> log_mels(torch.sin(torch.arange(16000) / 10)).shape
         torch.Size([98, 128])
     """
-    from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
-
-    filters = mel_filter_bank(
-        257, MELS, 20.0, RATE / 2, RATE, norm=None, mel_scale="kaldi", triangularize_in_mel_space=True
-    )
-    found = spectrogram(
-        np.asarray(waveform, dtype=np.float64) * 2**15,
-        window_function(400, "povey", periodic=False),
-        frame_length=400,
-        hop_length=160,
-        fft_length=512,
-        power=2.0,
-        center=False,
-        preemphasis=0.97,
-        mel_filters=filters,
-        log_mel="log",
-        mel_floor=1.192092955078125e-07,
-        remove_dc_offset=True,
-    )
-    return torch.from_numpy((found.T - MEAN) / (2 * SPREAD)).float()
+    samples = torch.as_tensor(waveform).double() * 2**15
+    if samples.shape[-1] < FRAME:
+        wrong = f"a frame has {FRAME}, or 25 ms at 16 kHz"
+        raise BadInput(f"hear {samples.shape[-1]} samples", wrong, "a longer recording")
+    window, filters = _filters()
+    frames = samples.unfold(-1, FRAME, HOP)  # (..., T, 400)
+    frames = frames - frames.mean(-1, keepdim=True)
+    before = torch.cat([frames[..., :1], frames[..., :-1]], -1)
+    power = torch.fft.rfft((frames - 0.97 * before) * window, 512).abs().square()  # (..., T, 257)
+    mels = (power @ filters).clamp(min=torch.finfo(torch.float32).eps).log()
+    return ((mels - MEAN) / (2 * SPREAD)).float()
 
 
 def reduce_mask(padding: Tensor, count: int) -> Tensor:
