@@ -1,0 +1,224 @@
+"""Uni-MoE: media in the place of their words, generation with a cache, and checkpoints of the authors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmoe
+from mmoe.errors import BadInput, BadOverride, LoadMismatch
+from zoo.hosts.beats import log_mels
+from zoo.uni_moe.config import UniMoEConfig
+from zoo.uni_moe.convert import convert_names, to_original
+from zoo.uni_moe.model import PLACEHOLDERS, UniMoE
+
+SIZES: dict[str, Any] = {"vocab_size": 60, "width": 32, "layers": 3, "heads": 4, "ffn_dim": 48, "positions": 128}
+SIZES |= {"num_experts": 3, "queries": 4}
+VISION = {"width": 16, "layers": 2, "heads": 2, "ffn_dim": 24, "image_size": 28, "patch_size": 14}
+SPEECH = {
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "ffn_dim": 24,
+    "resampler_layers": 1,
+    "mels": 80,
+    "positions": 20,
+    "words": 8,
+}
+SOUND = {"embed_dim": 8, "width": 16, "ffn_dim": 24, "layers": 1, "heads": 2, "conv_pos": 8, "conv_pos_groups": 4}
+SOUND |= {"buckets": 16, "max_distance": 40, "resampler_width": 16, "resampler_layers": 2, "resampler_heads": 2}
+SOUND |= {"resampler_ffn_dim": 24}
+IMAGE, SPOKEN, VIDEO, HEARD = PLACEHOLDERS.values()
+
+
+def build(**options: Any) -> UniMoE:
+    torch.manual_seed(0)
+    return UniMoE(UniMoEConfig(**{**SIZES, "vision": VISION, "speech": SPEECH, "sound": SOUND, **options})).eval()
+
+
+@pytest.fixture
+def model() -> UniMoE:
+    return build()
+
+
+@pytest.fixture
+def media() -> dict[str, Any]:
+    """One of each for ["<image> <speech>", "<sound> <video>"], with two chunks of speech."""
+    return {
+        "images": torch.randn(1, 3, 28, 28),
+        "speech": torch.randn(2, 80, 40),
+        "speech_chunks": [2],
+        "sounds": log_mels(torch.randn(1, 16_000)),
+        "videos": [torch.randn(3, 3, 28, 28)],
+    }
+
+
+IDS = torch.tensor([[5, IMAGE, 6, SPOKEN, 7], [8, HEARD, 9, VIDEO, 10]])
+
+
+def test_one_model_reads_all_modalities(model: UniMoE, media: dict[str, Any]) -> None:
+    with mmoe.trace(model) as routing:
+        out = model(IDS, labels=IDS, **media)
+    kinds = out.spliced.modality
+    assert kinds[0].tolist() == [0, *[1] * 4, 0, *[2] * 8, 0] and kinds[1].tolist() == [
+        0,
+        *[4] * 4,
+        0,
+        *[3] * 4,
+        0,
+        *[-1] * 4,
+    ]
+    assert out.logits.shape == (2, 15, 60) and out.loss.isfinite()
+    assert routing[0].context.modality.tolist() == kinds.flatten().tolist()
+    assert (routing[0].n_used()[kinds.flatten() == -1] == 0).all(), "padding is not routed"
+
+
+def test_a_branch_alone_gives_what_the_whole_model_gives(model: UniMoE, media: dict[str, Any]) -> None:
+    one = build(vision=None, sound=None)
+    own = one.state_dict().keys()
+    one.load_state_dict({name: value for name, value in model.state_dict().items() if name in own})
+    ids = torch.tensor([[5, SPOKEN, 7]])
+    given = {name: media[name] for name in ("speech", "speech_chunks")}
+    torch.testing.assert_close(one(ids, **given).logits, model(ids, **given).logits)
+    with pytest.raises(BadInput, match="give vision to this uni_moe\n  it was built without that branch"):
+        one(torch.tensor([[IMAGE]]), images=media["images"])
+
+
+def test_a_video_is_the_mean_of_its_frames(model: UniMoE) -> None:
+    frames = torch.randn(5, 3, 28, 28)
+    torch.testing.assert_close(model.vision_of(frames), model.vision(frames).mean(0))
+    still = frames[:1].expand(4, -1, -1, -1)
+    torch.testing.assert_close(model.vision_of(still), model.vision(frames[:1])[0], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_on_either_side_changes_nothing(model: UniMoE, media: dict[str, Any]) -> None:
+    given = {"images": media["images"]}
+    alone = model(torch.tensor([[5, IMAGE, 7]]), **given).logits[0]
+    right = model(
+        torch.tensor([[5, IMAGE, 7, 0, 0], [1, 2, 3, 4, 5]]), torch.tensor([[1, 1, 1, 0, 0], [1] * 5]), **given
+    )
+    left = model(
+        torch.tensor([[0, 0, 5, IMAGE, 7], [1, 2, 3, 4, 5]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5]), **given
+    )
+    for out in (right, left):
+        torch.testing.assert_close(out.logits[0][out.spliced.mask[0]], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_generation_goes_on_with_a_cache(model: UniMoE, media: dict[str, Any]) -> None:
+    ids, given = torch.tensor([[5, IMAGE, 7]]), {"images": media["images"]}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 59}
+    made = model.generate(ids, media=given, **options)
+    again = ids
+    for _ in range(made.shape[1]):
+        with torch.no_grad():
+            best = model(again, **given).logits[:, -1].argmax(-1, keepdim=True)
+        again = torch.cat([again, best], 1)
+    assert made.tolist() == again[:, 3:].tolist()
+    calls = []
+    model.vision.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(ids, media=given, **options)
+    assert len(calls) == 1, "encoded once"
+    rows = torch.tensor([[5, IMAGE, 7], [0, 5, 7]])
+    batch = model.generate(rows, torch.tensor([[1, 1, 1], [0, 1, 1]]), media=given, **options)
+    assert batch[0].tolist() == made[0].tolist()
+    assert batch[1].tolist() == model.generate(torch.tensor([[5, 7]]), **options)[0].tolist()
+
+
+def test_encoders_are_frozen_and_connectors_learn(model: UniMoE, media: dict[str, Any]) -> None:
+    model(IDS, labels=IDS.clamp(min=0), **media).loss.backward()
+    grads = {name for name, value in model.named_parameters() if value.grad is not None and value.grad.any()}
+    assert not any(".encoder." in name and "qformer" not in name for name in grads)
+    for name in ("vision.projector.0.weight", "speech.resampler.queries", "sound.resampler.queries"):
+        assert name in grads
+    assert "llm.model.layers.0.mlp.router.weight" in grads
+
+
+def test_the_balance_loss_counts_where_its_coefficient_is_above_0(media: dict[str, Any]) -> None:
+    plain, balanced = build(), build(balance_coef=0.5)
+    balanced.load_state_dict(plain.state_dict())
+    ids = torch.randint(0, 60, (2, 9))
+    a, b = plain(ids, labels=ids), balanced(ids, labels=ids)
+    torch.testing.assert_close(b.loss, a.loss + 0.5 * b.losses["balance"])
+
+
+@pytest.mark.parametrize(
+    ("ids", "given", "told"),
+    [
+        ([[5, IMAGE]], {}, "the texts have 1 of <image>, and there are 0 to put there"),
+        ([[5, 6]], {"images": torch.zeros(1, 3, 28, 28)}, "the texts have 0 of <image>, and there are 1"),
+        ([[SPOKEN]], {"speech": torch.zeros(2, 80, 40)}, "the texts have 1 of <speech>, and there are 2"),
+        ([[5, -7]], {}, "has placeholders -7 without features"),
+    ],
+)
+def test_media_that_do_not_fit(model: UniMoE, ids: list[list[int]], given: dict[str, Tensor], told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        model(torch.tensor(ids), **given)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"heads": 5}, "5 heads, 5 for keys, in a width of 32"),
+        ({"kv_heads": 3}, "4 heads, 3 for keys"),
+        ({"moe_layers": "odd"}, "moe_layers='odd'"),
+        ({"vision": {"size": 3}}, "vision with 'size'"),
+        ({"speech": {"layers": 0}}, "speech.layers=0"),
+        ({"projector": "mlp"}, "projector='mlp'"),
+        ({"num_experts": -1}, "num_experts=-1"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(BadOverride) as error:
+        build(**options)
+    assert told in str(error.value)
+
+
+def theirs(model: UniMoE) -> dict[str, Tensor]:
+    """A state dict in the authors' layout of a model with one of speech and sound."""
+    state = model.state_dict()
+    found = to_original(state)
+    for name, value in state.items():
+        if name.startswith("vision.encoder."):
+            found[f"model.vision_tower.vision_tower.vision_model.{name.removeprefix('vision.encoder.')}"] = value
+        elif name.startswith("speech.encoder."):
+            found[f"model.audio_tower.audio_tower.{name.removeprefix('speech.encoder.')}"] = value
+    return found
+
+
+def test_a_speech_model_there_and_back() -> None:
+    model = build(sound=None)
+    names = theirs(model)
+    names |= {"model.audio_tower.encoder.conv1.bias": torch.zeros(3), "model.audio_tower.decoder.x": torch.zeros(1)}
+    names |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    names |= {"model.mm_audio_aligner.decoder.audio_decoder.embed_tokens.weight": torch.zeros(1, 16)}
+    assert "model.layers.0.mlp.experts.2.up_proj.weight" in names and names["model.query_tokens"].shape == (1, 4, 16)
+    found = convert_names(names)
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    bare = {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in names.items()}
+    assert convert_names(bare).keys() == found.keys(), "newer versions of transformers leave out a prefix"
+    merged = {f"base_model.model.{name}": value for name, value in names.items()}
+    assert convert_names(merged).keys() == found.keys()
+
+
+def test_blocks_without_experts_keep_their_names() -> None:
+    model = build(sound=None, moe_layers="even")
+    names = theirs(model)
+    assert "model.layers.1.mlp.gate_proj.weight" in names and "model.layers.0.mlp.gate.weight" in names
+    assert convert_names(names).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.gates.weight", "model.mm_projectors.0.weight", "extra"])
+def test_names_that_no_such_model_has(name: str) -> None:
+    with pytest.raises(LoadMismatch, match=f"it has {name}"):
+        convert_names({**theirs(build(sound=None)), name: torch.zeros(1)})
+
+
+def test_an_expert_that_is_not_whole() -> None:
+    names = theirs(build(sound=None))
+    del names["model.layers.0.mlp.experts.1.up_proj.weight"]
+    with pytest.raises(LoadMismatch, match=r"experts\.1 has no up_proj"):
+        convert_names(names)

@@ -1,0 +1,132 @@
+"""The authors' checkpoints of Uni-MoE under our names: the speech and the sound layout, towers included.
+
+Two towers have no weights in some files: theirs come from checkpoints of their own. A second Whisper that is never run,
+buffers of rotary positions and tables that BEATs repeats in every layer are left out; unknown names are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mmoe.errors import LoadMismatch
+from zoo.hosts import beats
+from zoo.hosts.decoder import PROJECTIONS, pack_ffns
+
+State = dict[str, Tensor]
+_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_LLM = re.compile(
+    r"lm_head\.weight|model\.(embed_tokens\.weight|norm\.weight|layers\.\d+\."
+    r"((input|post_attention)_layernorm\.weight|self_attn\.[qkvo]_proj\.weight|mlp\.(gate|up|down)_proj\.weight))"
+)
+_UNUSED = re.compile(
+    r"model\.audio_tower\.(encoder|decoder)\..*|.*rotary_emb\.inv_freq|.*\.audio_decoder\.embed_tokens\.weight"
+    r"|.*\.vision_model\.embeddings\.position_ids"
+)
+_BEATS = "model.audio_tower.audio_tower."
+_WHISPER = re.compile(r"model\.audio_tower\.audio_tower\.(conv[12]|embed_positions|layers\.|layer_norm\.)")
+_RENAMED = (
+    (r"model\.layers\.(\d+)\.mlp\.gate\.weight", r"llm.model.layers.\1.mlp.router.weight"),
+    (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)", r"vision.encoder.\1"),
+    (r"model\.mm_projector\.(.+)", r"vision.projector.\1"),
+    (r"model\.mm_audio_aligner\.decoder\.audio_decoder\.(.+)", r"speech.resampler.decoder.\1"),
+    (r"model\.mm_audio_aligner\.qformer\.qformer\.(.+)", r"sound.resampler.qformer.\1"),
+    (r"model\.mm_audio_aligner\.qformer\.query_tokens", r"sound.resampler.queries"),
+    (r"model\.mm_audio_aligner\.query_tokens", r"sound.resampler.queries"),
+    (r"model\.query_tokens", r"speech.resampler.queries"),
+)
+
+
+def convert_names(state: Mapping[str, Tensor]) -> State:
+    """A state dict of the authors under our names, with packed experts.
+
+    Args:
+        state: of a speech or a sound model; the prefix that peft leaves is taken off.
+
+    Raises:
+        LoadMismatch: it has names that no such model has.
+    """
+    state = {re.sub(r"^base_model\.", "", name): value for name, value in state.items()}
+    if any(name.startswith("model.model.") for name in state):
+        state = {re.sub(r"^model\.", "", name): value for name, value in state.items()}
+    speaks = any("audio_decoder" in name or name == "model.query_tokens" for name in state)
+    found: State = {}
+    experts: dict[str, dict[int, dict[str, Tensor]]] = {}
+    tower: State = {}
+    unknown = []
+    for name, value in state.items():
+        expert = _EXPERT.fullmatch(name)
+        if _UNUSED.fullmatch(name):
+            continue
+        if expert is not None:
+            experts.setdefault(expert[1], {}).setdefault(int(expert[2]), {})[expert[3]] = value
+        elif name.startswith(_BEATS):
+            if speaks or (_WHISPER.match(name) and "encoder." not in name.removeprefix(_BEATS)):
+                found[f"speech.encoder.{name.removeprefix(_BEATS)}"] = value
+            else:
+                tower[name.removeprefix(_BEATS)] = value
+        else:
+            ours = _renamed(name, "speech" if speaks else "sound")
+            if ours is None:
+                unknown.append(name)
+            else:
+                found[ours] = value[0] if ours.endswith("resampler.queries") and value.ndim == 3 else value
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        asked = "convert this checkpoint to uni_moe"
+        raise LoadMismatch(asked, f"it has {', '.join(unknown[:3])}{more}", "a speech or sound model of Uni-MoE")
+    for place, ffns in experts.items():
+        found |= {f"llm.{place}.{name}": value for name, value in _packed(place, ffns).items()}
+    return found | {f"sound.encoder.{name}": value for name, value in beats.from_original(tower).items()}
+
+
+def _renamed(name: str, branch: str) -> str | None:
+    if _LLM.fullmatch(name):
+        return f"llm.{name}"
+    if name.startswith("model.mm_audio_aligner.projector."):
+        return f"{branch}.resampler.projector.{name.rpartition('.')[2]}"
+    for theirs, ours in _RENAMED:
+        if re.fullmatch(theirs, name):
+            return re.sub(theirs, ours, name)
+    return None
+
+
+def _packed(place: str, ffns: Mapping[int, Mapping[str, Tensor]]) -> State:
+    for expert in range(max(ffns) + 1):
+        missing = [name for name in PROJECTIONS if name not in ffns.get(expert, {})]
+        if missing:
+            wrong = f"{place}.{expert} has no {' and no '.join(missing)}"
+            raise LoadMismatch("convert this checkpoint to uni_moe", wrong, "a whole state dict")
+    return pack_ffns([ffns[expert] for expert in range(len(ffns))])
+
+
+def to_original(state: Mapping[str, Tensor]) -> State:
+    """Gradients or weights of the language model, its connectors and queries under the authors' names.
+
+    The encoders are left out: theirs come from files of their own.
+    """
+    found: State = {}
+    for name, value in state.items():
+        name = name.removeprefix("llm.")
+        block, _, part = name.partition(".mlp.experts.")
+        if part == "gate_up_proj":
+            for expert, rows in enumerate(value):
+                for kind, half in zip(("gate_proj", "up_proj"), rows.chunk(2), strict=True):
+                    found[f"{block}.mlp.experts.{expert}.{kind}.weight"] = half
+        elif part == "down_proj":
+            for expert, rows in enumerate(value):
+                found[f"{block}.mlp.experts.{expert}.down_proj.weight"] = rows
+        elif ".encoder." not in name:
+            found[_theirs(name)] = value[None] if name.endswith("resampler.queries") else value
+    return found
+
+
+def _theirs(name: str) -> str:
+    name = name.replace(".mlp.router.", ".mlp.gate.").replace("vision.projector.", "model.mm_projector.")
+    name = name.replace("speech.resampler.queries", "model.query_tokens")
+    name = name.replace("speech.resampler.decoder.", "model.mm_audio_aligner.decoder.audio_decoder.")
+    name = name.replace("sound.resampler.queries", "model.mm_audio_aligner.qformer.query_tokens")
+    name = name.replace("sound.resampler.qformer.", "model.mm_audio_aligner.qformer.qformer.")
+    return re.sub(r"(speech|sound)\.resampler\.projector\.", "model.mm_audio_aligner.projector.", name)
