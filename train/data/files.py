@@ -22,12 +22,11 @@ from PIL import Image
 from mmoe.errors import BadInput, did_you_mean
 from train.data.base import DataSet, Sample, Split, data_sets
 from zoo.images import read_image
+from zoo.sounds import read_sound
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
-RATE = 16_000  # samples per second of "audio"
 _Part = tuple[str, Path, Sequence[str]]
-_RATES = 1_000, 384_000  # that files may have
 
 
 class Files(DataSet):
@@ -164,7 +163,7 @@ def _read(name: str, value: Any) -> Any:
         return read_mask(value)
     if name == "text" and isinstance(value, Path):
         return read_text(value)
-    return read_audio(value) if name == "audio" else value
+    return read_sound(value) if name == "audio" else value
 
 
 def read_text(path: Path) -> str:
@@ -198,37 +197,6 @@ def read_mask(path: Path) -> np.ndarray:
             return np.array(image).astype(np.int64)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(f"cannot read '{path}'", str(error), "a PNG") from error
-
-
-def read_audio(path: Path) -> np.ndarray:
-    """Mean of the channels at 16 kHz in [-1, 1], (n,) float32, of a WAV file.
-
-    Raises:
-        BadInput: it cannot be read.
-    """
-    from scipy.io import wavfile
-    from scipy.signal import resample_poly
-
-    try:
-        rate, values = wavfile.read(path)
-    except Exception as error:  # a damaged file can raise anything
-        raise BadInput(f"cannot read '{path}'", str(error) or "it ends early", "a WAV file") from error
-    if not values.size:
-        raise BadInput(f"cannot use '{path}'", "it has no samples", "a WAV file with sound")
-    if not _RATES[0] <= rate <= _RATES[1]:
-        wrong = f"it says that it has {rate:,} samples a second"
-        raise BadInput(f"cannot use '{path}'", wrong, f"{_RATES[0]:,} to {_RATES[1]:,}")
-    if np.issubdtype(values.dtype, np.integer):
-        limits = np.iinfo(values.dtype)
-        middle = 128 if limits.min == 0 else 0
-        values = (values.astype(np.float32) - middle) / (limits.max + 1 - middle)
-    mono = values.astype(np.float32).reshape(len(values), -1).mean(1)
-    if not np.isfinite(mono).all():
-        raise BadInput(f"cannot use '{path}'", "it holds values that are no numbers", "a WAV file with sound")
-    if rate == RATE:
-        return mono
-    common = np.gcd(rate, RATE)
-    return resample_poly(mono, RATE // common, rate // common).astype(np.float32)
 
 
 def _is_text(value: Any) -> bool:

@@ -1,0 +1,110 @@
+"""Reads sound from files and arrays as one channel at 16 kHz, with one clear error for what is none, and cuts it up.
+
+Shapes: S samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmoe.errors import BadInput
+from mmoe.options import check_int
+
+RATE = 16_000  # samples per second
+CHUNK = 30 * RATE  # samples of what encoders hear at once
+_RATES = 1_000, 384_000  # that files may have
+
+
+def read_sound(source: Any) -> np.ndarray:
+    """Mean of the channels at 16 kHz, (S,) float32, in [-1, 1] where the source is.
+
+    Args:
+        source: path of a WAV file, a pair of samples per second and samples (S,) or (S, channels), or samples at 16
+            kHz. Integers are scaled by the range of their type.
+
+    Raises:
+        BadInput: it cannot be read, has no samples, or values that are no numbers.
+
+    Example:
+        >>> read_sound((8_000, np.zeros((800, 2), dtype=np.int16))).shape
+        (1600,)
+    """
+    if isinstance(source, str | Path):
+        name, (rate, values) = f"'{source}'", _read_wav(Path(source))
+    elif isinstance(source, tuple) and len(source) == 2:
+        name, rate, values = "a sound", source[0], np.asarray(source[1])
+    else:
+        name, rate, values = "a sound", RATE, np.asarray(source)
+    if not values.size:
+        raise BadInput(f"cannot use {name}", "it has no samples", "a WAV file with sound")
+    if values.dtype.kind not in "iuf" or values.ndim not in (1, 2):
+        wrong = f"samples are numbers (S,) or (S, channels), not {values.shape} {values.dtype}"
+        raise BadInput(f"cannot use {name}", wrong, "a WAV file with sound")
+    if not isinstance(rate, int | np.integer) or not _RATES[0] <= rate <= _RATES[1]:
+        wrong = f"it says that it has {rate:,} samples a second" if isinstance(rate, int) else f"its rate is {rate!r}"
+        raise BadInput(f"cannot use {name}", wrong, f"{_RATES[0]:,} to {_RATES[1]:,}")
+    return _resampled(_one_channel(values, name), int(rate))
+
+
+def _read_wav(path: Path) -> tuple[int, np.ndarray]:
+    from scipy.io import wavfile
+
+    try:
+        rate, values = wavfile.read(path)
+    except Exception as error:  # a damaged file can raise anything
+        raise BadInput(f"cannot read '{path}'", str(error) or "it ends early", "a WAV file") from error
+    return rate, values
+
+
+def _one_channel(values: np.ndarray, name: str) -> np.ndarray:
+    if values.dtype.kind in "iu":
+        limits = np.iinfo(values.dtype)
+        middle = 128 if limits.min == 0 else 0
+        values = (values.astype(np.float32) - middle) / (limits.max + 1 - middle)
+    mono: np.ndarray = values.astype(np.float32).reshape(len(values), -1).mean(1)
+    if not np.isfinite(mono).all():
+        raise BadInput(f"cannot use {name}", "it holds values that are no numbers", "a WAV file with sound")
+    return mono
+
+
+def _resampled(mono: np.ndarray, rate: int) -> np.ndarray:
+    if rate == RATE:
+        return mono
+    from scipy.signal import resample_poly
+
+    common = np.gcd(rate, RATE)
+    found: np.ndarray = resample_poly(mono, RATE // common, rate // common).astype(np.float32)
+    return found
+
+
+def chunks(samples: np.ndarray, most: int = 20, *, size: int = CHUNK, as_released: bool = False) -> list[np.ndarray]:
+    """Parts of 30 seconds; the last one is as long as what is left.
+
+    Args:
+        samples: (S,) at 16 kHz.
+        most: parts.
+        size: samples of a part.
+        as_released: takes a sample more for every part but the last, as Uni-MoE's code for speech does, whose encoder
+            then leaves it out.
+
+    Raises:
+        BadInput: there are more parts.
+
+    Example:
+        >>> [len(part) for part in chunks(np.zeros(1_000_000))]
+        [480000, 480000, 40000]
+    """
+    check_int("most", most, 1)
+    step = size + as_released
+    parts, rest = [], samples
+    while len(rest) > size:
+        parts.append(rest[:step])
+        rest = rest[step:]
+    parts += [rest] if len(rest) else []
+    if len(parts) > most:
+        asked = f"hear {len(samples) / RATE / 60:.1f} minutes of sound"
+        raise BadInput(asked, f"at most {most} parts of {size / RATE:g} seconds fit", "cut it, or read it part by part")
+    return parts
