@@ -101,7 +101,7 @@ def build(
     store = store or ModelStore()
     with gr.Blocks(title="mmoe gallery", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP)) as app:
         with gr.Row(elem_classes="layout", equal_height=False):
-            with gr.Column(scale=0, min_width=284, elem_classes="side"):
+            with gr.Column(scale=0, min_width=260, elem_classes="side"):
                 side = _draw_side(cards, first, store)
             with gr.Column(scale=1, min_width=300, elem_classes="main"):
                 head = gr.HTML(look.head(first), elem_id="head")

@@ -101,7 +101,7 @@ body:has(.page-head.dense) .for-experts, body:not(:has(.page-head.dense)) .for-d
 .brand button { font: inherit; font-size: .875rem; font-weight: 500; padding: 5px 14px; border-radius: 8px;
   border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); color: inherit; }
 .layout { flex-wrap: nowrap !important; gap: 24px; align-items: flex-start; }
-.side { position: sticky; top: 12px; width: 284px; flex: none !important; }
+.side { position: sticky; top: 12px; width: 260px; flex: none !important; }
 .main { min-width: 0 !important; }
 @media (min-width: 900px) {
   .brand button { display: none; }
@@ -150,7 +150,7 @@ body:has(.page-head.dense) .for-experts, body:not(:has(.page-head.dense)) .for-d
 .picker label { align-items: flex-start; width: 100%; box-sizing: border-box; }
 .picker label span { white-space: pre-line; font-size: .82rem; line-height: 1.4; min-width: 0;
   overflow-wrap: anywhere; }
-.picker label span::first-line { font-weight: 650; font-size: .95rem; }
+.picker label span::first-line { font-weight: 650; font-size: .86rem; }
 .picker label input { margin-top: 4px; flex: none; }
 .output-class:only-child { font-size: 1rem !important; font-weight: 400 !important;
   color: var(--body-text-color-subdued) !important; }
