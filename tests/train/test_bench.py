@@ -283,6 +283,15 @@ def test_the_loop_over_experts_has_the_same_weights_and_is_checked(small_gamma):
         gamma._check_agreement({"mmoe": tower, "loop": other}, image)
 
 
+def test_generation_beside_encoding_all_again(capsys):
+    words = ["bench", "generation", "--tokens", "3", "--layers", "1", "--experts", "2", "--threads", "1"]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ratio"] == pytest.approx(told["re-encoding_s"] / told["cached_s"], rel=0.05)
+    assert main(words) == 0
+    assert "ratio " in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared_with_a_loop(small_gamma, capsys):
     for name in (small_gamma(router="topk:top_k=1"), "clip_moe_tiny"):
         assert main(["bench", "gamma", name, "--seconds", "0"]) == 2

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import mmoe
-from mmoe.errors import BadInput, BadOverride, LoadMismatch
+from mmoe.errors import BadInput, BadOverride, LoadMismatch, Refused
 from zoo.hosts.beats import log_mels
+from zoo.hosts.decoder import mixtures_of
 from zoo.uni_moe.config import UniMoEConfig
 from zoo.uni_moe.convert import convert_names, to_original
 from zoo.uni_moe.model import PLACEHOLDERS, UniMoE
@@ -174,6 +175,34 @@ def test_options_that_cannot_be(options: dict[str, Any], told: str) -> None:
     with pytest.raises(BadOverride) as error:
         build(**options)
     assert told in str(error.value)
+
+
+def test_experts_of_several_models() -> None:
+    dense = [build(num_experts=0) for _ in range(3)]
+    for number, model in enumerate(dense):
+        for block in model.llm.model.layers:
+            torch.nn.init.constant_(block.mlp.up_proj.weight, float(number))
+    mixed = UniMoE.assemble(dense, {"num_experts": 3, "moe_layers": [0, 2]})
+    assert [*mixtures_of(mixed.llm)] == [0, 2]
+    for moe in mixtures_of(mixed.llm).values():
+        for number, expert in enumerate(moe.experts.gate_up_proj):
+            assert (expert[48:] == number).all()
+    own, first = mixed.state_dict(), dense[0].state_dict()
+    assert all(torch.equal(own[name], first[name]) for name in own if ".mlp." not in name or ".1.mlp." in name)
+
+
+def test_copies_of_one_model_compute_what_it_does(media: dict[str, Any]) -> None:
+    dense = build(num_experts=0)
+    mixed = UniMoE.assemble([dense] * 3, {"num_experts": 3}).eval()
+    found, expected = mixed(IDS, **media), dense(IDS, **media)
+    there = expected.spliced.mask
+    torch.testing.assert_close(found.logits[there], expected.logits[there], atol=1e-5, rtol=1e-4)
+
+
+def test_what_cannot_be_assembled() -> None:
+    for models in ([build(num_experts=0)] * 2, [build()] * 3):
+        with pytest.raises(Refused, match="it takes 3 dense models of this family"):
+            UniMoE.assemble(models, {"num_experts": 3})
 
 
 def theirs(model: UniMoE) -> dict[str, Tensor]:

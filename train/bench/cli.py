@@ -1,4 +1,4 @@
-"""The verb `mmoe bench`: layer, scaling, model, gamma, train, and pictures of what they measured."""
+"""The verb `mmoe bench`: layer, scaling, model, families, training, and pictures of what they measured."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def both(context: typer.Context) -> None:
     mmoe bench model clip_moe_tiny --sweep top_k=1,2,4
     mmoe bench gamma            side experts against a plain loop
     mmoe bench adapters         beside a bare vision transformer
+    mmoe bench generation       with a cache beside encoding all again
     """
     if context.invoked_subcommand is None:
         layer(quick=True)
@@ -269,6 +270,34 @@ def gamma(
     for kind in ("forward", "forward + backward"):
         ours, loop, ratio = (found[kind][key] for key in (f"{OURS}_ms", f"{LOOP}_ms", "ratio"))
         print(f"  {kind}: {ours:.1f} ms, loop over experts {loop:.1f} ms, ratio {ratio:.2f}")
+
+
+@app.command()
+def generation(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that are written.")] = 64,
+    layers: Annotated[int, typer.Option(min=1, help="Blocks of the language model.")] = 30,
+    experts: Annotated[int, typer.Option(min=1, help="Experts in each block.")] = 4,
+    threads: Threads = 2,
+    as_json: Json = False,
+) -> None:
+    """Time Uni-MoE's generation with a cache beside encoding everything again at every step.
+
+    \b
+    mmoe bench generation
+    mmoe bench generation --tokens 16 --layers 4
+    """
+    import torch
+
+    from train.bench.generation import measure
+
+    torch.set_num_threads(threads)
+    found = measure(tokens, layers, experts)
+    if as_json:
+        print(json.dumps({"threads": threads, **found}, indent=1))
+        return
+    print(f"{tokens} tokens after a picture and 30 s of speech, {threads} thread{'s' * (threads > 1)}")
+    print(f"  with a cache {found['cached_s']:.2f} s, encoding all again {found['re-encoding_s']:.2f} s")
+    print(f"ratio {found['ratio']:.2f}")
 
 
 @app.command()

@@ -18,19 +18,21 @@ Shapes: B samples, N ids, L positions after the splice, D width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mmoe.errors import BadInput
+from mmoe.errors import BadInput, Refused
 from mmoe.losses import balance_loss
 from mmoe.moe import with_context
 from mmoe.routing import Context
 from mmoe.trace import trace
-from zoo.hosts.decoder import add_mixtures
+from zoo.config import make_config
+from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
 from zoo.hosts.splice import Spliced, splice
 from zoo.model import Model
 from zoo.uni_moe.config import UniMoEConfig
@@ -194,6 +196,37 @@ class UniMoE(Model):
         spliced = self.splice(input_ids, attention_mask, **(media or {}))
         found: Tensor = self.llm.generate(inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), **options)
         return found
+
+    @classmethod
+    def assembled_from(cls, options: Mapping[str, Any]) -> int | None:
+        """One model for each expert."""
+        return int(options.get("num_experts", UniMoEConfig.num_experts))
+
+    @classmethod
+    def assemble(cls, models: Sequence[Model], options: Mapping[str, Any]) -> UniMoE:
+        """A mixture whose expert e is the feed-forward block of model e; all else is the first one's.
+
+        Routers are drawn at random. This is the third stage of Uni-MoE's training, whose models were trained for one
+        modality each.
+        """
+        host, count = models[0], cls.assembled_from(options)
+        if not all(isinstance(one, UniMoE) and not one.config.mixed for one in models) or len(models) != count:
+            wrong = f"it takes {count} dense models of this family, one for each expert"
+            raise Refused(f"assemble {len(models)} models", wrong, "start: {assemble: [base, ...]}")
+        config = make_config(UniMoEConfig, {**vars(host.config), "num_experts": count, **options}, cls.family)
+        with torch.device(host.device):
+            model = cls(config).to(host.dtype)
+        states = [one.state_dict() for one in models]
+        state = dict(states[0])
+        for layer in config.mixed:
+            place = f"llm.model.layers.{layer}.mlp"
+            names = {name: f"{place}.{name}.weight" for name in PROJECTIONS}
+            packed = pack_ffns([{name: own[key] for name, key in names.items()} for own in states])
+            state = {key: value for key, value in state.items() if key not in names.values()}
+            state |= {f"{place}.experts.{name}": value for name, value in packed.items()}
+            state[f"{place}.router.weight"] = model.state_dict()[f"{place}.router.weight"]
+        model.load_state_dict(state)
+        return model
 
 
 def _recordings(tokens: Tensor, chunks: Sequence[int] | None) -> list[Tensor]:
