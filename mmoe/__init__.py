@@ -48,6 +48,7 @@ _HOME = {
     "GatedFFNExperts": "experts",
     "LoRAGatedFFNExperts": "experts",
     "WithNullExperts": "experts",
+    "ByModalityRouter": "routers",
     "DenseRouter": "routers",
     "DynamicRouter": "routers",
     "ExpertChoiceRouter": "routers",

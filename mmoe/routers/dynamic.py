@@ -54,7 +54,7 @@ def sparse_mixer(scores: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     best, other = values[:, :, None], values[:, None, :]
     near = (best - other <= 2 * eps * torch.maximum(best.abs(), other.abs())) & left
     gaps = torch.where(near, other - best, -torch.inf)  # (T, j, i)
-    return experts, 1 / gaps.exp().sum(-1)
+    return experts, 1 / gaps.exp().sum(-1).clamp(min=1)  # 0 for scores of -inf, of experts that are switched off
 
 
 def explore(
@@ -174,6 +174,7 @@ class DynamicRouter(LinearRouter):
         valid = None if context is None else context.valid
         experts, raw = self._ranked(dynamic)  # (T, N) from the best to the worst
         taken = torch.arange(count, device=logits.device) < self._how_many(dynamic)[:, None]
+        taken = taken & (dynamic.gather(1, experts) > -torch.inf)
         if valid is not None:
             taken = taken & valid[:, None]
         before = torch.zeros_like(taken).scatter(1, experts, taken)  # by expert
@@ -240,6 +241,7 @@ class DynamicRouter(LinearRouter):
 
 def _masked_softmax(logits: Tensor, used: Tensor) -> Tensor:
     """Softmax over the used columns of each row, 0 elsewhere and where none is used."""
+    used = used & (logits > -torch.inf)
     none = ~used.any(-1, keepdim=True)
     return logits.masked_fill(~used, -torch.inf).masked_fill(none, 0.0).softmax(-1) * used
 

@@ -112,6 +112,16 @@ def test_padding_takes_no_place(x: Tensor) -> None:
     torch.testing.assert_close(padded.losses["balance"], bare.losses["balance"])
 
 
+@pytest.mark.parametrize("off", [[0, 1, 2], [4], [5, 6], [0, 1, 2, 3, 4]])
+def test_experts_that_are_switched_off(x: Tensor, off: list[int]) -> None:
+    moe = layer()
+    with mmoe.override(moe, mmoe.switch_off(off)), mmoe.trace(moe) as routing:
+        assert moe(x).isfinite().all()
+    assert (routing[0].dense_weights()[:, off] == 0).all()
+    left = [expert for expert in range(7) if expert not in off]
+    assert (routing[0].dense_weights()[:, left].sum(-1) > 0).all()
+
+
 def test_rows_weigh_in_the_loss(x: Tensor) -> None:
     router = DynamicRouter(D, 5)
     weights = (torch.arange(T) < 10).float()

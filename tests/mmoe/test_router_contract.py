@@ -31,6 +31,10 @@ def given_routes(rows: int) -> Context:
     return Context(expert_ids=torch.stack([torch.randint(0, E, (rows,)), torch.randint(0, E + 1, (rows,))], dim=1))
 
 
+def modalities(rows: int) -> Context:
+    return Context(modality=torch.arange(rows) % 4)
+
+
 @dataclass(frozen=True)
 class Case:
     """How a router is built and what it has to be told, where the defaults do not suffice.
@@ -45,6 +49,7 @@ class Case:
 
 CASES = {
     "fixed": Case(context=given_routes),
+    "by_modality": Case(context=modalities),
     "dynamic": Case({"num_shared": 1, "top_p": None}, jumps=True),  # the gate has its gradient from shared experts
 }
 VARIANTS = [
