@@ -240,6 +240,38 @@ def test_blocks_without_experts_keep_their_names() -> None:
     assert convert_names(names).keys() == model.state_dict().keys()
 
 
+@pytest.mark.parametrize("layers", [False, True])
+def test_a_model_of_8_experts(layers: bool) -> None:
+    router = {"name": "by_modality", "inner": "topk:weights=softmax_topk"} if layers else "topk:weights=softmax_topk"
+    model = build(num_experts=8, experts="lora_gated_ffn:rank=2", router=router, moe_layers="even", sound=None)
+    for value in model.parameters():
+        torch.nn.init.normal_(value)
+    mixed = tuple(f"model.layers.{layer}.mlp." for layer in mixtures_of(model.llm))
+    names = {name: value for name, value in theirs(model).items() if not name.startswith(mixed)}
+    for layer, moe in mixtures_of(model.llm).items():
+        place, own = f"model.layers.{layer}.mlp.deepspeed_moe", moe.experts
+        gate = moe.router.inner if layers else moe.router
+        names[f"{place}.gate.wg.weight"] = gate.weight
+        for number, kind in enumerate(("text", "image", "audio", "video") if layers else ()):
+            names[f"{place}.fm_{kind}.weight"] = moe.router.layers[number].weight[..., None]
+            names[f"{place}.fm_{kind}.bias"] = moe.router.layers[number].bias
+        for number in range(8):
+            expert = f"{place}.experts.deepspeed_experts.{number}"
+            for kind, matrix, a, b in (
+                ("gate", own.gate_up_proj[number, :48], own.gate_up_a[number, :2], own.gate_b[number]),
+                ("up", own.gate_up_proj[number, 48:], own.gate_up_a[number, 2:], own.up_b[number]),
+                ("down", own.down_proj[number], own.down_a[number], own.down_b[number]),
+            ):
+                names[f"{expert}.{kind}_proj.weight"] = matrix
+                names |= {f"{expert}.{kind}_proj_lora_A.weight": a, f"{expert}.{kind}_proj_lora_B.weight": b}
+    found = convert_names(names)
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    del names["model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts.3.up_proj_lora_B.weight"]
+    with pytest.raises(LoadMismatch, match=r"experts\.3 has no up_proj_lora_B"):
+        convert_names(names)
+
+
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.gates.weight", "model.mm_projectors.0.weight", "extra"])
 def test_names_that_no_such_model_has(name: str) -> None:
     with pytest.raises(LoadMismatch, match=f"it has {name}"):

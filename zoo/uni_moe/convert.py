@@ -1,4 +1,4 @@
-"""The authors' checkpoints of Uni-MoE under our names: the speech and the sound layout, towers included.
+"""The authors' checkpoints of Uni-MoE under our names: speech, sound and 8 experts, towers included.
 
 Two towers have no weights in some files: theirs come from checkpoints of their own. A second Whisper that is never run,
 buffers of rotary positions and tables that BEATs repeats in every layer are left out; unknown names are refused.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from mmoe.errors import LoadMismatch
@@ -16,7 +17,12 @@ from zoo.hosts import beats
 from zoo.hosts.decoder import PROJECTIONS, pack_ffns
 
 State = dict[str, Tensor]
-_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_EXPERT = re.compile(
+    r"(model\.layers\.\d+\.mlp)\.(?:deepspeed_moe\.experts\.deepspeed_experts|experts)\.(\d+)"
+    r"\.((?:gate|up|down)_proj(?:_lora_[AB])?)\.weight"
+)
+_MODALITIES = ("text", "image", "audio", "video")  # by number, as in `zoo.uni_moe.model.MODALITIES`
+_OF_MODALITY = re.compile(rf"model\.layers\.(\d+)\.mlp\.deepspeed_moe\.fm_({'|'.join(_MODALITIES)})\.(weight|bias)")
 _LLM = re.compile(
     r"lm_head\.weight|model\.(embed_tokens\.weight|norm\.weight|layers\.\d+\."
     r"((input|post_attention)_layernorm\.weight|self_attn\.[qkvo]_proj\.weight|mlp\.(gate|up|down)_proj\.weight))"
@@ -28,7 +34,7 @@ _UNUSED = re.compile(
 _BEATS = "model.audio_tower.audio_tower."
 _WHISPER = re.compile(r"model\.audio_tower\.audio_tower\.(conv[12]|embed_positions|layers\.|layer_norm\.)")
 _RENAMED = (
-    (r"model\.layers\.(\d+)\.mlp\.gate\.weight", r"llm.model.layers.\1.mlp.router.weight"),
+    (r"model\.layers\.(\d+)\.mlp\.(?:deepspeed_moe\.gate\.wg|gate)\.weight", r"llm.model.layers.\1.mlp.router.weight"),
     (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)", r"vision.encoder.\1"),
     (r"model\.mm_projector\.(.+)", r"vision.projector.\1"),
     (r"model\.mm_audio_aligner\.decoder\.audio_decoder\.(.+)", r"speech.resampler.decoder.\1"),
@@ -43,7 +49,8 @@ def convert_names(state: Mapping[str, Tensor]) -> State:
     """A state dict of the authors under our names, with packed experts.
 
     Args:
-        state: of a speech or a sound model; the prefix that peft leaves is taken off.
+        state: of a speech or a sound model, or of one with 8 experts; the prefix that peft leaves is taken off. Experts
+            with low-rank factors are those of "lora_gated_ffn", a layer per modality that of a router "by_modality".
 
     Raises:
         LoadMismatch: it has names that no such model has.
@@ -72,14 +79,22 @@ def convert_names(state: Mapping[str, Tensor]) -> State:
             if ours is None:
                 unknown.append(name)
             else:
-                found[ours] = value[0] if ours.endswith("resampler.queries") and value.ndim == 3 else value
+                found[ours] = _in_our_shape(ours, value)
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         asked = "convert this checkpoint to uni_moe"
         raise LoadMismatch(asked, f"it has {', '.join(unknown[:3])}{more}", "a speech or sound model of Uni-MoE")
     for place, ffns in experts.items():
-        found |= {f"llm.{place}.{name}": value for name, value in _packed(place, ffns).items()}
+        found |= {f"llm.{place}.experts.{name}": value for name, value in _packed(place, ffns).items()}
+    found = _by_modality(found)
     return found | {f"sound.encoder.{name}": value for name, value in beats.from_original(tower).items()}
+
+
+def _in_our_shape(name: str, value: Tensor) -> Tensor:
+    """Queries without a dimension for the batch; a convolution of width 1 as the linear layer that it is."""
+    if name.endswith("resampler.queries") and value.ndim == 3:
+        return value[0]
+    return value.squeeze(-1) if ".router.layers." in name and value.ndim == 3 else value
 
 
 def _renamed(name: str, branch: str) -> str | None:
@@ -87,6 +102,10 @@ def _renamed(name: str, branch: str) -> str | None:
         return f"llm.{name}"
     if name.startswith("model.mm_audio_aligner.projector."):
         return f"{branch}.resampler.projector.{name.rpartition('.')[2]}"
+    layer = _OF_MODALITY.fullmatch(name)
+    if layer is not None:
+        number = _MODALITIES.index(layer[2])
+        return f"llm.model.layers.{layer[1]}.mlp.router.layers.{number}.{layer[3]}"
     for theirs, ours in _RENAMED:
         if re.fullmatch(theirs, name):
             return re.sub(theirs, ours, name)
@@ -94,12 +113,29 @@ def _renamed(name: str, branch: str) -> str | None:
 
 
 def _packed(place: str, ffns: Mapping[int, Mapping[str, Tensor]]) -> State:
+    whole = sorted({*PROJECTIONS, *(name for ffn in ffns.values() for name in ffn)})
+    if any("_lora_" in name for name in whole):
+        whole = [f"{name}{part}" for name in PROJECTIONS for part in ("", "_lora_A", "_lora_B")]
     for expert in range(max(ffns) + 1):
-        missing = [name for name in PROJECTIONS if name not in ffns.get(expert, {})]
+        missing = [name for name in whole if name not in ffns.get(expert, {})]
         if missing:
-            wrong = f"{place}.{expert} has no {' and no '.join(missing)}"
+            wrong = f"{place}.experts.{expert} has no {' and no '.join(missing)}"
             raise LoadMismatch("convert this checkpoint to uni_moe", wrong, "a whole state dict")
-    return pack_ffns([ffns[expert] for expert in range(len(ffns))])
+    own = [ffns[expert] for expert in range(len(ffns))]
+    found = pack_ffns(own)
+    if len(whole) > len(PROJECTIONS):
+        found["gate_up_a"] = torch.stack([torch.cat([f["gate_proj_lora_A"], f["up_proj_lora_A"]]) for f in own])
+        found["down_a"] = torch.stack([ffn["down_proj_lora_A"] for ffn in own])
+        for kind in ("gate", "up", "down"):
+            found[f"{kind}_b"] = torch.stack([ffn[f"{kind}_proj_lora_B"] for ffn in own])
+    return found
+
+
+def _by_modality(state: State) -> State:
+    """Routers of blocks that have a layer per modality stand inside another router."""
+    behind = {name.partition(".router.")[0] for name in state if ".router.layers." in name}
+    inside = {f"{place}.router.weight": f"{place}.router.inner.weight" for place in behind}
+    return {inside.get(name, name): value for name, value in state.items()}
 
 
 def to_original(state: Mapping[str, Tensor]) -> State:
