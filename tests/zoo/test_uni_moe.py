@@ -145,6 +145,29 @@ def test_the_balance_loss_counts_where_its_coefficient_is_above_0(media: dict[st
     torch.testing.assert_close(b.loss, a.loss + 0.5 * b.losses["balance"])
 
 
+def test_losses_of_modalities(media: dict[str, Any]) -> None:
+    plain = build()
+    options = {"modality_coef": 0.5, "modality_experts": {"image": [0]}, "divergence_coef": 0.25}
+    tied = build(**options)
+    tied.load_state_dict(plain.state_dict())
+    a, b = (model(IDS, labels=IDS.clamp(min=0), **media) for model in (plain, tied))
+    assert b.losses.keys() == {"next_token", "modality", "divergence"}
+    torch.testing.assert_close(b.loss, a.loss + 0.5 * b.losses["modality"] + 0.25 * b.losses["divergence"])
+    optimizer = torch.optim.SGD([p for n, p in tied.named_parameters() if "router" in n], lr=3.0)
+
+    def share() -> float:
+        with mmoe.trace(tied) as routing:
+            kinds = tied(IDS, **media).spliced.modality.flatten()
+        return routing[0].logits.softmax(-1)[kinds == 1, 0].mean().item()
+
+    before = share()
+    for _ in range(10):
+        optimizer.zero_grad()
+        tied(IDS, labels=IDS.clamp(min=0), **media).losses["modality"].backward()
+        optimizer.step()
+    assert share() > before + 0.1, "tokens of images go to their expert"
+
+
 @pytest.mark.parametrize(
     ("ids", "given", "told"),
     [
@@ -169,6 +192,9 @@ def test_media_that_do_not_fit(model: UniMoE, ids: list[list[int]], given: dict[
         ({"speech": {"layers": 0}}, "speech.layers=0"),
         ({"projector": "mlp"}, "projector='mlp'"),
         ({"num_experts": -1}, "num_experts=-1"),
+        ({"modality_coef": 0.1}, "modality_coef=0.1\n  no modality has experts of its own"),
+        ({"modality_experts": {"images": [0]}}, "modality_experts of 'images'\n  did you mean: image"),
+        ({"modality_experts": {"image": [3]}}, "an expert of image=3"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], told: str) -> None:

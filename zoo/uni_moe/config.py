@@ -11,6 +11,7 @@ from mmoe.options import check_float, check_int
 from zoo.config import check_types
 from zoo.hosts.decoder import chosen_layers
 
+MODALITIES = ("text", "image", "speech", "video", "sound")  # by their number in `zoo.hosts.splice.Spliced`
 CLIP_L_336 = {"width": 1024, "layers": 24, "heads": 16, "ffn_dim": 4096, "image_size": 336, "patch_size": 14}
 WHISPER_SMALL = {
     "width": 768,
@@ -60,7 +61,11 @@ class UniMoEConfig:
         speech: sizes of the Whisper encoder, and of the Whisper decoder that resamples; None leaves speech out.
         sound: sizes of BEATs and of the Q-Former behind it; None leaves sounds out.
         queries: tokens per 30 seconds of speech or sound.
-        balance_coef: of the balance loss, which counts first choices; 0 in the first version.
+        balance_coef: of the balance loss, the mean over blocks, which counts first choices; 0 in the first version. The
+            released one with 8 experts adds blocks up, so its coefficient is this one divided by their number.
+        modality_coef, modality_experts: of the loss that sends tokens of a modality to some experts, and which, by the
+            modality's name; see `zoo.uni_moe.losses`.
+        divergence_coef: of the loss that sets the experts of two modalities apart.
         route_padding: sends padding through the experts, as released; it changes no token that counts.
     """
 
@@ -88,6 +93,9 @@ class UniMoEConfig:
     sound: Mapping[str, Any] | None = field(default_factory=lambda: dict(BEATS))
     queries: int = 50
     balance_coef: float = 0.0
+    modality_coef: float = 0.0
+    modality_experts: Mapping[str, Any] = field(default_factory=dict)
+    divergence_coef: float = 0.0
     route_padding: bool = False
 
     def __post_init__(self) -> None:
@@ -98,13 +106,26 @@ class UniMoEConfig:
         check_int("kv_heads", self.kv_heads or self.heads, 1, self.heads)
         check_float("rope_theta", self.rope_theta, above=0)
         check_float("norm_eps", self.norm_eps, above=0)
-        check_float("balance_coef", self.balance_coef, low=0)
+        for name in ("balance_coef", "modality_coef", "divergence_coef"):
+            check_float(name, getattr(self, name), low=0)
+        self._check_modalities()
         chosen_layers(self.moe_layers, self.layers)
         for branch, known in self.known.items():
             self._check_branch(branch, known)
         if self.width % self.heads or self.heads % (self.kv_heads or self.heads):
             asked = f"{self.heads} heads, {self.kv_heads or self.heads} for keys, in a width of {self.width}"
             raise BadOverride(asked, "heads must share the width evenly, and those for keys the heads", "heads=1")
+
+    def _check_modalities(self) -> None:
+        for name, experts in self.modality_experts.items():
+            if name not in MODALITIES[1:]:
+                wrong, fix = did_you_mean(name, MODALITIES[1:]), "modality_experts={image: [0, 1]}"
+                raise BadOverride(f"modality_experts of {name!r}", wrong, fix)
+            for expert in experts:
+                check_int(f"an expert of {name}", expert, 0, self.num_experts - 1)
+        if self.modality_coef and not self.modality_experts:
+            wrong, fix = "no modality has experts of its own", "modality_experts={image: [0, 1]}"
+            raise BadOverride(f"modality_coef={self.modality_coef}", wrong, fix)
 
     def _check_branch(self, branch: str, known: Mapping[str, int]) -> None:
         given = getattr(self, branch)

@@ -21,7 +21,7 @@ _EXPERT = re.compile(
     r"(model\.layers\.\d+\.mlp)\.(?:deepspeed_moe\.experts\.deepspeed_experts|experts)\.(\d+)"
     r"\.((?:gate|up|down)_proj(?:_lora_[AB])?)\.weight"
 )
-_MODALITIES = ("text", "image", "audio", "video")  # by number, as in `zoo.uni_moe.model.MODALITIES`
+_MODALITIES = ("text", "image", "audio", "video")  # by number, as in `zoo.uni_moe.config.MODALITIES`
 _OF_MODALITY = re.compile(rf"model\.layers\.(\d+)\.mlp\.deepspeed_moe\.fm_({'|'.join(_MODALITIES)})\.(weight|bias)")
 _LLM = re.compile(
     r"lm_head\.weight|model\.(embed_tokens\.weight|norm\.weight|layers\.\d+\."

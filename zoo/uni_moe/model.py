@@ -29,17 +29,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mmoe.errors import BadInput, Refused
 from mmoe.losses import balance_loss
 from mmoe.moe import with_context
-from mmoe.routing import Context
+from mmoe.routing import Context, Routing
 from mmoe.trace import trace
 from zoo.config import make_config
 from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
 from zoo.hosts.splice import Spliced, splice
 from zoo.model import Model
-from zoo.uni_moe.config import UniMoEConfig
+from zoo.uni_moe.config import MODALITIES, UniMoEConfig
+from zoo.uni_moe.losses import divergence_loss, modality_loss
 from zoo.uni_moe.towers import Sound, Speech, Vision
 
 PLACEHOLDERS = {"<image>": -200, "<speech>": -300, "<video>": -400, "<sound>": -500}
-MODALITIES = ("text", "image", "speech", "video", "sound")  # by their number in `Spliced.modality`
 
 
 @dataclass(kw_only=True)
@@ -119,11 +119,23 @@ class UniMoE(Model):
         found = UniMoEOutput(logits=out.logits, spliced=spliced)
         if labels is None:
             return found
-        found.losses = {"next_token": out.loss}
+        found.losses = {"next_token": out.loss, **self._router_losses(list(routing), spliced.modality)}
         found.loss = out.loss
-        if self.config.balance_coef and self.config.mixed:
-            found.losses["balance"] = balance_loss(routing, choices="first")
-            found.loss = found.loss + self.config.balance_coef * found.losses["balance"]
+        for name in ("balance", "modality", "divergence"):
+            if name in found.losses:
+                found.loss = found.loss + getattr(self.config, f"{name}_coef") * found.losses[name]
+        return found
+
+    def _router_losses(self, routing: Sequence[Routing], modality: Tensor) -> dict[str, Tensor]:
+        """Losses whose coefficient is above 0."""
+        config, found = self.config, dict[str, Tensor]()
+        if config.balance_coef and routing:
+            found["balance"] = balance_loss(routing, choices="first")
+        if config.modality_coef and routing:
+            own = {MODALITIES.index(name): experts for name, experts in config.modality_experts.items()}
+            found["modality"] = modality_loss(routing, modality, own)
+        if config.divergence_coef and routing:
+            found["divergence"] = divergence_loss(routing, modality)
         return found
 
     def splice(
