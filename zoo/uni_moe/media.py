@@ -1,0 +1,110 @@
+"""Pictures, videos, speech and sounds as the tensors that Uni-MoE's encoders read.
+
+    picture  short side to S, middle S x S, normalised as for CLIP          video  some of its frames, each as a picture
+    speech   parts as long as the encoder hears -> Whisper's log-mels       sound  parts of 30 s -> BEATs' filter bank
+
+The last part of a recording is filled up: with silence for Whisper, with its last sample for BEATs, as the authors do.
+Shapes: F frames, S side, C parts, M mel bands, T times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageSequence
+from torch import Tensor
+from torchvision.transforms import functional as pictures
+
+from mmoe.errors import BadInput
+from mmoe.options import check_int
+from zoo.hosts.beats import log_mels
+from zoo.images import read_image
+from zoo.sounds import CHUNK, RATE, chunks, read_sound
+
+MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def image_tensor(source: Any, size: int) -> Tensor:
+    """A picture as (3, S, S).
+
+    Args:
+        source: as for `zoo.images.read_image`.
+        size: S.
+    """
+    picture = pictures.resize(read_image(source), [size], pictures.InterpolationMode.BICUBIC, antialias=True)
+    tensor = pictures.to_tensor(pictures.center_crop(picture, [size, size]))
+    return pictures.normalize(tensor, MEAN, SPREAD)
+
+
+def video_tensor(source: Any, size: int, frames: int = 8) -> Tensor:
+    """Frames of a video as (F, 3, S, S), evenly spaced; all of a video that has fewer.
+
+    Args:
+        source: a folder of pictures, which are taken by name, an animated picture (GIF, WebP), or a list of pictures.
+        size: S.
+        frames: F.
+
+    Raises:
+        BadInput: there are no frames, or one cannot be read.
+    """
+    check_int("frames", frames, 1)
+    found = list(_frames_of(source))
+    if not found:
+        raise BadInput("watch a video", "it has no frames", "a folder of pictures, or a list of some")
+    chosen = found if len(found) <= frames else [found[round(at)] for at in np.linspace(0, len(found) - 1, frames)]
+    return torch.stack([image_tensor(frame, size) for frame in chosen])
+
+
+def _frames_of(source: Any) -> Sequence[Any]:
+    if not isinstance(source, str | Path):
+        return source if isinstance(source, Sequence) else [source]
+    path = Path(source)
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix.lower() in _FRAMES)
+    if path.suffix.lower() not in (".gif", ".webp", ".png"):
+        wrong = "videos are folders of pictures or animated ones; this file is neither"
+        raise BadInput(f"watch '{source}'", wrong, f"ffmpeg -i {path.name} frames/%04d.jpg, and then 'frames'")
+    read_image(path)  # what is wrong with it, in words
+    with Image.open(path) as animation:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(animation)]
+
+
+def speech_tensor(source: Any, mels: int, positions: int, most: int) -> Tensor:
+    """Log-mels of speech as (C, M, T), a part for all that the encoder hears at once.
+
+    Args:
+        source: as for `zoo.sounds.read_sound`.
+        mels: M.
+        positions: of the encoder, which are 20 ms each; T is twice as many.
+        most: parts.
+    """
+    size = positions * RATE // 50
+    parts = chunks(read_sound(source), most, size=size)
+    heard = _whisper(mels)(parts, sampling_rate=RATE, padding="max_length", max_length=size)
+    return torch.from_numpy(np.asarray(heard["input_features"]))
+
+
+@cache
+def _whisper(mels: int) -> Any:
+    from transformers import WhisperFeatureExtractor
+
+    return WhisperFeatureExtractor(feature_size=mels)
+
+
+def sound_tensor(source: Any, most: int) -> tuple[Tensor, Tensor]:
+    """Filter banks of a sound as (C, T, 128), a part for every 30 seconds, and samples that are padding (C, 480000).
+
+    Args:
+        source: as for `zoo.sounds.read_sound`.
+        most: parts.
+    """
+    parts = chunks(read_sound(source), most)
+    filled = torch.from_numpy(np.stack([np.pad(part, (0, CHUNK - len(part)), mode="edge") for part in parts]))
+    lengths = torch.tensor([len(part) for part in parts])
+    return log_mels(filled), torch.arange(CHUNK) >= lengths[:, None]
