@@ -2,7 +2,7 @@
 
 >>> import mmoe
 >>> mmoe.list_routers()
-['dense', 'expert_choice', 'fixed', 'topk']
+['by_modality', 'dense', 'dynamic', 'expert_choice', 'fixed', 'gshard', 'topk']
 >>> mmoe.build_router("topk", dim=8, num_experts=4, top_k=1).experts_per_token
 1
 """

@@ -38,12 +38,12 @@ def test_all_routers_and_experts(router: str, experts: str) -> None:
 
 def expert_size(experts: str) -> int:
     """Parameters of one expert without the output bias."""
-    return 3 * F * D if experts == "gated_ffn" else 2 * F * D + F
+    return 3 * F * D if "gated_ffn" in experts else 2 * F * D + F
 
 
 def bias_repeats(experts: str) -> int:
     """The output bias, which a block has once however wide it is."""
-    return 0 if experts == "gated_ffn" else D
+    return 0 if "gated_ffn" in experts else D
 
 
 def test_options_find_the_part_that_takes_them() -> None:

@@ -91,7 +91,10 @@ class TestErrors:
     def test_of_experts(self) -> None:
         with pytest.raises(UnknownName) as error:
             build_experts("gated-fn")
-        assert str(error.value).splitlines()[:2] == ["no expert named 'gated-fn'", "  did you mean: gated_ffn"]
+        assert str(error.value).splitlines()[:2] == [
+            "no expert named 'gated-fn'",
+            "  did you mean: gated_ffn, lora_gated_ffn",
+        ]
 
     def test_without_sizes(self) -> None:
         with pytest.raises(BadOverride) as error:
