@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import string
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 
 import mmoe
-from mmoe.errors import BadInput, BadOverride, LoadMismatch, Refused
+from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, Refused
 from zoo.hosts.beats import log_mels
 from zoo.hosts.decoder import mixtures_of
 from zoo.uni_moe.config import UniMoEConfig
@@ -201,6 +209,86 @@ def test_options_that_cannot_be(options: dict[str, Any], told: str) -> None:
     with pytest.raises(BadOverride) as error:
         build(**options)
     assert told in str(error.value)
+
+
+@pytest.fixture
+def talking(tmp_path: Path) -> UniMoE:
+    """A model with a tokenizer of single letters."""
+    letters = {sign: number for number, sign in enumerate(["<unk>", "<|im_start|>", "<|im_end|>", *string.printable])}
+    words = Tokenizer(WordLevel(letters, unk_token="<unk>"))
+    words.pre_tokenizer = Split(Regex(r"<\|im_(start|end)\|>|."), "isolated")
+    words.decoder = Fuse()
+    words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    options = {"vocab_size": len(letters), "tokenizer": str(tmp_path / "tokenizer.json"), "template": "chatml"}
+    return build(**options, positions=512, speech={**SPEECH, "positions": 50})
+
+
+def given() -> dict[str, Any]:
+    picture = Image.new("RGB", (40, 30), (200, 30, 30))
+    return {"image": picture, "video": [[picture] * 3], "speech": np.zeros(20_000), "sound": np.zeros(8_000)}
+
+
+def test_media_stand_before_the_words(talking: UniMoE) -> None:
+    batch = talking.preprocess("Hi", **given())
+    ids = batch["input_ids"][0].tolist()
+    assert [one for one in ids if one < 0] == [IMAGE, SPOKEN, VIDEO, HEARD]
+    assert batch["speech"].shape == (2, 80, 100) and batch["speech_chunks"] == [2]
+    own = talking.preprocess("Hi <image> there", image=given()["image"])["input_ids"][0].tolist()
+    assert own.index(IMAGE) > own.index(talking.tokenizer.convert_tokens_to_ids("H"))
+    out = talking(**batch)
+    counts = out.spliced.modality.flatten().bincount().tolist()
+    assert counts[1:] == [4, 8, 4, 4]
+
+
+def test_a_reply_is_what_the_loss_counts(talking: UniMoE) -> None:
+    batch = talking.preprocess(["Hi", "Ho"], reply=False)
+    counted = [one for one in batch["labels"][0].tolist() if one >= 0]
+    assert talking.tokenizer.decode(counted).split("<|im_end|>")[0] == "Ho"
+    assert talking(**batch).loss.isfinite()
+
+
+def test_it_talks(talking: UniMoE) -> None:
+    reply = talking.predict("What is it?", max_new_tokens=5, **given())
+    assert reply.tokens <= 5 and isinstance(str(reply), str)
+    assert "".join(talking.stream("What is it?", max_new_tokens=5, **given())).strip() == reply.text
+    assert talking.predict(["Hi", "Ho", "And now?"], max_new_tokens=2).tokens <= 2
+
+
+def test_a_saved_model_talks_alone(talking: UniMoE, tmp_path: Path) -> None:
+    talking.predict("Hi", max_new_tokens=1)
+    told = talking.preprocessing
+    assert "im_start" in told["tokenizer"]
+    again = build(**{**vars(talking.config), "tokenizer": None})
+    with pytest.raises(Refused, match="the model has no tokenizer"):
+        again.predict("Hi")
+    again.load_state_dict(talking.state_dict())
+    again.preprocessing = told
+    assert again.predict("Hi", max_new_tokens=4) == talking.predict("Hi", max_new_tokens=4)
+
+
+def test_mistakes_of_a_visitor(talking: UniMoE) -> None:
+    with pytest.raises(BadInput, match=r"cannot read the picture .gone\.png."):
+        talking.predict("Hi", image="gone.png")
+    with pytest.raises(BadInput, match="there are 2 turns"):
+        talking.predict(["Hi", "Ho"])
+    with pytest.raises(BadOverride, match="max_new_tokens=0"):
+        talking.predict("Hi", max_new_tokens=0)
+    with pytest.raises(BadInput, match="the texts have 2 of <image>, and there are 1"):
+        talking.predict("<image> and <image>", image=given()["image"])
+    with pytest.raises(BadInput):
+        list(talking.stream("<image>"))
+    silent = build(speech=None, tokenizer=talking.config.tokenizer, template="chatml", vocab_size=120)
+    with pytest.raises(BadInput, match="give speech to this uni_moe"):
+        silent.predict("Hi", speech=np.zeros(20_000))
+
+
+def test_tokenizers_that_do_not_fit(talking: UniMoE, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="it has no token '<s>', which the template writes"):
+        build(tokenizer=talking.config.tokenizer, vocab_size=120).predict("Hi")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(CorruptFile, match="read a tokenizer"):
+        build(tokenizer=str(tmp_path / "broken.json")).predict("Hi")
 
 
 def test_experts_of_several_models() -> None:

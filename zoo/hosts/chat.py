@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmoe.errors import BadInput
+from mmoe.errors import BadInput, CorruptFile
 from zoo.hosts.splice import IGNORED
 
 
@@ -22,12 +22,16 @@ class Template:
         question: a user's turn, with {} for what is said.
         answer: what comes before a reply; a prompt for generation ends in it.
         reply: a reply, with {} for what is said; a loss counts all of it.
+        bos: token before all, or None.
+        eos: token that ends a reply.
     """
 
     system: str
     question: str
     answer: str
     reply: str
+    bos: str | None
+    eos: str
 
     def prompt(self, turns: Sequence[str], reply: bool = False) -> str:
         """Text of turns that the user and the model take in turn, the user first.
@@ -61,13 +65,40 @@ VICUNA = Template(
     question="USER: {} ",
     answer="ASSISTANT:",
     reply=" {}</s>",
+    bos="<s>",
+    eos="</s>",
 )
 CHATML = Template(
     system="",
     question="<|im_start|>user\n{}<|im_end|>\n",
     answer="<|im_start|>assistant\n",
     reply="{}<|im_end|>\n",
+    bos=None,
+    eos="<|im_end|>",
 )
+TEMPLATES = {"vicuna": VICUNA, "chatml": CHATML}
+
+
+def read_tokenizer(text: str, template: Template) -> Any:
+    """A tokenizer of transformers from the text of a tokenizer.json, with the special tokens of a template.
+
+    Raises:
+        CorruptFile: it is no such text. BadInput: it lacks a token of the template.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        words = Tokenizer.from_str(text)
+    except Exception as error:  # the library has one kind for all
+        raise CorruptFile("read a tokenizer", str(error), "a tokenizer.json of transformers") from error
+    for token in filter(None, (template.bos, template.eos)):
+        if words.token_to_id(token) is None:
+            wrong = f"it has no token {token!r}, which the template writes"
+            raise BadInput("read a tokenizer", wrong, f"one of the templates {', '.join(TEMPLATES)} that fits")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token=template.bos, eos_token=template.eos, pad_token=template.eos
+    )
 
 
 def encode(

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mmoe.errors import BadOverride, did_you_mean
-from mmoe.options import check_float, check_int
+from mmoe.options import check_choice, check_float, check_int
 from zoo.config import check_types
+from zoo.hosts.chat import TEMPLATES
 from zoo.hosts.decoder import chosen_layers
 
 MODALITIES = ("text", "image", "speech", "video", "sound")  # by their number in `zoo.hosts.splice.Spliced`
@@ -61,6 +62,10 @@ class UniMoEConfig:
         speech: sizes of the Whisper encoder, and of the Whisper decoder that resamples; None leaves speech out.
         sound: sizes of BEATs and of the Q-Former behind it; None leaves sounds out.
         queries: tokens per 30 seconds of speech or sound.
+        tokenizer: where its tokenizer.json is, as a source of `zoo.weights`; None leaves words out.
+        template: how conversations are written; see `zoo.hosts.chat`.
+        frames: of a video that are looked at.
+        parts: at most so many times 30 seconds of a recording are heard.
         balance_coef: of the balance loss, the mean over blocks, which counts first choices; 0 in the first version. The
             released one with 8 experts adds blocks up, so its coefficient is this one divided by their number.
         modality_coef, modality_experts: of the loss that sends tokens of a modality to some experts, and which, by the
@@ -92,6 +97,10 @@ class UniMoEConfig:
     speech: Mapping[str, Any] | None = field(default_factory=lambda: dict(WHISPER_SMALL))
     sound: Mapping[str, Any] | None = field(default_factory=lambda: dict(BEATS))
     queries: int = 50
+    tokenizer: str | None = None
+    template: str = "vicuna"
+    frames: int = 8
+    parts: int = 20
     balance_coef: float = 0.0
     modality_coef: float = 0.0
     modality_experts: Mapping[str, Any] = field(default_factory=dict)
@@ -102,6 +111,9 @@ class UniMoEConfig:
         check_types(self)
         for name in ("vocab_size", "width", "layers", "heads", "ffn_dim", "positions", "top_k", "queries"):
             check_int(name, getattr(self, name), 1)
+        for name in ("frames", "parts"):
+            check_int(name, getattr(self, name), 1)
+        check_choice("template", self.template, TEMPLATES)
         check_int("num_experts", self.num_experts, 0)
         check_int("kv_heads", self.kv_heads or self.heads, 1, self.heads)
         check_float("rope_theta", self.rope_theta, above=0)

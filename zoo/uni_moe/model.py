@@ -18,7 +18,7 @@ Shapes: B samples, N ids, L positions after the splice, D width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,17 +29,45 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mmoe.errors import BadInput, Refused
 from mmoe.losses import balance_loss
 from mmoe.moe import with_context
+from mmoe.options import check_int
 from mmoe.routing import Context, Routing
 from mmoe.trace import trace
 from zoo.config import make_config
+from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer
 from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
 from zoo.hosts.splice import Spliced, splice
 from zoo.model import Model
 from zoo.uni_moe.config import MODALITIES, UniMoEConfig
 from zoo.uni_moe.losses import divergence_loss, modality_loss
+from zoo.uni_moe.media import image_tensor, sound_tensor, speech_tensor, video_tensor
 from zoo.uni_moe.towers import Sound, Speech, Vision
+from zoo.weights import locate
 
 PLACEHOLDERS = {"<image>": -200, "<speech>": -300, "<video>": -400, "<sound>": -500}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said.
+
+    Attributes:
+        text: without special tokens.
+        tokens: how many it wrote, the end included.
+    """
+
+    text: str
+    tokens: int
+
+    def __str__(self) -> str:
+        return self.text
+
+    def table(self, picture: int = 0) -> tuple[list[str], list[list[str]]]:
+        """Header and row that show it."""
+        return ["tokens"], [[self.text, str(self.tokens)]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"text": self.text, "tokens": self.tokens}
 
 
 @dataclass(kw_only=True)
@@ -94,6 +122,153 @@ class UniMoE(Model):
         self.vision = config.vision and Vision(config.vision, config.vision_layer, config.projector, dim)
         self.speech = config.speech and Speech(config.speech, queries, dim)
         self.sound = config.sound and Sound(config.sound, queries, dim)
+        told = {name: getattr(config, name) for name in ("template", "frames", "parts")}
+        self.preprocessing = {**told, "tokenizer": None}
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How texts and media become tensors, as plain data; a tokenizer is the text of its file, once it is read."""
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, values: dict[str, Any]) -> None:
+        told = {name: values[name] for name in ("template", "frames", "parts")}
+        make_config(UniMoEConfig, {**vars(self.config), **told}, self.family)
+        self._preprocessing, self._words = values, None
+        if values["tokenizer"] is not None:
+            self._words = read_tokenizer(values["tokenizer"], self.template)
+
+    @property
+    def template(self) -> Template:
+        """How conversations are written."""
+        return TEMPLATES[self._preprocessing["template"]]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Words to ids: what was saved with the model, or the config's, read on first use.
+
+        Raises:
+            Refused: the config names none.
+        """
+        if self._words is None:
+            if self.config.tokenizer is None:
+                raise Refused("read a text", "the model has no tokenizer", "tokenizer='PATH/tokenizer.json'")
+            text = locate(self.config.tokenizer).read_text(encoding="utf-8")
+            self._words = read_tokenizer(text, self.template)
+            self._preprocessing["tokenizer"] = text
+        return self._words
+
+    def preprocess(
+        self,
+        text: str | Sequence[str],
+        *,
+        image: Any = None,
+        video: Any = None,
+        speech: Any = None,
+        sound: Any = None,
+        reply: bool = True,
+    ) -> dict[str, Any]:
+        """One conversation as a batch on the model's device.
+
+        Args:
+            text: what the user says, or turns that user and model take in turn. Media without a placeholder such as
+                <image> in it are put before it.
+            image, video, speech, sound: one of each or a list, in the order of their placeholders; see
+                `zoo.uni_moe.media`.
+            reply: ends where the model's reply begins; False takes turns that end with one.
+
+        Returns:
+            "input_ids" (1, N), "labels" (1, N), and what `splice` takes.
+        """
+        given = {"<image>": image, "<speech>": speech, "<video>": video, "<sound>": sound}
+        listed = {word: _listed(value) for word, value in given.items()}
+        turns = [text] if isinstance(text, str) else list(text)
+        lacking = [word for word, many in listed.items() for _ in many[sum(turn.count(word) for turn in turns) :]]
+        if turns and lacking:
+            turns[0] = "".join(f"{word}\n" for word in lacking) + turns[0]
+        ids, labels = encode(self.tokenizer, self.template.parts(turns, reply), PLACEHOLDERS)
+        batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), **self._media(listed)}
+        return {name: self._here(value) for name, value in batch.items()}
+
+    def _media(self, given: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        frames, parts = self._preprocessing["frames"], self._preprocessing["parts"]
+        if given["<image>"] or given["<video>"]:
+            size = self._branch("vision").size
+            if given["<image>"]:
+                found["images"] = torch.stack([image_tensor(one, size) for one in given["<image>"]])
+            if given["<video>"]:
+                found["videos"] = [video_tensor(one, size, frames) for one in given["<video>"]]
+        if given["<speech>"]:
+            sizes = self._branch("speech").sizes
+            heard = [speech_tensor(one, sizes["mels"], sizes["positions"], parts) for one in given["<speech>"]]
+            found |= {"speech": torch.cat(heard), "speech_chunks": [len(one) for one in heard]}
+        if given["<sound>"]:
+            self._branch("sound")
+            mels, padding = zip(*(sound_tensor(one, parts) for one in given["<sound>"]), strict=True)
+            found |= {"sounds": torch.cat(mels), "sound_padding": torch.cat(padding)}
+            found["sound_chunks"] = [len(one) for one in mels]
+        return found
+
+    def _here(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._here(one) for one in value]
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+
+    def predict(self, text: str | Sequence[str], *, max_new_tokens: int = 128, **given: Any) -> Reply:
+        """What the model says.
+
+        Args:
+            text: what the user says, or turns that user and model take in turn.
+            max_new_tokens: at most.
+            given: media as for `preprocess`, and options of transformers' `generate`, such as `do_sample=True`.
+
+        Raises:
+            BadInput: media cannot be read, or do not fit the text.
+        """
+        self.check_values("predict with")
+        check_int("max_new_tokens", max_new_tokens, 1)
+        batch, options = self._asked(text, given)
+        ids = self.generate(**batch, max_new_tokens=max_new_tokens, **options)
+        return Reply(self.tokenizer.decode(ids[0], skip_special_tokens=True).strip(), ids.shape[1])
+
+    def stream(self, text: str | Sequence[str], *, max_new_tokens: int = 128, **given: Any) -> Iterator[str]:
+        """The words of `predict` as they are written."""
+        from threading import Thread
+
+        from transformers import TextIteratorStreamer
+
+        self.check_values("predict with")
+        check_int("max_new_tokens", max_new_tokens, 1)
+        batch, options = self._asked(text, given)
+        words = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True)
+        failed: list[BaseException] = []
+
+        def write() -> None:
+            try:
+                self.generate(**batch, max_new_tokens=max_new_tokens, streamer=words, **options)
+            except BaseException as error:
+                failed.append(error)
+                words.end()
+
+        writing = Thread(target=write, daemon=True)
+        writing.start()
+        yield from words
+        writing.join()
+        if failed:
+            raise failed[0]
+
+    def _asked(self, text: str | Sequence[str], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A batch for `generate`, and its options."""
+        media = {name: given.pop(name) for name in ("image", "video", "speech", "sound") if name in given}
+        batch = self.preprocess(text, **media)
+        del batch["labels"]
+        ids = batch.pop("input_ids")
+        tokenizer = self.tokenizer
+        options = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        return {"input_ids": ids, "media": batch}, options | given
 
     def forward(
         self,
@@ -205,7 +380,8 @@ class UniMoE(Model):
             media: see `splice`.
             options: of transformers' `generate`.
         """
-        spliced = self.splice(input_ids, attention_mask, **(media or {}))
+        with torch.no_grad():
+            spliced = self.splice(input_ids, attention_mask, **(media or {}))
         found: Tensor = self.llm.generate(inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), **options)
         return found
 
@@ -239,6 +415,10 @@ class UniMoE(Model):
             state[f"{place}.router.weight"] = model.state_dict()[f"{place}.router.weight"]
         model.load_state_dict(state)
         return model
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def _recordings(tokens: Tensor, chunks: Sequence[int] | None) -> list[Tensor]:

@@ -37,7 +37,7 @@ class Vision(nn.Module):
             image_size=sizes["image_size"],
             patch_size=sizes["patch_size"],
         )
-        self.encoder, self.layer = CLIPVisionModel(config), layer
+        self.encoder, self.layer, self.size = CLIPVisionModel(config), layer, sizes["image_size"]
         self.projector = projector(kind, sizes["width"], dim)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -81,6 +81,7 @@ class Speech(nn.Module):
             decoder_start_token_id=0,
         )
         self.encoder, self.resampler = WhisperEncoder(config), WhisperResampler(config, queries, dim)
+        self.sizes = dict(sizes)
 
     def forward(self, mels: Tensor) -> Tensor:
         """Log-mels (B, M, T) of 30 seconds each -> tokens (B, Q, D)."""
