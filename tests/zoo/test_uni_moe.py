@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from tokenizers.pre_tokenizers import Split
 from torch import Tensor
 
 import mmoe
+import zoo
 from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, Refused
 from zoo.hosts.beats import log_mels
 from zoo.hosts.decoder import mixtures_of
 from zoo.uni_moe.config import UniMoEConfig
-from zoo.uni_moe.convert import convert_names, to_original
+from zoo.uni_moe.convert import convert_names, from_original, to_original
 from zoo.uni_moe.model import PLACEHOLDERS, UniMoE
 
 SIZES: dict[str, Any] = {"vocab_size": 60, "width": 32, "layers": 3, "heads": 4, "ffn_dim": 48, "positions": 128}
@@ -41,6 +43,11 @@ SOUND = {"embed_dim": 8, "width": 16, "ffn_dim": 24, "layers": 1, "heads": 2, "c
 SOUND |= {"buckets": 16, "max_distance": 40, "resampler_width": 16, "resampler_layers": 2, "resampler_heads": 2}
 SOUND |= {"resampler_ffn_dim": 24}
 IMAGE, SPOKEN, VIDEO, HEARD = PLACEHOLDERS.values()
+
+
+@pytest.fixture(autouse=True)
+def _two_cards() -> None:
+    """The family's own cards, where the folder's fixture leaves two of another one."""
 
 
 def build(**options: Any) -> UniMoE:
@@ -320,15 +327,7 @@ def test_what_cannot_be_assembled() -> None:
 
 
 def theirs(model: UniMoE) -> dict[str, Tensor]:
-    """A state dict in the authors' layout of a model with one of speech and sound."""
-    state = model.state_dict()
-    found = to_original(state)
-    for name, value in state.items():
-        if name.startswith("vision.encoder."):
-            found[f"model.vision_tower.vision_tower.vision_model.{name.removeprefix('vision.encoder.')}"] = value
-        elif name.startswith("speech.encoder."):
-            found[f"model.audio_tower.audio_tower.{name.removeprefix('speech.encoder.')}"] = value
-    return found
+    return to_original(model.state_dict())
 
 
 def test_a_speech_model_there_and_back() -> None:
@@ -384,6 +383,48 @@ def test_a_model_of_8_experts(layers: bool) -> None:
     del names["model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts.3.up_proj_lora_B.weight"]
     with pytest.raises(LoadMismatch, match=r"experts\.3 has no up_proj_lora_B"):
         convert_names(names)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sound": None},
+        {"sound": None, "moe_layers": "even", "kv_heads": 2},
+        {"sound": None, "vision": None, "moe_layers": [1]},
+        {"sound": None, "num_experts": 0, "projector": "linear"},
+    ],
+)
+def test_what_tensors_show(options: dict[str, Any]) -> None:
+    model = build(**options)
+    config, state = from_original(theirs(model), like=replace(model.config, layers=5, vocab_size=9, num_experts=7))
+    kv_heads = model.config.kv_heads or model.config.heads
+    expected = replace(model.config, kv_heads=kv_heads)
+    assert {**vars(config), "moe_layers": config.mixed} == {**vars(expected), "moe_layers": expected.mixed}
+    again = UniMoE(config).eval()
+    again.load_state_dict(state)
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_an_encoder_that_is_not_there() -> None:
+    names = {name: value for name, value in theirs(build(sound=None)).items() if "vision_tower" not in name}
+    with pytest.raises(LoadMismatch, match="encoders may be in files of their own"):
+        from_original(names)
+
+
+def test_from_the_command_line(run: Any, tmp_path: Path) -> None:
+    model = build(sound=None, moe_layers="even")
+    model.save(tmp_path / "ours")
+    done = run("convert", "to-original", tmp_path / "ours", "--out", tmp_path / "theirs.safetensors")
+    assert done.code == 0, done.err
+    done = run("convert", "from-original", "uni_moe", tmp_path / "theirs.safetensors", "--out", tmp_path / "again")
+    assert done.code == 0, done.err
+    again = zoo.load(tmp_path / "again", device="cpu")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(again(ids).logits, zoo.load(tmp_path / "ours", device="cpu")(ids).logits)
+    build().save(tmp_path / "both")
+    done = run("convert", "to-original", tmp_path / "both", "--out", tmp_path / "no.safetensors")
+    assert done.code == 2 and "which is not exact" in done.err
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.gates.weight", "model.mm_projectors.0.weight", "extra"])

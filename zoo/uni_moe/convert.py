@@ -6,15 +6,19 @@ buffers of rotary positions and tables that BEATs repeats in every layer are lef
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmoe.errors import LoadMismatch
+from mmoe.errors import LoadMismatch, Refused
 from zoo.hosts import beats
 from zoo.hosts.decoder import PROJECTIONS, pack_ffns
+from zoo.uni_moe.config import BEATS, UniMoEConfig
 
 State = dict[str, Tensor]
 _EXPERT = re.compile(
@@ -138,11 +142,157 @@ def _by_modality(state: State) -> State:
     return {inside.get(name, name): value for name, value in state.items()}
 
 
-def to_original(state: Mapping[str, Tensor]) -> State:
-    """Gradients or weights of the language model, its connectors and queries under the authors' names.
+def from_original(state: Mapping[str, Tensor], like: UniMoEConfig | None = None) -> tuple[UniMoEConfig, State]:
+    """Config and state dict of a checkpoint of the authors.
 
-    The encoders are left out: theirs come from files of their own.
+    Args:
+        state: as for `convert_names`, with the encoders.
+        like: where options come from that tensors do not show: heads, the number of experts that a token takes, the
+            tokenizer. Without it a head is 128 wide in the language model and 64 in encoders, as released.
+
+    Raises:
+        LoadMismatch: it is no such checkpoint, or lacks an encoder.
     """
+    found = convert_names(state)
+    try:
+        return _infer(found, like or UniMoEConfig(vision=None, speech=None, sound=None)), found
+    except KeyError as error:
+        wrong = f"it has no {error}; encoders may be in files of their own, whose tensors belong beside these"
+        raise LoadMismatch("convert this checkpoint to uni_moe", wrong, "a whole state dict") from error
+
+
+def assumed(config: UniMoEConfig) -> dict[str, Any]:
+    """Options that `from_original` cannot read from a file."""
+    names = "heads", "top_k", "norm_eps", "rope_theta", "positions", "vision_layer", "tokenizer", "template"
+    heads = {f"{name} heads": getattr(config, name)["heads"] for name in ("vision", "speech") if getattr(config, name)}
+    return {**{name: getattr(config, name) for name in names}, **heads}
+
+
+def check_expressible(config: UniMoEConfig) -> None:
+    """Makes sure that the authors' layout can hold a model of this config.
+
+    Raises:
+        Refused: it has sounds, or none of the other branches, or other experts than feed-forward blocks.
+    """
+    wrong = None
+    if config.sound is not None:
+        wrong = "theirs hold the norm of BEATs' position weights apart, which is not exact"
+    elif not isinstance(config.experts, str) or config.experts != "gated_ffn" or config.router != UniMoEConfig.router:
+        wrong = "theirs have plain gated experts and a router of one matrix"
+    if wrong is not None:
+        raise Refused("cannot write this model under the authors' names", wrong, "model.save(folder)")
+
+
+def _infer(state: State, like: UniMoEConfig) -> UniMoEConfig:
+    layers = _count(state, "llm.model.layers.")
+    vocab_size, width = state["llm.model.embed_tokens.weight"].shape
+    told = like.width == width or like.heads != UniMoEConfig.heads
+    heads = like.heads if told and width % like.heads == 0 else max(1, width // 128)
+    head = width // heads
+    mixed = [n for n in range(layers) if f"llm.model.layers.{n}.mlp.experts.gate_up_proj" in state]
+    first = f"llm.model.layers.{mixed[0] if mixed else 0}.mlp"
+    up = state[f"{first}.experts.gate_up_proj"][0] if mixed else None
+    shown: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": state["llm.model.layers.0.self_attn.k_proj.weight"].shape[0] // head,
+        "ffn_dim": len(state[f"{first}.gate_proj.weight"]) if up is None else len(up) // 2,
+        "num_experts": len(state[f"{first}.experts.gate_up_proj"]) if mixed else 0,
+        "moe_layers": _named(mixed, layers),
+        "vision": _vision(state, like.vision),
+        "speech": _speech(state, like.speech),
+        "sound": _sound(state, like.sound),
+    }
+    if "vision.projector.weight" in state:
+        shown["projector"] = "linear"
+    elif shown["vision"]:
+        shown["projector"] = f"mlp{len({n for n in state if n.startswith('vision.projector.')}) // 2}x_gelu"
+    for branch in ("speech", "sound"):
+        if shown[branch]:
+            shown["queries"] = len(state[f"{branch}.resampler.queries"])
+    if f"{first}.experts.gate_up_a" in state:
+        shown["experts"] = f"lora_gated_ffn:rank={state[f'{first}.experts.down_a'].shape[1]}"
+    if any(".router.layers." in name for name in state):
+        shown["router"] = {"name": "by_modality", "inner": UniMoEConfig.router}
+    return replace(like, **shown)
+
+
+def _count(state: State, place: str) -> int:
+    return 1 + max((int(name[len(place) :].split(".")[0]) for name in state if name.startswith(place)), default=-1)
+
+
+def _named(mixed: list[int], layers: int) -> str | tuple[int, ...]:
+    names = {tuple(range(0, layers, step)): name for name, step in (("even", 2), ("all", 1))}
+    return names.get(tuple(mixed), tuple(mixed)) if mixed else "all"
+
+
+def _heads(like: Mapping[str, Any] | None, part: str, width: int) -> int:
+    """Those of a like part of the same width, else one for each 64."""
+    same = like is not None and like[f"{part}width"] == width
+    return int(like[f"{part}heads"]) if like is not None and same else max(1, width // 64)
+
+
+def _vision(state: State, like: Mapping[str, Any] | None) -> dict[str, int] | None:
+    if not any(name.startswith("vision.") for name in state):
+        return None
+    place = "vision.encoder."
+    patches = state[f"{place}embeddings.patch_embedding.weight"]
+    positions = len(state[f"{place}embeddings.position_embedding.weight"])
+    return {
+        "width": len(patches),
+        "layers": _count(state, f"{place}encoder.layers."),
+        "heads": _heads(like, "", len(patches)),
+        "ffn_dim": len(state[f"{place}encoder.layers.0.mlp.fc1.bias"]),
+        "image_size": math.isqrt(positions - 1) * patches.shape[-1],
+        "patch_size": patches.shape[-1],
+    }
+
+
+def _speech(state: State, like: Mapping[str, Any] | None) -> dict[str, int] | None:
+    if not any(name.startswith("speech.") for name in state):
+        return None
+    width, mels, _ = state["speech.encoder.conv1.weight"].shape
+    return {
+        "width": width,
+        "layers": _count(state, "speech.encoder.layers."),
+        "heads": _heads(like, "", width),
+        "ffn_dim": len(state["speech.encoder.layers.0.fc1.bias"]),
+        "resampler_layers": _count(state, "speech.resampler.decoder.layers."),
+        "mels": mels,
+        "positions": len(state["speech.encoder.embed_positions.weight"]),
+        "words": len(state["speech.resampler.decoder.embed_positions.weight"]),
+    }
+
+
+def _sound(state: State, like: Mapping[str, Any] | None) -> dict[str, int] | None:
+    if not any(name.startswith("sound.") for name in state):
+        return None
+    place, read = "sound.encoder.", "sound.resampler.qformer."
+    patches, conv = state[f"{place}patch_embedding.weight"], state[f"{place}pos_conv.weight"]
+    buckets, heads = state[f"{place}position_bias.weight"].shape
+    width = len(state[f"{read}layernorm.bias"])
+    return {
+        "patch_size": patches.shape[-1],
+        "embed_dim": len(patches),
+        "width": len(conv),
+        "ffn_dim": len(state[f"{place}layers.0.fc1.bias"]),
+        "layers": _count(state, f"{place}layers."),
+        "heads": heads,
+        "conv_pos": conv.shape[2],
+        "conv_pos_groups": len(conv) // conv.shape[1],
+        "buckets": buckets,
+        "max_distance": like["max_distance"] if like else BEATS["max_distance"],
+        "resampler_width": width,
+        "resampler_layers": _count(state, f"{read}encoder.layer."),
+        "resampler_heads": _heads(like, "resampler_", width),
+        "resampler_ffn_dim": len(state[f"{read}encoder.layer.0.intermediate_query.dense.bias"]),
+    }
+
+
+def to_original(state: Mapping[str, Tensor]) -> State:
+    """Weights or gradients of a model without sounds under the authors' names; BEATs is left out."""
     found: State = {}
     for name, value in state.items():
         name = name.removeprefix("llm.")
@@ -154,12 +304,14 @@ def to_original(state: Mapping[str, Tensor]) -> State:
         elif part == "down_proj":
             for expert, rows in enumerate(value):
                 found[f"{block}.mlp.experts.{expert}.down_proj.weight"] = rows
-        elif ".encoder." not in name:
+        elif not name.startswith("sound.encoder."):
             found[_theirs(name)] = value[None] if name.endswith("resampler.queries") else value
     return found
 
 
 def _theirs(name: str) -> str:
+    name = name.replace("vision.encoder.", "model.vision_tower.vision_tower.vision_model.")
+    name = name.replace("speech.encoder.", "model.audio_tower.audio_tower.")
     name = name.replace(".mlp.router.", ".mlp.gate.").replace("vision.projector.", "model.mm_projector.")
     name = name.replace("speech.resampler.queries", "model.query_tokens")
     name = name.replace("speech.resampler.decoder.", "model.mm_audio_aligner.decoder.audio_decoder.")
