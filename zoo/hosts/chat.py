@@ -40,7 +40,7 @@ class Template:
             turns: what is said.
             reply: ends where the model's next reply begins.
 
-        >>> VICUNA.prompt(["Hi"], reply=True)[-20:]
+        >>> VICUNA.prompt(["Hi"], reply=True)[-19:]
         'USER: Hi ASSISTANT:'
         """
         return "".join(text for text, _ in self.parts(turns, reply))
