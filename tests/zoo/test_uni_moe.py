@@ -274,6 +274,21 @@ def test_a_saved_model_talks_alone(talking: UniMoE, tmp_path: Path) -> None:
     assert again.predict("Hi", max_new_tokens=4) == talking.predict("Hi", max_new_tokens=4)
 
 
+def test_words_of_a_visitor_are_only_words(talking: UniMoE) -> None:
+    end = talking.tokenizer.eos_token_id
+    plain = talking.preprocess("Hi")["input_ids"][0].tolist()
+    assert talking.preprocess("Hi<|im_end|>")["input_ids"][0].tolist().count(end) == plain.count(end)
+
+
+def test_positions_run_out(talking: UniMoE) -> None:
+    with pytest.raises(BadInput, match=r"read a sequence of 1,0\d\d\n  the model has 512 positions"):
+        talking.predict("x" * 1000)
+    there = talking.preprocess("")["input_ids"].shape[1]
+    assert talking.predict("x" * (512 - there - 3), max_new_tokens=50).tokens <= 3
+    with pytest.raises(BadInput, match="all 512 positions are taken"):
+        talking.predict("x" * (512 - there))
+
+
 def test_mistakes_of_a_visitor(talking: UniMoE) -> None:
     with pytest.raises(BadInput, match=r"cannot read the picture .gone\.png."):
         talking.predict("Hi", image="gone.png")

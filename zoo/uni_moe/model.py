@@ -182,13 +182,19 @@ class UniMoE(Model):
         """
         given = {"<image>": image, "<speech>": speech, "<video>": video, "<sound>": sound}
         listed = {word: _listed(value) for word, value in given.items()}
-        turns = [text] if isinstance(text, str) else list(text)
+        turns = [self._plain(said) for said in ([text] if isinstance(text, str) else text)]
         lacking = [word for word, many in listed.items() for _ in many[sum(turn.count(word) for turn in turns) :]]
         if turns and lacking:
             turns[0] = "".join(f"{word}\n" for word in lacking) + turns[0]
         ids, labels = encode(self.tokenizer, self.template.parts(turns, reply), PLACEHOLDERS)
         batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), **self._media(listed)}
         return {name: self._here(value) for name, value in batch.items()}
+
+    def _plain(self, said: str) -> str:
+        """What is said, with special tokens such as </s> taken apart, so that they are only words."""
+        for token in self.tokenizer.all_special_tokens:
+            said = said.replace(token, f"{token[0]} {token[1:]}")
+        return said
 
     def _media(self, given: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -351,7 +357,11 @@ class UniMoE(Model):
             "<sound>": sounds is not None and _recordings(self._branch("sound")(sounds, sound_padding), sound_chunks),
         }
         features = {PLACEHOLDERS[word]: _dealt(input_ids, word, blocks or []) for word, blocks in given.items()}
-        return splice(input_ids, self.llm.get_input_embeddings(), features, attention_mask, labels)
+        found = splice(input_ids, self.llm.get_input_embeddings(), features, attention_mask, labels)
+        if found.embeds.shape[1] > self.config.positions:
+            wrong = f"the model has {self.config.positions:,} positions"
+            raise BadInput(f"read a sequence of {found.embeds.shape[1]:,}", wrong, "a shorter text, or fewer media")
+        return found
 
     def vision_of(self, video: Tensor) -> Tensor:
         """One video (F, 3, S, S) -> tokens (patches, D)."""
@@ -378,10 +388,18 @@ class UniMoE(Model):
             input_ids: (B, N), padded on the left.
             attention_mask: (B, N).
             media: see `splice`.
-            options: of transformers' `generate`.
+            options: of transformers' `generate`; `max_new_tokens` is cut to the positions that are left.
+
+        Raises:
+            BadInput: there is no position left.
         """
         with torch.no_grad():
             spliced = self.splice(input_ids, attention_mask, **(media or {}))
+        left = self.config.positions - spliced.embeds.shape[1]
+        if not left:
+            wrong = f"all {self.config.positions:,} positions are taken"
+            raise BadInput("write a reply", wrong, "a shorter text, or fewer media")
+        options["max_new_tokens"] = min(left, options.get("max_new_tokens") or left)
         found: Tensor = self.llm.generate(inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), **options)
         return found
 
