@@ -274,6 +274,73 @@ def test_a_saved_model_talks_alone(talking: UniMoE, tmp_path: Path) -> None:
     assert again.predict("Hi", max_new_tokens=4) == talking.predict("Hi", max_new_tokens=4)
 
 
+def samples() -> list[dict[str, Any]]:
+    told = given()
+    return [
+        {"image": told["image"], "text": "A red square.", "seed": 1},
+        {"audio": told["speech"], "text": "Nothing."},
+        {"turns": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "image": None},
+        {"turns": ["<sound>\nWell?", "Silence."], "sound": told["sound"], "seed": 4},
+    ]
+
+
+def test_samples_of_all_kinds_are_one_batch(talking: UniMoE) -> None:
+    batch = talking.training_batch(samples())
+    words = [talking.tokenizer.decode(row[row >= 0]) for row in batch["labels"]]
+    assert [text.split("<|im_end|>")[0] for text in words] == ["A red square.", "Nothing.", "Ho", "Silence."]
+    whole = talking(**batch)
+    alone = [talking(**talking.training_batch([sample])) for sample in samples()]
+    for row, one in enumerate(alone):
+        there = whole.spliced.mask[row]
+        torch.testing.assert_close(whole.logits[row][there], one.logits[0], atol=1e-4, rtol=1e-3)
+    counts = torch.tensor([float((one.spliced.labels[0, 1:] >= 0).sum()) for one in alone])
+    mean = (torch.stack([one.loss for one in alone]) * counts).sum() / counts.sum()
+    torch.testing.assert_close(whole.loss, mean, atol=1e-4, rtol=1e-3)
+
+
+def test_it_learns_what_is_said(talking: UniMoE) -> None:
+    batch = talking.training_batch(samples())
+    trained = [value for name, value in talking.named_parameters() if ".encoder." not in name]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    first = talking(**batch).loss.item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        talking(**batch).loss.backward()
+        optimizer.step()
+    assert talking(**batch).loss.item() < 0.3 * first
+
+
+def test_checkpointing_changes_no_gradient(talking: UniMoE) -> None:
+    batch = talking.train().training_batch(samples())
+    found = []
+    for enable in (False, True, False):
+        talking.set_grad_checkpointing(enable)
+        talking.zero_grad()
+        torch.manual_seed(1)  # of the Q-Former's dropout
+        talking(**batch).loss.backward()
+        found.append({name: value.grad for name, value in talking.named_parameters() if value.grad is not None})
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, grad in found[0].items():
+            torch.testing.assert_close(other[name], grad, msg=name)
+
+
+def test_rows_that_generate_together(talking: UniMoE) -> None:
+    batches = [talking.preprocess("Hi"), talking.preprocess("What is this?", image=given()["image"])]
+    batch = talking.collate(batches, left=True)
+    media = {name: value for name, value in batch.items() if name not in ("input_ids", "labels", "attention_mask")}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 2, "eos_token_id": 2}
+    made = talking.generate(batch["input_ids"], batch["attention_mask"], media=media, **options)
+    for row, one in enumerate(batches):
+        own = {name: value for name, value in one.items() if name not in ("input_ids", "labels")}
+        assert made[row].tolist() == talking.generate(one["input_ids"], media=own, **options)[0].tolist()
+
+
+def test_samples_that_say_nothing(talking: UniMoE) -> None:
+    with pytest.raises(Refused, match="train uni_moe on image\n  there is nothing to say"):
+        talking.training_batch([{"image": given()["image"], "seed": 0}])
+
+
 def test_words_of_a_visitor_are_only_words(talking: UniMoE) -> None:
     end = talking.tokenizer.eos_token_id
     plain = talking.preprocess("Hi")["input_ids"][0].tolist()

@@ -35,7 +35,7 @@ from mmoe.trace import trace
 from zoo.config import make_config
 from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer
 from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
-from zoo.hosts.splice import Spliced, splice
+from zoo.hosts.splice import IGNORED, Spliced, splice
 from zoo.model import Model
 from zoo.uni_moe.config import MODALITIES, UniMoEConfig
 from zoo.uni_moe.losses import divergence_loss, modality_loss
@@ -44,6 +44,15 @@ from zoo.uni_moe.towers import Sound, Speech, Vision
 from zoo.weights import locate
 
 PLACEHOLDERS = {"<image>": -200, "<speech>": -300, "<video>": -400, "<sound>": -500}
+
+
+QUESTIONS = {
+    "text": "Say something.",
+    "image": "What is this?",
+    "speech": "What is said?",
+    "video": "What happens?",
+    "sound": "What is heard?",
+}
 
 
 @dataclass(frozen=True)
@@ -222,6 +231,60 @@ class UniMoE(Model):
         if not isinstance(value, Tensor):
             return value
         return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+
+    def collate(self, batches: Sequence[Mapping[str, Any]], *, left: bool = False) -> dict[str, Any]:
+        """Batches of `preprocess` as one, filled up on the right, or on the left for generation.
+
+        Args:
+            batches: of one conversation each.
+            left: fills up on the left.
+        """
+        longest = max(batch["input_ids"].shape[1] for batch in batches)
+        filled: dict[str, Any] = {"attention_mask": torch.zeros(len(batches), longest, dtype=torch.long)}
+        for name, value in (("input_ids", 0), ("labels", IGNORED)):
+            filled[name] = torch.full((len(batches), longest), value)
+        for row, batch in enumerate(batches):
+            count = batch["input_ids"].shape[1]
+            place = slice(longest - count, None) if left else slice(count)
+            filled["attention_mask"][row, place] = 1
+            for name in ("input_ids", "labels"):
+                filled[name][row, place] = batch[name][0]
+        for name in dict.fromkeys(name for batch in batches for name in batch if name not in filled):
+            parts = [batch[name] for batch in batches if name in batch]
+            joined = isinstance(parts[0], Tensor)
+            filled[name] = torch.cat(parts) if joined else [one for part in parts for one in part]
+        return {name: self._here(value) for name, value in filled.items()}
+
+    def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Samples with "turns", or with a "text" that is the answer to a usual question about what they show.
+
+        Media are "image", "video", "speech" and "sound", as `preprocess` takes them; "audio" is speech where the model
+        has that branch, and sound where it has not.
+
+        Raises:
+            Refused: they have neither turns nor a text.
+        """
+        return self.collate([self._conversation(sample) for sample in samples])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Computes the activations of the language model again in backward instead of keeping them."""
+        verb = "enable" if enable else "disable"
+        old = getattr(self.llm, f"gradient_checkpointing_{verb}", None)  # its name before transformers 5.20
+        switch = getattr(self.llm, f"activation_checkpointing_{verb}", old)
+        switch(*[{"use_reentrant": False}] * enable)
+
+    def _conversation(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        heard = "speech" if self.speech is not None else "sound"
+        given = {heard if name == "audio" else name: value for name, value in sample.items()}
+        media = {name: given[name] for name in MODALITIES[1:] if given.get(name) is not None}
+        if "turns" in given:
+            turns = [turn["value"] if isinstance(turn, Mapping) else turn for turn in given["turns"]]
+        elif "text" in given:
+            turns = [QUESTIONS[next(iter(media), "text")], given["text"]]
+        else:
+            known = ", ".join(name for name in sample if name != "seed")
+            raise Refused(f"train {self.family} on {known}", "there is nothing to say", "data with turns or a text")
+        return self.preprocess(turns, **media, reply=False)
 
     def predict(self, text: str | Sequence[str], *, max_new_tokens: int = 128, **given: Any) -> Reply:
         """What the model says.
