@@ -62,6 +62,7 @@ _HOME = {
     "LearnedScale": "scale",
     "add_frequency_adapters": "surgery",
     "add_side_experts": "surgery",
+    "assemble_experts": "surgery",
     "sites": "surgery",
     "upcycle": "surgery",
     "MmoeError": "errors",

@@ -13,7 +13,7 @@ from mmoe.surgery.site import (
     sites,
 )
 from mmoe.surgery.swap import SwappedSite, SwapReport
-from mmoe.surgery.upcycle import upcycle
+from mmoe.surgery.upcycle import assemble_experts, upcycle
 
 __all__ = [
     "BlockStack",
@@ -25,6 +25,7 @@ __all__ = [
     "SwappedSite",
     "add_frequency_adapters",
     "add_side_experts",
+    "assemble_experts",
     "frequency_adapters",
     "get_site",
     "refused_sites",

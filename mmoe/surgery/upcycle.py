@@ -103,6 +103,43 @@ def upcycle(
     return swap(model, layers, make, verb="upcycled", source=source, inplace=inplace)
 
 
+def assemble_experts(
+    base: Model,
+    ffns: Sequence[Source],
+    *,
+    top_k: int | None = None,
+    layers: int | str | Sequence[str] | None = None,
+    router: str | Mapping[str, Any] = "topk",
+    generator: torch.Generator | None = None,
+    inplace: bool = False,
+) -> tuple[Model, SwapReport]:
+    """A mixture from feed-forward blocks that were trained apart: expert e is the block of `ffns[e]`.
+
+    This is `upcycle` with sources. A source may hold the tensors of feed-forward blocks alone, under the names that
+    they have in the base; whatever else it holds is not looked at. So are the experts of Uni-MoE put together (Li et
+    al. 2024, arXiv 2405.11273), and those of Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816).
+
+    Args:
+        base: a dense model of any library, from which all but the experts and routers comes.
+        ffns: a model or a state dict for each expert.
+        top_k, layers, router, generator, inplace: as for `upcycle`.
+
+    Returns:
+        The new model and a report.
+
+    Raises:
+        LoadMismatch: a source lacks a block, or its shapes are others. Refused, UnknownName: see `upcycle`.
+
+    Example:
+        >>> base = nn.ModuleDict({"ffn": nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))})
+        >>> mixture, _ = assemble_experts(base, [base.state_dict()] * 3)
+        >>> mixture["ffn"].num_experts
+        3
+    """
+    options: dict[str, Any] = {"top_k": top_k, "layers": layers, "router": router}
+    return upcycle(base, len(ffns), sources=ffns, generator=generator, inplace=inplace, **options)
+
+
 def _check(num_experts: int, sources: Sequence[Source] | None, noise: float) -> None:
     check_int("num_experts", num_experts, 1)
     if sources is not None and len(sources) != num_experts:

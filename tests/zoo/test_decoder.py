@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import mmoe
-from mmoe.errors import BadOverride, Refused
+from mmoe.errors import BadOverride, LoadMismatch, Refused
 from zoo.hosts.connectors import projector
 from zoo.hosts.decoder import add_mixtures, blocks_of, chosen_layers, mixtures_of, pack_ffns
 
@@ -40,6 +40,23 @@ def test_copies_of_a_block_compute_what_it_did(host) -> None:
     for number, moe in mixtures_of(host).items():
         moe.experts.load_state_dict(pack_ffns([ffns[number]] * 3))
     torch.testing.assert_close(host(ids).logits, before, atol=1e-5, rtol=1e-4)
+
+
+def test_experts_are_put_together_from_blocks_alone(host) -> None:
+    ffns = []
+    for number in range(3):
+        own = {name: value.clone() for name, value in host.state_dict().items() if ".mlp." in name}
+        ffns.append({name: value + number if "up_proj" in name else value for name, value in own.items()})
+    mixed, report = mmoe.assemble_experts(host, ffns, top_k=1, layers=["model.layers.1.mlp", "model.layers.3.mlp"])
+    assert {*mixtures_of(mixed)} == {1, 3} and len(report.sites) == 2
+    for number, moe in mixtures_of(mixed).items():
+        up = host.model.layers[number].mlp.up_proj.weight
+        for expert, packed in enumerate(moe.experts.gate_up_proj):
+            torch.testing.assert_close(packed[len(up) :], up + expert)
+    assert mixed.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, pad_token_id=0).shape == (1, 6)
+    del ffns[2]["model.layers.3.mlp.down_proj.weight"]
+    with pytest.raises(LoadMismatch):
+        mmoe.assemble_experts(host, ffns)
 
 
 def test_cached_steps_agree_with_the_whole(host) -> None:

@@ -269,7 +269,7 @@ class UniMoE(Model):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Computes the activations of the language model again in backward instead of keeping them."""
         verb = "enable" if enable else "disable"
-        old = getattr(self.llm, f"gradient_checkpointing_{verb}", None)  # its name before transformers 5.20
+        old = getattr(self.llm, f"gradient_checkpointing_{verb}", None)  # its older name
         switch = getattr(self.llm, f"activation_checkpointing_{verb}", old)
         switch(*[{"use_reentrant": False}] * enable)
 
