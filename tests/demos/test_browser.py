@@ -380,6 +380,37 @@ def test_a_run_is_dropped_that_the_server_has_not_numbered(server: str, browser:
     visit.close()
 
 
+# The page's own look at the number of a run waits until `window.release` is called.
+SLOW_NUMBER = """() => {
+  const json = Response.prototype.json, clone = Response.prototype.clone;
+  const go = new Promise(resolve => { window.release = resolve; });
+  Response.prototype.clone = function () { return Object.assign(clone.call(this), {copied: true}); };
+  Response.prototype.json = async function () {
+    const told = await json.call(this);
+    if (!this.copied && this.url.includes('/queue/join')) { window.held = true; await go; }
+    return told;
+  };
+}"""
+
+
+def test_a_run_is_dropped_whose_number_the_page_has_not_read(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    page.evaluate(WATCH)
+    page.click("#unload")
+    page.locator("#status", has_text="none").wait_for()  # so that the run has to load the model first
+    page.evaluate(SLOW_NUMBER)
+    page.click("#clip_moe-run")
+    page.wait_for_function("window.held")
+    with page.expect_response("**/cancel"):
+        page.locator("#clip_moe-labels textarea").fill("a zebra")
+    page.evaluate("window.release()")
+    page.click("#clip_moe-run")
+    assert visit.shares("#clip_moe-result") == {"a zebra": 100}
+    assert not page.evaluate("window.stale")
+    visit.close()
+
+
 def test_the_ablate_tab_follows_the_model(server: str, browser: Any, shots: Path) -> None:
     visit = Visit(browser, server, 1280, shots)
     page = visit.page
