@@ -31,31 +31,30 @@ MAX_UPLOAD = "20mb"
 CLEAN_EVERY, KEEP = 600, 3600  # seconds
 # Gradio's page cancels a run by the number that the server gave it. Where the inputs change before that number has
 # come, it would ask to cancel the number null, which the server refuses, and the result would be shown though its
-# inputs are gone; and it takes no new run until it has its answer. So it gets one at once, the cancel waits for the
-# number, a new run waits for the cancel, and the page is told another number, for which no result comes.
+# inputs are gone. So a cancel waits for the number, and the page is told another one, for which no result comes.
 DROP_EARLY = """() => {
-  const send = window.fetch, latest = new Map(), done = () => Promise.resolve(Response.json({success: true}));
+  const send = window.fetch, unnumbered = new Map();
 
-  function join(address, options) {
-    const run = JSON.parse(options.body).fn_index, call = {}, before = latest.get(run)?.cancelled;
-    latest.set(run, call);
-    const answering = Promise.resolve(before).then(() => send(address, options));
+  async function join(address, options) {
+    const run = JSON.parse(options.body).fn_index, call = {dropped: false}, answering = send(address, options);
     call.number = answering.then(answer => answer.clone().json()).then(told => told.event_id).catch(() => null);
-    const other = number => Response.json({event_id: `dropped-${number}`});
-    return call.number.then(number => number && call.cancelled ? other(number) : answering);
+    unnumbered.set(run, call);
+    const number = await call.number;
+    if (unnumbered.get(run) === call) unnumbered.delete(run);
+    return call.dropped && number ? Response.json({event_id: `dropped-${number}`}) : answering;
   }
 
-  function cancel(address, options) {
-    const asked = JSON.parse(options.body), call = latest.get(asked.fn_index);
-    const stop = number => number && send(address, {...options, body: JSON.stringify({...asked, event_id: number})});
-    const number = asked.event_id === null ? call?.number : asked.event_id;
-    const cancelled = Promise.resolve(number).then(stop).catch(() => null);
-    if (call) call.cancelled = cancelled;
-    return done();
+  async function cancel(address, options) {
+    const asked = JSON.parse(options.body), call = unnumbered.get(asked.fn_index);
+    if (asked.event_id !== null) return send(address, options);
+    if (call) call.dropped = true;
+    const number = await call?.number;
+    if (!number) return Response.json({success: true});
+    return send(address, {...options, body: JSON.stringify({...asked, event_id: number})});
   }
 
   window.fetch = (address, options) => {
-    const act = {join, cancel, reset: done}[String(address).split('?')[0].split('/').pop()];
+    const act = {join, cancel, reset: cancel}[String(address).split('?')[0].split('/').pop()];
     return options?.body && act ? act(address, options) : send(address, options);
   };
 }"""
