@@ -31,30 +31,40 @@ MAX_UPLOAD = "20mb"
 CLEAN_EVERY, KEEP = 600, 3600  # seconds
 # Gradio's page cancels a run by the number that the server gave it. Where the inputs change before that number has
 # come, it would ask to cancel the number null, which the server refuses, and the result would be shown though its
-# inputs are gone. So a cancel waits for the number, and the page is told another one, for which no result comes.
-DROP_EARLY = """() => {
-  const send = window.fetch, unnumbered = new Map();
+# inputs are gone; and it takes no new run until it has its answer. So it gets one at once, the cancel waits for the
+# number, and the page is told another number, for which no result comes. A new run waits for that cancel and for calls
+# that have no queue, such as `forget`, whose late answer would clear what the run gave. A reset does nothing there.
+CALLS_IN_ORDER = """() => {
+  const send = window.fetch, latest = new Map(), direct = new Set();
+  const done = () => Promise.resolve(Response.json({success: true}));
 
-  async function join(address, options) {
-    const run = JSON.parse(options.body).fn_index, call = {dropped: false}, answering = send(address, options);
+  function join(address, options) {
+    const run = JSON.parse(options.body).fn_index, call = {}, before = [latest.get(run)?.cancelled, ...direct];
+    latest.set(run, call);
+    const answering = Promise.all(before).then(() => send(address, options));
     call.number = answering.then(answer => answer.clone().json()).then(told => told.event_id).catch(() => null);
-    unnumbered.set(run, call);
-    const number = await call.number;
-    if (unnumbered.get(run) === call) unnumbered.delete(run);
-    return call.dropped && number ? Response.json({event_id: `dropped-${number}`}) : answering;
+    const other = number => Response.json({event_id: `dropped-${number}`});
+    return call.number.then(number => number && call.cancelled ? other(number) : answering);
   }
 
-  async function cancel(address, options) {
-    const asked = JSON.parse(options.body), call = unnumbered.get(asked.fn_index);
-    if (asked.event_id !== null) return send(address, options);
-    if (call) call.dropped = true;
-    const number = await call?.number;
-    if (!number) return Response.json({success: true});
-    return send(address, {...options, body: JSON.stringify({...asked, event_id: number})});
+  function cancel(address, options) {
+    const asked = JSON.parse(options.body), call = latest.get(asked.fn_index);
+    const stop = number => number && send(address, {...options, body: JSON.stringify({...asked, event_id: number})});
+    const number = asked.event_id === null ? call?.number : asked.event_id;
+    const cancelled = Promise.resolve(number).then(stop).catch(() => null);
+    if (call) call.cancelled = cancelled;
+    return done();
+  }
+
+  function predict(address, options) {
+    const answering = send(address, options);
+    const ended = answering.then(answer => answer.clone().text()).catch(() => null).then(() => direct.delete(ended));
+    direct.add(ended);
+    return answering;
   }
 
   window.fetch = (address, options) => {
-    const act = {join, cancel, reset: cancel}[String(address).split('?')[0].split('/').pop()];
+    const act = {join, cancel, reset: done, predict}[String(address).split('?')[0].split('/').pop()];
     return options?.body && act ? act(address, options) : send(address, options);
   };
 }"""
@@ -139,7 +149,7 @@ def launch_options() -> dict[str, Any]:
     return {
         "theme": look.theme(),
         "css": look.CSS,
-        "js": DROP_EARLY,
+        "js": CALLS_IN_ORDER,
         "footer_links": ["api"],
         "run_history": False,
         "show_error": False,

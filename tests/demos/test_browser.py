@@ -144,8 +144,7 @@ def test_what_changes_is_in_view(server: str, browser: Any, shots: Path, tmp_pat
     page = visit.page
     labels = page.locator("#clip_moe-labels textarea")
     card = page.locator(".error-card >> visible=true")
-    with page.expect_response(lambda answer: ",,, ," in (answer.request.post_data or "")):  # results are forgotten
-        labels.fill(",,, ,")
+    labels.fill(",,, ,")
     page.click("#clip_moe-run")
     card.get_by_text("no label between the commas").wait_for()
     visit.in_view(card)
@@ -339,9 +338,7 @@ def test_a_run_that_has_not_ended_is_dropped_with_its_inputs(server: str, browse
     page.locator("#status", has_text="none").wait_for()  # so that the run has to load the model first
     with page.expect_response(lambda answer: "dog face" in (answer.request.post_data or "")):
         page.click("#clip_moe-run")
-    page.wait_for_timeout(300)  # the page reads the number of the run
-    with page.expect_response("**/reset"):  # until then the page takes no new run
-        page.locator("#clip_moe-labels textarea").fill("a zebra")
+    page.locator("#clip_moe-labels textarea").fill("a zebra")
     page.locator("#clip_moe-result", has_text="no result yet").wait_for()
     page.evaluate("window.stale = false")  # what came before the labels changed was not stale
     page.click("#clip_moe-run")  # waits for the run before
@@ -380,6 +377,62 @@ def test_a_run_is_dropped_that_the_server_has_not_numbered(server: str, browser:
     page.click("#clip_moe-run")
     assert visit.shares("#clip_moe-result") == {"a zebra": 100}
     assert not page.evaluate("window.stale")
+    visit.close()
+
+
+# The page's own look at the number of a run waits until `window.release` is called.
+SLOW_NUMBER = """() => {
+  const json = Response.prototype.json, clone = Response.prototype.clone;
+  const go = new Promise(resolve => { window.release = resolve; });
+  Response.prototype.clone = function () { return Object.assign(clone.call(this), {copied: true}); };
+  Response.prototype.json = async function () {
+    const told = await json.call(this);
+    if (!this.copied && this.url.includes('/queue/join')) { window.held = true; await go; }
+    return told;
+  };
+}"""
+
+
+def test_a_run_is_dropped_whose_number_the_page_has_not_read(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    page.evaluate(WATCH)
+    page.click("#unload")
+    page.locator("#status", has_text="none").wait_for()  # so that the run has to load the model first
+    page.evaluate(SLOW_NUMBER)
+    page.click("#clip_moe-run")
+    page.wait_for_function("window.held")
+    with page.expect_response("**/cancel"):
+        page.locator("#clip_moe-labels textarea").fill("a zebra")
+    page.evaluate("window.release()")
+    page.click("#clip_moe-run")
+    assert visit.shares("#clip_moe-result") == {"a zebra": 100}
+    assert not page.evaluate("window.stale")
+    visit.close()
+
+
+def test_forgetting_late_does_not_clear_what_came_after(server: str, browser: Any, shots: Path) -> None:
+    visit = Visit(browser, server, 1280, shots)
+    page = visit.page
+    card = page.get_by_role("alert").get_by_text("no label between the commas")
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        if ",,, ," in route.request.post_data:
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/run/predict*", hold)
+    page.locator("#clip_moe-labels textarea").fill(",,, ,")
+    page.click("#clip_moe-run")
+    page.wait_for_timeout(1000)
+    assert len(held) == 1
+    with page.expect_response("**/run/predict*"):
+        held[0].continue_()
+    card.wait_for()
+    page.wait_for_timeout(500)
+    assert card.is_visible()
     visit.close()
 
 
