@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 from scipy.io import wavfile
 
@@ -18,6 +19,7 @@ from train.data import build
 from train.data.base import data_sets
 from train.data.loader import Steps, seed_of
 from train.sections import DataSection
+from zoo.sounds import ENDINGS
 
 
 def image(path, colour=(200, 30, 30), size=(20, 16)):
@@ -106,6 +108,17 @@ def test_speech_is_one_channel_at_16_khz(tmp_path, kind):
     sample = load("speech", tmp_path, held_out=0.0).read(0)
     assert sample["audio"].shape == (16000,) and sample["audio"].dtype == np.float32
     assert np.abs(sample["audio"][100:-100]).max() == pytest.approx(1.0, abs=0.03)
+
+
+def test_speech_of_every_format(tmp_path):
+    for number, ending in enumerate(ENDINGS):
+        more = {"format": "OGG"} if ending in (".oga", ".opus") else {}
+        soundfile.write(tmp_path / f"{number}{ending}", np.zeros(8000), 8000, **more)
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    data = load("speech", tmp_path, held_out=0.0)
+    samples = [data.read(i) for i in range(len(data))]
+    assert [one["text"] for one in samples] == [f"text {number}" for number in range(len(ENDINGS))]
+    assert all(len(one["audio"]) == pytest.approx(16000, abs=3000) for one in samples)
 
 
 def test_conversations(tmp_path):

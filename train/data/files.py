@@ -22,7 +22,7 @@ from PIL import Image
 from mmoe.errors import BadInput, did_you_mean
 from train.data.base import DataSet, Sample, Split, data_sets
 from zoo.images import read_image
-from zoo.sounds import read_sound
+from zoo.sounds import ENDINGS, read_sound
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
@@ -292,7 +292,7 @@ class Classes(Files):
 
 @data_sets.register("speech")
 class Speech(Files):
-    """Speech with transcripts: a.wav beside a.txt, or a table with the columns audio and text."""
+    """Speech with transcripts: a.wav (or .flac, .ogg, .opus, .mp3) beside a.txt, or a table with audio and text."""
 
     fields = ("audio", "text")
     task = "transcription"
@@ -302,7 +302,7 @@ class Speech(Files):
             for row in self._table(self.path, ("audio", "text")):
                 yield self._row(row, "audio", self.path)
             return
-        yield from self._pairs(("audio", self.path, (".wav",)), ("text", self.path, (".txt",)), "transcript")
+        yield from self._pairs(("audio", self.path, ENDINGS), ("text", self.path, (".txt",)), "transcript")
 
 
 @data_sets.register("conversations")

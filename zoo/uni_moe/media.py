@@ -85,7 +85,7 @@ def speech_tensor(source: Any, mels: int, positions: int, most: int) -> Tensor:
         most: parts.
     """
     size = positions * RATE // 50
-    parts = chunks(read_sound(source), most, size=size)
+    parts = chunks(read_sound(source, most * size / RATE), most, size=size)
     heard = _whisper(mels)(parts, sampling_rate=RATE, padding="max_length", max_length=size)
     return torch.from_numpy(np.asarray(heard["input_features"]))
 
@@ -104,7 +104,7 @@ def sound_tensor(source: Any, most: int) -> tuple[Tensor, Tensor]:
         source: as for `zoo.sounds.read_sound`.
         most: parts.
     """
-    parts = chunks(read_sound(source), most)
+    parts = chunks(read_sound(source, most * CHUNK / RATE), most)
     filled = torch.from_numpy(np.stack([np.pad(part, (0, CHUNK - len(part)), mode="edge") for part in parts]))
     lengths = torch.tensor([len(part) for part in parts])
     return log_mels(filled), torch.arange(CHUNK) >= lengths[:, None]
