@@ -25,7 +25,7 @@ from train.recall import recalls
 
 PROBES = 4  # samples that show which metrics a task has
 
-tasks = Registry("task", "train.emoji_retrieval", "data.task=retrieval")
+tasks = Registry("task", "train.tasks", "data.task=retrieval")
 
 
 class Task(ABC):
@@ -357,16 +357,17 @@ class ExactMatch(_Answers):
         """Of all questions; those before one are part of it with their right answers."""
         turns, image = sample["turns"], {"image": sample["image"]} if "image" in sample else {}
         return [
-            (model.predict(turns=turns[: number + 1], **image), turns[number + 1]) for number in range(0, len(turns), 2)
+            (model.predict(text=list(turns[: number + 1]), **image), turns[number + 1])
+            for number in range(0, len(turns), 2)
         ]
 
     def score(self, said: Sequence[Any], given: Sequence[Any]) -> dict[str, float]:
         """Of all questions of all samples."""
-        right = [_same(str(one), other) for one, other in zip(said, given, strict=True)]
+        right = [same_words(str(one), other) for one, other in zip(said, given, strict=True)]
         return {"exact match": sum(right) / len(right)}
 
 
-def _same(said: str, given: str) -> bool:
+def same_words(said: str, given: str) -> bool:
     """Alike but for case, spaces, and punctuation around."""
 
     def bare(text: str) -> str:

@@ -249,7 +249,7 @@ def test_too_few_samples_for_a_batch(tmp_path):
 def test_a_batch_that_is_too_small_to_share(tmp_path, monkeypatch):
     model = zoo.load("clip_moe_tiny", device="cpu")
     data = load("pairs", pairs(tmp_path, 10), held_out=0.0)
-    monkeypatch.setattr(data, "epoch", lambda size, seed: [[0, 1]])
+    monkeypatch.setattr(data, "epoch", lambda size, seed, shares: [[0, 1]])
     with pytest.raises(BadInput, match=r"step 0 has 2 samples\n  try: data.batch_size=8"):
         Steps(data, model, 4, (0, "stage"), 0, 2, 2)[0]
 

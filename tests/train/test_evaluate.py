@@ -338,7 +338,7 @@ def test_exact_match_asks_every_question_with_what_was_said_before():
     model = Says("a fox", "blue")
     found = tasks.build("exact_match").measure(model, Listed([{"turns": turns}]))
     assert found == {"exact match": 0.5}
-    assert [question["turns"] for question in model.asked] == [turns[:1], turns[:3]]
+    assert [question["text"] for question in model.asked] == [list(turns[:1]), list(turns[:3])]
 
 
 def test_every_task_says_what_it_measures():

@@ -262,6 +262,29 @@ def test_it_talks(talking: UniMoE) -> None:
     assert talking.predict(["Hi", "Ho", "And now?"], max_new_tokens=2).tokens <= 2
 
 
+def test_media_alone_are_a_question(talking: UniMoE) -> None:
+    picture, spoken = given()["image"], given()["speech"]
+    assert talking.predict(image=picture, max_new_tokens=4) == talking.predict(
+        "What is this?", image=picture, max_new_tokens=4
+    )
+    assert talking.predict(audio=spoken, max_new_tokens=4) == talking.predict(
+        "What is said?", speech=spoken, max_new_tokens=4
+    )
+
+
+def test_how_likely_replies_are(talking: UniMoE) -> None:
+    replies = ["a fox", "Ho", "a"]
+    found, tokens = talking.reply_likelihoods(replies, **given())
+    for reply, likelihood, count in zip(replies, found, tokens, strict=True):
+        batch = talking.preprocess(["What is this?", reply], **given(), reply=False)
+        assert count == (batch["labels"] >= 0).sum()
+        torch.testing.assert_close(likelihood, -talking(**batch).loss.detach() * count)
+    with pytest.raises(BadInput, match="there are none"):
+        talking.reply_likelihoods([])
+    with pytest.raises(BadInput, match="'smell' is no medium"):
+        talking.reply_likelihoods(["a"], smell=1)
+
+
 def test_a_saved_model_talks_alone(talking: UniMoE, tmp_path: Path) -> None:
     talking.predict("Hi", max_new_tokens=1)
     told = talking.preprocessing

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from mmoe.errors import BadInput, BadOverride, did_you_mean
-from train.data import blue_marble, distorted_photos, emoji, files, hub, rated  # noqa: F401  # they register themselves
+from train.data import (  # noqa: F401  # they register themselves
+    blue_marble,
+    dialogues,
+    distorted_photos,
+    emoji,
+    files,
+    hub,
+    mixture,
+    rated,
+    recordings,
+)
 from train.data.base import DataSet, Sample, Split, data_sets
 from train.sections import DataSection
 from zoo.model import Model

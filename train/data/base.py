@@ -94,12 +94,17 @@ class DataSet(ABC):
             BadInput: it cannot be read.
         """
 
-    def epoch(self, batch_size: int, seed: int) -> list[list[int]]:
+    def size(self, index: int) -> float:
+        """How much there is to do for a sample, such as its words or seconds, where samples differ."""
+        return 1.0
+
+    def epoch(self, batch_size: int, seed: int, shares: int = 1) -> list[list[int]]:
         """Batches of one pass, in random order; samples that fill no batch wait for another pass.
 
         Args:
             batch_size: samples.
             seed: of the order.
+            shares: equal parts of a batch, one after the other, that processes and accumulation take.
 
         Raises:
             BadInput: there are fewer samples.
@@ -148,7 +153,7 @@ class DataSet(ABC):
             sample = self._try((index + number) % len(self))
             if sample is not None:
                 return sample
-        raise AssertionError("more samples are broken than there are")  # most_broken is less than all
+        raise self._too_many_broken()  # all of them, though their names may be fewer
 
     def _try(self, index: int) -> Sample | None:
         try:
@@ -165,7 +170,10 @@ class DataSet(ABC):
         """
         self.broken.update(broken)
         if len(self.broken) > min(self.most_broken, len(self) - 1):
-            listed = [f"{name}: {wrong.splitlines()[0]}" for name, wrong in self.broken.items()]
-            more = f"data.max_broken={2 * len(listed)}   (leaves them out)"
-            fix = more if 2 * len(listed) < len(self) else "another data.path, or mend them"
-            raise BadInput(f"{len(listed)} samples cannot be read", "\n".join(listed), fix)
+            raise self._too_many_broken()
+
+    def _too_many_broken(self) -> BadInput:
+        listed = [f"{name}: {wrong.splitlines()[0]}" for name, wrong in self.broken.items()]
+        more = f"data.max_broken={2 * len(listed)}   (leaves them out)"
+        fix = more if 2 * len(listed) < len(self) else "another data.path, or mend them"
+        return BadInput(f"{len(listed)} samples cannot be read", "\n".join(listed), fix)

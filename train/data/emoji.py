@@ -217,7 +217,7 @@ class Emoji(DataSet):
         style, concept = divmod(index, len(self.emoji))
         return {"image": self.emoji.image(concept, self.emoji.training_styles[style]), "text": self.name(index)}
 
-    def epoch(self, batch_size: int, seed: int) -> list[list[int]]:
+    def epoch(self, batch_size: int, seed: int, shares: int = 1) -> list[list[int]]:
         """Batches for one pass over the concepts, each in one random training style that its cluster is told by.
 
         Clusters that are smaller than half a batch in this pass are left out, as the paper's sampler leaves out those
@@ -249,3 +249,57 @@ class Emoji(DataSet):
         captions = [self.emoji.concepts[concept].caption(random.Random(seed)) for concept, seed in drawn]
         text = model.tokenizer(captions, context_length=min(self.text_length, model.config.context_length))
         return {"image": as_input(model, image), "text": text, "return_loss": True}
+
+
+@data_sets.register("emoji_names")
+class EmojiNames(DataSet):
+    """The bundled emoji, each with its name.
+
+    Trained on are the seen concepts in the training styles, on random backgrounds and the like. Evaluated are, as
+    groups, seen concepts in a style of training ("seen"), in the style that is never trained on ("new style"), and the
+    concepts that are held out ("new concept").
+
+    Args:
+        split: "train" or "eval".
+        strength: of the augmentation; 0 has none.
+        limit: uses so many samples: of each group where it evaluates.
+    """
+
+    fields = ("image", "text")
+    task = "naming"
+    needs_path = False
+
+    def __init__(self, split: Split, *, strength: float = 1.0, limit: int | None = None) -> None:
+        super().__init__()
+        check_float("strength", strength, low=0)
+        self.emoji, self.strength, self.pooled = load_emoji(), strength, False
+        seen, styles = self.emoji.seen, self.emoji.training_styles
+        if split == "train":
+            self.samples_of = [("", style, concept) for style in styles for concept in seen][:limit]
+            return
+        few = random.Random(0).sample(seen, len(self.emoji.held_out))  # as many as there are held out
+        groups = [("seen", styles[0], few), ("new style", self.emoji.held_out_style, few)]
+        groups.append(("new concept", styles[0], self.emoji.held_out))
+        self.samples_of = [(group, style, one) for group, style, own in groups for one in own[:limit]]
+
+    def __len__(self) -> int:
+        return len(self.samples_of)
+
+    def name(self, index: int) -> str:
+        """Style and name of the emoji."""
+        _, style, concept = self.samples_of[index]
+        return f"{style}: {self.emoji.concepts[concept].name}"
+
+    def read(self, index: int) -> Sample:
+        """A picture, its name, and the group."""
+        group, style, concept = self.samples_of[index]
+        told = {"image": self.emoji.image(concept, style), "text": self.emoji.concepts[concept].name}
+        return {**told, "group": group} if group else told
+
+    def vary(self, sample: Sample, seed: int) -> Sample:
+        """The picture as another artist might have drawn it; see `train.augment`."""
+        if not self.strength:
+            return sample
+        pixels = torch.from_numpy(np.array(sample["image"])).permute(2, 0, 1)
+        drawn = augment(pixels[None], [seed], self.strength)[0].clamp(0, 1)
+        return {**sample, "image": drawn.permute(1, 2, 0).numpy()}

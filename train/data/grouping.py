@@ -16,7 +16,7 @@ import torch
 
 def grouped_batches(
     groups: Sequence[int],
-    lengths: Sequence[int],
+    lengths: Sequence[float],
     batch_size: int,
     processes: int,
     generator: torch.Generator,
@@ -57,11 +57,11 @@ def grouped_batches(
     return [_dealt(batches[number], lengths, processes) for number in order]
 
 
-def _dealt(batch: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
+def _dealt(batch: Sequence[int], lengths: Sequence[float], processes: int) -> list[list[int]]:
     """Each next sample, the longest first, for the process that has the least and still has room."""
     room = len(batch) // processes
     parts: list[list[int]] = [[] for _ in range(processes)]
-    loads = [0] * processes
+    loads = [0.0] * processes
     for sample in sorted(batch, key=lambda one: lengths[one], reverse=True):
         least = min((p for p in range(processes) if len(parts[p]) < room), key=lambda p: loads[p])
         parts[least].append(sample)

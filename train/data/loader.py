@@ -78,18 +78,21 @@ class Steps(Dataset[tuple[list[dict[str, Tensor]], dict[str, str]]]):
             raise BadInput(
                 f"divide batches of {batch_size}", wrong, f"data.batch_size={-(-batch_size // share) * share}"
             )
-        self._pass: tuple[int, int, list[list[int]]] = (0, 0, data.epoch(batch_size, seed_of(*key, "epoch", 0)))
+        self._pass: tuple[int, int, list[list[int]]] = (0, 0, self._epoch(0))
         self.per_epoch = len(self._pass[2])
+
+    def _epoch(self, number: int) -> list[list[int]]:
+        seed = seed_of(*self.key, "epoch", number)
+        return self.data.epoch(self.batch_size, seed, self.processes * self.parts)
 
     def indices(self, step: int) -> list[int]:
         """Samples of a step, over all processes."""
         epoch, first, batches = self._pass
         if step < first:
-            epoch, first = 0, 0
-            batches = self.data.epoch(self.batch_size, seed_of(*self.key, "epoch", 0))
+            epoch, first, batches = 0, 0, self._epoch(0)
         while step >= first + len(batches):
             epoch, first = epoch + 1, first + len(batches)
-            batches = self.data.epoch(self.batch_size, seed_of(*self.key, "epoch", epoch))
+            batches = self._epoch(epoch)
         self._pass = epoch, first, batches
         return batches[step - first]
 

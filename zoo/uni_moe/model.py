@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from mmoe.trace import trace
 from zoo.config import make_config
 from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer
 from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
+from zoo.hosts.replies import Reply, likelihoods, streamed
 from zoo.hosts.splice import IGNORED, Spliced, splice
 from zoo.model import Model
 from zoo.uni_moe.config import MODALITIES, UniMoEConfig
@@ -44,8 +46,6 @@ from zoo.uni_moe.towers import Sound, Speech, Vision
 from zoo.weights import locate
 
 PLACEHOLDERS = {"<image>": -200, "<speech>": -300, "<video>": -400, "<sound>": -500}
-
-
 QUESTIONS = {
     "text": "Say something.",
     "image": "What is this?",
@@ -53,30 +53,6 @@ QUESTIONS = {
     "video": "What happens?",
     "sound": "What is heard?",
 }
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model said.
-
-    Attributes:
-        text: without special tokens.
-        tokens: how many it wrote, the end included.
-    """
-
-    text: str
-    tokens: int
-
-    def __str__(self) -> str:
-        return self.text
-
-    def table(self, picture: int = 0) -> tuple[list[str], list[list[str]]]:
-        """Header and row that show it."""
-        return ["tokens"], [[self.text, str(self.tokens)]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"text": self.text, "tokens": self.tokens}
 
 
 @dataclass(kw_only=True)
@@ -169,7 +145,7 @@ class UniMoE(Model):
 
     def preprocess(
         self,
-        text: str | Sequence[str],
+        text: str | Sequence[str] | None = None,
         *,
         image: Any = None,
         video: Any = None,
@@ -181,7 +157,7 @@ class UniMoE(Model):
 
         Args:
             text: what the user says, or turns that user and model take in turn. Media without a placeholder such as
-                <image> in it are put before it.
+                <image> in it are put before it. The usual question about what is given when None, as "What is this?".
             image, video, speech, sound: one of each or a list, in the order of their placeholders; see
                 `zoo.uni_moe.media`.
             reply: ends where the model's reply begins; False takes turns that end with one.
@@ -189,15 +165,22 @@ class UniMoE(Model):
         Returns:
             "input_ids" (1, N), "labels" (1, N), and what `splice` takes.
         """
-        given = {"<image>": image, "<speech>": speech, "<video>": video, "<sound>": sound}
-        listed = {word: _listed(value) for word, value in given.items()}
-        turns = [self._plain(said) for said in ([text] if isinstance(text, str) else text)]
-        lacking = [word for word, many in listed.items() for _ in many[sum(turn.count(word) for turn in turns) :]]
-        if turns and lacking:
-            turns[0] = "".join(f"{word}\n" for word in lacking) + turns[0]
-        ids, labels = encode(self.tokenizer, self.template.parts(turns, reply), PLACEHOLDERS)
+        listed = _by_placeholder(image=image, video=video, speech=speech, sound=sound)
+        ids, labels = self._ids_of(text, listed, reply)
         batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), **self._media(listed)}
         return {name: self._here(value) for name, value in batch.items()}
+
+    def _ids_of(
+        self, text: str | Sequence[str] | None, given: Mapping[str, Sequence[Any]], reply: bool
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels of a conversation about media by their placeholder."""
+        if text is None:
+            text = QUESTIONS[next((word.strip("<>") for word, many in given.items() if many), "text")]
+        turns = [self._plain(said) for said in ([text] if isinstance(text, str) else text)]
+        lacking = [word for word, many in given.items() for _ in many[sum(turn.count(word) for turn in turns) :]]
+        if turns and lacking:
+            turns[0] = "".join(f"{word}\n" for word in lacking) + turns[0]
+        return encode(self.tokenizer, self.template.parts(turns, reply), PLACEHOLDERS)
 
     def _plain(self, said: str) -> str:
         """What is said, with special tokens such as </s> taken apart, so that they are only words."""
@@ -274,25 +257,32 @@ class UniMoE(Model):
         switch(*[{"use_reentrant": False}] * enable)
 
     def _conversation(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        heard = "speech" if self.speech is not None else "sound"
-        given = {heard if name == "audio" else name: value for name, value in sample.items()}
-        media = {name: given[name] for name in MODALITIES[1:] if given.get(name) is not None}
+        media, given = self._parted(sample)
         if "turns" in given:
             turns = [turn["value"] if isinstance(turn, Mapping) else turn for turn in given["turns"]]
         elif "text" in given:
             turns = [QUESTIONS[next(iter(media), "text")], given["text"]]
         else:
-            known = ", ".join(name for name in sample if name != "seed")
+            known = ", ".join(name for name in sample if name not in ("seed", "part"))
             raise Refused(f"train {self.family} on {known}", "there is nothing to say", "data with turns or a text")
         return self.preprocess(turns, **media, reply=False)
 
-    def predict(self, text: str | Sequence[str], *, max_new_tokens: int = 128, **given: Any) -> Reply:
+    def _parted(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Media as `preprocess` takes them, and the rest; "audio" is speech where the model has that branch."""
+        heard = "speech" if self.speech is not None else "sound"
+        named = {heard if name == "audio" else name: value for name, value in given.items()}
+        media = {name: named.pop(name) for name in MODALITIES[1:] if name in named}
+        return {name: value for name, value in media.items() if value is not None}, named
+
+    def predict(self, text: str | Sequence[str] | None = None, *, max_new_tokens: int = 128, **given: Any) -> Reply:
         """What the model says.
 
         Args:
-            text: what the user says, or turns that user and model take in turn.
+            text: what the user says, or turns that user and model take in turn; the usual question about what is given
+                when None.
             max_new_tokens: at most.
-            given: media as for `preprocess`, and options of transformers' `generate`, such as `do_sample=True`.
+            given: media as for `preprocess`, or "audio", which is speech where the model hears it; and options of
+                transformers' `generate`, such as `do_sample=True`.
 
         Raises:
             BadInput: media cannot be read, or do not fit the text.
@@ -303,41 +293,59 @@ class UniMoE(Model):
         ids = self.generate(**batch, max_new_tokens=max_new_tokens, **options)
         return Reply(self.tokenizer.decode(ids[0], skip_special_tokens=True).strip(), ids.shape[1])
 
-    def stream(self, text: str | Sequence[str], *, max_new_tokens: int = 128, **given: Any) -> Iterator[str]:
+    def stream(
+        self, text: str | Sequence[str] | None = None, *, max_new_tokens: int = 128, **given: Any
+    ) -> Iterator[str]:
         """The words of `predict` as they are written."""
-        from threading import Thread
-
-        from transformers import TextIteratorStreamer
-
         self.check_values("predict with")
         check_int("max_new_tokens", max_new_tokens, 1)
         batch, options = self._asked(text, given)
-        words = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True)
-        failed: list[BaseException] = []
+        told = {**batch, "max_new_tokens": max_new_tokens, **options}
+        yield from streamed(self.tokenizer, lambda words: self.generate(**told, streamer=words))
 
-        def write() -> None:
-            try:
-                self.generate(**batch, max_new_tokens=max_new_tokens, streamer=words, **options)
-            except BaseException as error:
-                failed.append(error)
-                words.end()
-
-        writing = Thread(target=write, daemon=True)
-        writing.start()
-        yield from words
-        writing.join()
-        if failed:
-            raise failed[0]
-
-    def _asked(self, text: str | Sequence[str], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _asked(
+        self, text: str | Sequence[str] | None, given: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """A batch for `generate`, and its options."""
-        media = {name: given.pop(name) for name in ("image", "video", "speech", "sound") if name in given}
+        media, told = self._parted(given)
         batch = self.preprocess(text, **media)
         del batch["labels"]
         ids = batch.pop("input_ids")
         tokenizer = self.tokenizer
         options = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        return {"input_ids": ids, "media": batch}, options | given
+        return {"input_ids": ids, "media": batch}, options | told
+
+    @torch.no_grad()
+    def reply_likelihoods(
+        self, replies: Sequence[str], text: str | Sequence[str] | None = None, **given: Any
+    ) -> tuple[Tensor, Tensor]:
+        """How likely the model finds each of some replies to one question; media are encoded once.
+
+        Args:
+            replies: n of them.
+            text: what was said before, as for `predict`.
+            given: media as for `predict`.
+
+        Returns:
+            Logarithms of the probabilities in nats (n,), and numbers of tokens (n,), the reply's end included.
+
+        Raises:
+            BadInput: there are no replies, or media do not fit the text.
+        """
+        media, rest = self._parted(given)
+        if not replies or rest:
+            wrong = f"{next(iter(rest))!r} is no medium" if rest else "there are none"
+            raise BadInput("tell how likely replies are", wrong, "model.reply_likelihoods(['a fox'], image='fox.png')")
+        listed = _by_placeholder(**media)
+        asked = self._ids_of(text, listed, True)[0]
+        turns = [text] if isinstance(text, str) else [QUESTIONS[next(iter(media), "text")]] if text is None else text
+        told = [self._ids_of([*turns, reply], listed, False) for reply in replies]
+        alike = (len(set(column)) == 1 for column in zip(asked, *(ids for ids, _ in told), strict=False))
+        shared = sum(takewhile(bool, alike))
+        heard = {name: self._here(value) for name, value in self._media(listed).items()}
+        prompt = self.splice(self._here(torch.tensor([asked[:shared]])), **heard)
+        rest_of = [(ids[shared:], labels[shared:]) for ids, labels in told]
+        return likelihoods(self.llm, prompt, rest_of, route_padding=self.config.route_padding)
 
     def forward(
         self,
@@ -496,6 +504,11 @@ class UniMoE(Model):
             state[f"{place}.router.weight"] = model.state_dict()[f"{place}.router.weight"]
         model.load_state_dict(state)
         return model
+
+
+def _by_placeholder(**given: Any) -> dict[str, list[Any]]:
+    """Media as lists, by the word that stands for them."""
+    return {word: _listed(given.get(word.strip("<>"))) for word in PLACEHOLDERS}
 
 
 def _listed(value: Any) -> list[Any]:

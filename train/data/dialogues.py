@@ -1,0 +1,44 @@
+"""The bundled dialogues: short English questions, each with a reply, for what a language model can say."""
+
+from __future__ import annotations
+
+import json
+
+from train.data.base import DataSet, Sample, Split, data_sets
+from zoo.assets import asset
+
+
+@data_sets.register("dialogues")
+class Dialogues(DataSet):
+    """The bundled dialogues: short English questions, each with a reply.
+
+    Data card and licence: assets/data/dialogues/README.md. Which are held out is fixed.
+
+    Args:
+        split: "train" has all that are not held out.
+        limit: uses so many.
+    """
+
+    fields = ("turns",)
+    task = "perplexity"
+    needs_path = False
+
+    def __init__(self, split: Split, *, limit: int | None = None) -> None:
+        super().__init__()
+        records = json.loads(asset("data/dialogues/dialogues.json").read_text(encoding="utf-8"))
+        self.records = [one for one in records if one["held_out"] == (split == "eval")][:limit]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, index: int) -> str:
+        """The question."""
+        return str(self.records[index]["turns"][0])
+
+    def size(self, index: int) -> float:
+        """Words."""
+        return float(len(" ".join(self.records[index]["turns"]).split()))
+
+    def read(self, index: int) -> Sample:
+        """Question and reply."""
+        return {"turns": tuple(self.records[index]["turns"])}

@@ -1,0 +1,108 @@
+"""Replies of language models whose prompts hold features of other modalities: as they are written, and how likely.
+
+Shapes: L positions of the prompt, n replies, R tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from mmoe.moe import with_context
+from mmoe.routing import Context
+from zoo.hosts.splice import IGNORED, PADDING, TEXT, Spliced
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said.
+
+    Attributes:
+        text: without special tokens.
+        tokens: how many it wrote, the end included.
+    """
+
+    text: str
+    tokens: int
+
+    def __str__(self) -> str:
+        return self.text
+
+    def table(self, picture: int = 0) -> tuple[list[str], list[list[str]]]:
+        """Header and row that show it."""
+        return ["tokens"], [[self.text, str(self.tokens)]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"text": self.text, "tokens": self.tokens}
+
+
+def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
+    """Words as they are written.
+
+    Args:
+        tokenizer: of transformers.
+        write: generates with the streamer that it is given; what it raises is raised here.
+    """
+    from transformers import TextIteratorStreamer
+
+    words = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            write(words)
+        except BaseException as error:
+            failed.append(error)
+            words.end()
+
+    writing = Thread(target=run, daemon=True)
+    writing.start()
+    yield from words
+    writing.join()
+    if failed:
+        raise failed[0]
+
+
+@torch.no_grad()
+def likelihoods(
+    llm: PreTrainedModel,
+    prompt: Spliced,
+    replies: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    route_padding: bool,
+) -> tuple[Tensor, Tensor]:
+    """How likely each of some replies to one prompt is.
+
+    Args:
+        llm: a causal language model.
+        prompt: (1, L).
+        replies: ids of each, and labels that say which of them count.
+        route_padding: sends padding through mixtures too.
+
+    Returns:
+        Logarithms of the probabilities in nats (n,), and numbers of tokens that count (n,), both on the CPU.
+    """
+    count, begin, device = len(replies), prompt.embeds.shape[1], prompt.embeds.device
+    ids = pad_sequence([torch.tensor(own) for own, _ in replies], batch_first=True).to(device)  # (n, R)
+    labels = pad_sequence([torch.tensor(own) for _, own in replies], batch_first=True, padding_value=IGNORED)
+    there = torch.arange(ids.shape[1]) < torch.tensor([len(own) for own, _ in replies])[:, None]
+    there = there.to(device)
+    embeds = torch.cat([prompt.embeds.expand(count, -1, -1), llm.get_input_embeddings()(ids)], 1)
+    mask = torch.cat([prompt.mask.expand(count, -1), there], 1)
+    modality = torch.cat([prompt.modality.expand(count, -1), torch.where(there, TEXT, PADDING)], 1)
+    with with_context(llm, Context(valid=None if route_padding else mask, modality=modality)):
+        logits = llm(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).logits
+    scores = logits[:, begin - 1 : -1].float().transpose(1, 2)  # (n, vocabulary, R)
+    losses = cross_entropy(scores, labels.to(device), ignore_index=IGNORED, reduction="none")
+    return -losses.sum(1).cpu(), (labels != IGNORED).sum(1)
