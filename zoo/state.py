@@ -123,8 +123,8 @@ class LoadReport:
         missing: names of the model that the weights lack; they keep their random initial values.
         unexpected: names in the weights that the model lacks.
         reshaped: names whose shapes differ, with both shapes.
-        base: where the model's base came from; empty where it was not read.
-        from_base: names among the matched that come from it.
+        base: where the model's base came from, or its bases by part; empty where none was read.
+        from_base: names among the matched that come from it or them.
     """
 
     source: str
