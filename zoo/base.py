@@ -42,6 +42,12 @@ def bases(model: Model) -> dict[str, str]:
     return {part: _file(source) for part, source in _by_part(model, "base").items()}
 
 
+def checksum_of(model: Model, source: str) -> str | None:
+    """The checksum that the config has of a file that is one of the bases; None for other files."""
+    given, checksums = _by_part(model, "base"), _by_part(model, "base_sha256")
+    return next((checksums.get(part) for part, one in given.items() if one == source), None)
+
+
 def with_base(model: Model, own: State) -> tuple[State, tuple[str, ...], str]:
     """A model's own tensors with those of its bases, where they do not hold them already.
 

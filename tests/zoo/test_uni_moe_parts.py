@@ -17,8 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperMo
 
 import zoo
 from mmoe.errors import BadOverride, LoadMismatch
+from tests.zoo.conftest import PRETRAINED
 from train.sections import TuneSection
 from train.tune import freeze
+from zoo.base import of_base, with_base
+from zoo.state import load_state, read_state
 from zoo.uni_moe.config import UniMoEConfig
 from zoo.uni_moe.media import image_tensor
 from zoo.uni_moe.model import PLACEHOLDERS, UniMoE
@@ -417,3 +420,46 @@ def test_a_base_of_other_sizes(folder: Path) -> None:
     del base["vision"]
     with pytest.raises(LoadMismatch, match=r"missing \d+: vision\.encoder"):
         zoo.load(folder, device="cpu", base=base, base_sha256=None)
+
+
+# ---- the real ones, where they were fetched ----
+
+SMOLLM2: dict[str, Any] = {"vocab_size": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3}
+SMOLLM2 |= {"ffn_dim": 1536, "positions": 2048, "rope_theta": 100000.0, "tie_embeddings": True, "moe_layers": 10}
+SMOLLM2 |= {"experts": "lora_gated_ffn:rank=4", "template": "chatml"}
+TINY_EN = {"width": 384, "layers": 4, "heads": 6, "ffn_dim": 1536, "resampler_layers": 2, "mels": 80}
+TINY_EN |= {"positions": 500, "words": 64}
+
+
+@pytest.mark.slow
+def test_small_parts_in_one_model(pretrained: Any, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    paths = {name: PRETRAINED[name].source for name in ("smollm2", "whisper", "efficientnet") if pretrained(name)}
+    base = {"llm": paths["smollm2"], "vision": paths["efficientnet"]}
+    base |= {"speech": paths["whisper"], "resampler": paths["whisper"]}
+    branches = {"vision": {"timm": "tf_efficientnet_lite0"}, "speech": TINY_EN, "tokenizer": paths["smollm2"]}
+    model = build(**SMOLLM2, **branches, base=base)
+    state, from_base, _ = with_base(model, {})
+    model.load_report = load_state(model, state, "bases", allow_missing=["*"])
+    assert set(from_base) == set(of_base(model, model.state_dict()))
+    assert "Paris" in model.predict("What is the capital of France?", max_new_tokens=12).text
+    model.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").stat().st_size < 15e6
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())["config"]
+    assert config["base"] == base and config["base_sha256"]["llm"] == PRETRAINED["smollm2"].sha256
+    again = zoo.load(tmp_path / "saved", device="cpu")
+    assert again.load_report.random == 0
+    assert all(value.equal(model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.slow
+def test_efficientnet_lite0_knows_what_it_sees(pretrained: Any) -> None:
+    picture = Path(pytest.importorskip("skimage.data").__file__).with_name("coffee.png")
+    whole = timm.create_model("tf_efficientnet_lite0").eval()
+    names = {f"vision.encoder.{name}" for name in whole.state_dict()}
+    config = UniMoEConfig(vision={"timm": "tf_efficientnet_lite0"}, speech=None, sound=None)
+    found = part_state(read_state(pretrained("efficientnet")), "vision", config, names)
+    whole.load_state_dict({name.removeprefix("vision.encoder."): value for name, value in found.items()})
+    with torch.no_grad():
+        scores = whole(image_tensor(picture, 224, [0.5] * 3, [0.5] * 3)[None]).softmax(-1)[0]
+    assert scores.argmax() == 967 and scores.max() > 0.9, "an espresso"

@@ -26,10 +26,11 @@ from zoo.hosts.beats import log_mels
 from zoo.images import read_image
 from zoo.sounds import CHUNK, RATE, chunks, read_sound
 
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 _FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def image_tensor(source: Any, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def image_tensor(source: Any, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """A picture as (3, S, S).
 
     Args:
@@ -42,14 +43,16 @@ def image_tensor(source: Any, size: int, mean: Sequence[float], std: Sequence[fl
     return pictures.normalize(tensor, list(mean), list(std))
 
 
-def video_tensor(source: Any, size: int, mean: Sequence[float], std: Sequence[float], frames: int = 8) -> Tensor:
+def video_tensor(
+    source: Any, size: int, frames: int = 8, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> Tensor:
     """Frames of a video as (F, 3, S, S), evenly spaced; all of a video that has fewer.
 
     Args:
         source: a folder of pictures, which are taken by name, an animated picture (GIF, WebP), or a list of pictures.
         size: S.
-        mean, std: as for `image_tensor`.
         frames: F.
+        mean, std: as for `image_tensor`.
 
     Raises:
         BadInput: there are no frames, or one cannot be read.

@@ -33,6 +33,7 @@ from mmoe.moe import with_context
 from mmoe.options import check_int
 from mmoe.routing import Context, Routing
 from mmoe.trace import trace
+from zoo.base import checksum_of
 from zoo.config import make_config
 from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer, tokenizer_text
 from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
@@ -171,7 +172,7 @@ class UniMoE(Model):
         if self._words is None:
             if self.config.tokenizer is None:
                 raise Refused("read a text", "the model has no tokenizer", "tokenizer='PATH/tokenizer.json'")
-            text = tokenizer_text(locate(self.config.tokenizer))
+            text = tokenizer_text(locate(self.config.tokenizer, checksum_of(self, self.config.tokenizer)))
             self._words = read_tokenizer(text, self.template)
             self._preprocessing["tokenizer"] = text
         return self._words
@@ -219,11 +220,11 @@ class UniMoE(Model):
         frames, parts = self._preprocessing["frames"], self._preprocessing["parts"]
         if given["<image>"] or given["<video>"]:
             eye = self._branch("vision")
-            seen = eye.size, eye.mean, eye.std
+            norm = {"mean": eye.mean, "std": eye.std}
             if given["<image>"]:
-                found["images"] = torch.stack([image_tensor(one, *seen) for one in given["<image>"]])
+                found["images"] = torch.stack([image_tensor(one, eye.size, **norm) for one in given["<image>"]])
             if given["<video>"]:
-                found["videos"] = [video_tensor(one, *seen, frames) for one in given["<video>"]]
+                found["videos"] = [video_tensor(one, eye.size, frames, **norm) for one in given["<video>"]]
         if given["<speech>"]:
             sizes = self._branch("speech").sizes
             heard = [speech_tensor(one, sizes["mels"], sizes["positions"], parts) for one in given["<speech>"]]

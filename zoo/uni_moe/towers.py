@@ -21,8 +21,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from mmoe.errors import BadOverride, did_you_mean
 from zoo.hosts.beats import BEATs, BEATsConfig
 from zoo.hosts.connectors import FrameStack, QFormerResampler, WhisperResampler, projector
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+from zoo.uni_moe.media import MEAN, STD
 
 
 class _Tower(nn.Module):
@@ -75,7 +74,7 @@ class Vision(_Tower):
             encoder = _timm(sizes["timm"], self.size)
             own, width = encoder.pretrained_cfg, encoder.num_features
         else:
-            own, width = {"mean": CLIP_MEAN, "std": CLIP_STD}, sizes["width"]
+            own, width = {"mean": MEAN, "std": STD}, sizes["width"]
             encoder = _clip(sizes)
         self.mean, self.std = (tuple(sizes.get(name) or own[name]) for name in ("mean", "std"))
         self.encoder, self.projector = encoder.requires_grad_(False), projector(kind, width, dim)
