@@ -146,12 +146,7 @@ class Model(nn.Module):
         return as_seen(picture, self.preprocessing.get("resize_mode", "squash"))
 
     def from_base(self, state: State, part: str) -> State:
-        """Tensors of a base's file under this model's names.
-
-        Args:
-            state: as the file has it.
-            part: of `base_tensors`.
-        """
+        """Tensors of the base of a part, as its file has them, under this model's names."""
         return state
 
     def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
