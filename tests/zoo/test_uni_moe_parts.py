@@ -342,6 +342,8 @@ def test_encoders_are_frozen_until_a_recipe_names_them() -> None:
     model.train()
     found = trained()
     assert found and all(name.startswith("vision.encoder.") for name in found)
+    freeze(model, TuneSection())
+    assert any(name.startswith("vision.encoder.") for name in trained()), "all there is"
     buffers = dict(model.vision.encoder.named_buffers())
     assert buffers and all(value.equal(before[name]) for name, value in buffers.items()), "of batch norms"
 

@@ -1,6 +1,7 @@
 """The authors' checkpoints of Uni-MoE under our names: speech, sound and 8 experts, towers included.
 
-Two towers have no weights in some files: theirs come from checkpoints of their own. A second Whisper that is never run,
+Two towers have no weights in some files: theirs come from checkpoints of their own, as bases (`zoo.uni_moe.parts`) or
+beside the others. A second Whisper that is never run,
 buffers of rotary positions and tables that BEATs repeats in every layer are left out; unknown names are refused.
 """
 
@@ -148,7 +149,8 @@ def from_original(state: Mapping[str, Tensor], like: UniMoEConfig | None = None)
     Args:
         state: as for `convert_names`, with the encoders.
         like: where options come from that tensors do not show: heads, the number of experts that a token takes, the
-            tokenizer. Without it a head is 128 wide in the language model and 64 in encoders, as released.
+            tokenizer, encoders of which it has a base. Without it a head is 128 wide in the language model and 64 in
+            encoders, as released.
 
     Raises:
         LoadMismatch: it is no such checkpoint, or lacks an encoder.
@@ -157,7 +159,7 @@ def from_original(state: Mapping[str, Tensor], like: UniMoEConfig | None = None)
     try:
         return _infer(found, like or UniMoEConfig(vision=None, speech=None, sound=None)), found
     except KeyError as error:
-        wrong = f"it has no {error}; encoders may be in files of their own, whose tensors belong beside these"
+        wrong = f"it has no {error}; encoders may be in files of their own, which base={{vision: FILE}} and so on name"
         raise LoadMismatch("convert this checkpoint to uni_moe", wrong, "a whole state dict") from error
 
 
@@ -203,10 +205,11 @@ def _infer(state: State, like: UniMoEConfig) -> UniMoEConfig:
         "ffn_dim": len(state[f"{first}.gate_proj.weight"]) if up is None else len(up) // 2,
         "num_experts": len(state[f"{first}.experts.gate_up_proj"]) if mixed else 0,
         "moe_layers": _named(mixed, layers),
-        "vision": _vision(state, like.vision and {k: v for k, v in like.vision.items() if k != "timm"}),
-        "speech": _speech(state, like.speech),
-        "sound": _sound(state, like.sound),
     }
+    for branch, read in (("vision", _vision), ("speech", _speech), ("sound", _sound)):
+        given, there = getattr(like, branch), any(name.startswith(f"{branch}.encoder.") for name in state)
+        from_base = not there and branch in (like.base or {})  # what `like` says of it holds
+        shown[branch] = given if from_base else read(state, None if "timm" in (given or {}) else given)
     if "vision.projector.weight" in state:
         shown["projector"] = "linear"
     elif shown["vision"]:
