@@ -198,11 +198,13 @@ def _facts(found: Card, files: Mapping[str, dict[str, Any] | None]) -> list[tupl
     if found.code:
         facts.append(("authors' code", _joined(found.code, url="{}", commit="at {:.12},", licence="licence {}")))
     facts += [("weights", text) for text in _weights_lines(found, files)]
+    facts += [("base", text) for text in _base_lines(found.config)]
     if found.lineage:
         facts.append(("made by", _pairs(found.lineage)))
     facts += [("note", note) for note in found.notes]
-    if found.config:
-        facts.append(("config", _pairs(found.config)))
+    config = {key: value for key, value in found.config.items() if key not in ("base", "base_sha256")}
+    if config:
+        facts.append(("config", _pairs(config)))
     return facts
 
 
@@ -218,6 +220,20 @@ def _weights_lines(found: Card, files: Mapping[str, dict[str, Any] | None]) -> l
         note = f" {weights.note}" if weights.note else ""
         lines.append(f"{tag}: {weights.source}, licence {weights.licence}, {sha}; {here}.{note}")
     return lines or ["none"]
+
+
+def _base_lines(config: Mapping[str, Any]) -> list[str]:
+    """Each base of a model, and whether it is on this machine."""
+    from zoo.weights import find_local
+
+    base, checksums = ({"": v} if isinstance(v, str) else v or {} for v in map(config.get, ("base", "base_sha256")))
+    lines = []
+    for part, source in base.items():
+        told, sha = f"{part}: {source}" if part else source, checksums.get(part)
+        path = find_local(source, sha)
+        here = str(path) if path is not None else "not on this machine; it is fetched when the model is loaded"
+        lines.append(f"{told}, {f'sha256 {sha}' if sha else 'no checksum known'}; {here}")
+    return lines
 
 
 def _joined(values: Mapping[str, str], **forms: str) -> str:

@@ -22,7 +22,7 @@ from mmoe.errors import (
     package_of,
 )
 from mmoe.registry import parse_spec
-from zoo.base import of_base, with_base
+from zoo.base import bases, of_base, with_base
 from zoo.card import Card
 from zoo.config import make_config
 from zoo.model import FORMAT, Model, pick_dtype
@@ -30,7 +30,7 @@ from zoo.registry import card, list_models, model_folder
 from zoo.state import LoadReport, State, load_state, read_json, read_state
 from zoo.weights import WEIGHTS, hub_errors, locate, online, require_online, split_hub
 
-BASE = "base"  # the tag of weights that stands for the model's base alone
+BASE = "base"  # the tag of weights that stands for the model's bases alone
 _SOURCES = ("bundled:", "hf-hub:", "pypi:")
 
 
@@ -64,7 +64,7 @@ def load(
             "hf-hub:org/repo[@revision]", or a folder that `Model.save` wrote (as "./clip_moe_tiny" where it has the
             name of a card).
         weights: True for the card's default, False for random ones, a tag, or a file in our layout or the authors'.
-            "base" takes those of the model's base alone: what the family adds is random, and listed as missing.
+            "base" takes those of the model's bases alone: what the family adds is random, and listed as missing.
         device: "auto" takes CUDA, then MPS, then CPU; "meta" builds shapes only, without weights.
         dtype: "fp32", "bf16", "fp16" or a torch dtype; fp32 when None.
         router: registered router, as a name, "name:key=value" or a mapping, in place of the model's own. It takes over
@@ -111,7 +111,7 @@ def load(
 
 
 def _fill(model: Model, path: Path | None, source: str, allowed: list[str]) -> LoadReport:
-    """Loads a file over the model's base, or the base alone where there is no file."""
+    """Loads a file over the model's bases, or the bases alone where there is no file."""
     state: State = {}
     if path is not None:
         state, source = _in_our_layout(read_state(path), source, model)
@@ -120,7 +120,8 @@ def _fill(model: Model, path: Path | None, source: str, allowed: list[str]) -> L
         if not from_base:
             wrong = "its config names none" if model.base_tensors else f"a {model.family} has none"
             raise UnknownWeights("no weights of the base alone", wrong, "zoo.load(..., weights=False)")
-        allowed = [*allowed, *(set(model.state_dict()) - set(of_base(model, model.state_dict())))]
+        own = model.state_dict()
+        allowed = [*allowed, *(set(own) - set(of_base(model, own, bases(model))))]
         source = base
     told = f"{source}, on the base {base}" if base and path is not None else source
     report = load_state(model, whole, told, allow_missing=allowed)

@@ -79,7 +79,7 @@ class Model(nn.Module):
         config_class: frozen dataclass of options.
         layer_methods: methods besides `forward` that run the layers.
         adapters: patterns of the parameters that the family trains on a backbone that stays frozen.
-        base_tensors: patterns of the tensors that `config.base` holds; see `zoo.base`.
+        base_tensors: patterns of the tensors that a base holds, by the part of the model; see `zoo.base`.
         windows: `predict` looks at a picture part by part; its routing is shown by a forward of the whole.
         card: what is known about the model, or None for one built by hand.
         config: the options it was built with.
@@ -89,7 +89,7 @@ class Model(nn.Module):
     config_class: ClassVar[type]
     layer_methods: ClassVar[tuple[str, ...]] = ()
     adapters: ClassVar[tuple[str, ...]] = ()
-    base_tensors: ClassVar[tuple[str, ...]] = ()
+    base_tensors: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
     windows: ClassVar[bool] = False
     views_note: str = ""  # what a person should know about `views` and `seen`
     card: Card | None = None
@@ -145,8 +145,8 @@ class Model(nn.Module):
         """
         return as_seen(picture, self.preprocessing.get("resize_mode", "squash"))
 
-    def from_base(self, state: State) -> State:
-        """Tensors of the base's file under this model's names."""
+    def from_base(self, state: State, part: str) -> State:
+        """Tensors of the base of a part, as its file has them, under this model's names."""
         return state
 
     def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -252,7 +252,7 @@ class Model(nn.Module):
         """Writes a folder that `zoo.load(folder)` reads alone: config, weights, preprocessing and card.
 
         The card tells the structure and where the model comes from. Numbers stay behind, since nobody measured them on
-        what is saved here. Tensors that equal the model's base are left out; see `zoo.base`.
+        what is saved here. Tensors that equal the model's bases are left out; see `zoo.base`.
 
         Args:
             folder: made when it is not there. Its files are replaced only after all new ones are written, so that

@@ -15,7 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mmoe.errors import BadInput, CorruptFile, LoadMismatch
+from mmoe.errors import BadInput, CorruptFile, LoadMismatch, MmoeError
+from zoo.runtimes import is_ctranslate2, read_ctranslate2, read_gguf
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,10 +27,11 @@ State: TypeAlias = "dict[str, Tensor]"
 def read_state(path: Path) -> State:
     """Tensors of a .safetensors file or a torch checkpoint: a bare state dict, or one under a usual name.
 
-    A torch checkpoint is read as data only: whatever would run code is refused.
+    A torch checkpoint is read as data only: whatever would run code is refused. Files of llama.cpp (.gguf) and
+    CTranslate2 (model.bin) are read too, see `zoo.runtimes`.
 
     Raises:
-        CorruptFile: the file is truncated, damaged or holds something else.
+        CorruptFile: the file is truncated, damaged or holds something else. MissingExtra: what reads it is missing.
     """
     import torch
     from safetensors.torch import load_file
@@ -38,9 +40,15 @@ def read_state(path: Path) -> State:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if path.suffix == ".gguf":
+            return read_gguf(path)
+        if is_ctranslate2(path):
+            return read_ctranslate2(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except MmoeError:
+        raise
     except Exception as error:  # a damaged file can raise anything
         raise CorruptFile(damaged, *_why_unreadable(path, error)) from error
     for key in ("state_dict", "model", "params"):
@@ -108,7 +116,7 @@ def _why_unreadable(path: Path, error: Exception) -> tuple[str, str]:
         wrong = f"it is damaged or wants to run code: it asks for {asked_for[1]}; nothing was run"
         return wrong, f"{convert}   (only if you trust it)"
     reason = "it is no torch file, or damaged"
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".gguf", ".bin") and not zipfile.is_zipfile(path):
         reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     return f"{path.stat().st_size:,} bytes; {reason}", again
 
@@ -123,8 +131,8 @@ class LoadReport:
         missing: names of the model that the weights lack; they keep their random initial values.
         unexpected: names in the weights that the model lacks.
         reshaped: names whose shapes differ, with both shapes.
-        base: where the model's base came from; empty where it was not read.
-        from_base: names among the matched that come from it.
+        base: where the model's base came from, or its bases by part; empty where none was read.
+        from_base: names among the matched that come from it or them.
     """
 
     source: str

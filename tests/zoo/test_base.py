@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import zoo
-from mmoe.errors import BadInput, CorruptFile, LoadMismatch, Offline, UnknownWeights
+from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, Offline, UnknownWeights
 from zoo import loading
+from zoo.base import check_parts
 from zoo.card import Card, Weights
 from zoo.model import Model
 from zoo.weights import file_sha256
@@ -32,7 +33,7 @@ class Adapted(Model):
 
     family = "adapted"
     config_class = Config
-    base_tensors = ("backbone.*",)
+    base_tensors: ClassVar[dict[str, tuple[str, ...]]] = {"backbone": ("backbone.*",)}
     preprocessing: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, config: Config) -> None:
@@ -40,7 +41,7 @@ class Adapted(Model):
         self.backbone = nn.Sequential(nn.Linear(config.width, config.width), nn.BatchNorm1d(config.width))
         self.head = nn.Linear(config.width, 2)
 
-    def from_base(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def from_base(self, state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         return {f"backbone.{name}": value for name, value in state.items()}
 
 
@@ -135,7 +136,10 @@ def test_half_precision(model: Adapted, tmp_path: Path) -> None:
 
 
 def test_a_folder_is_a_base(base: Path, tmp_path: Path, model: Adapted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Adapted, "from_base", lambda self, state: {k: v for k, v in state.items() if k not in OWN})
+    def without_head(self: Adapted, state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+        return {name: value for name, value in state.items() if name not in OWN}
+
+    monkeypatch.setattr(Adapted, "from_base", without_head)
     whole = Adapted(Config())
     whole.save(tmp_path / "pretrained")
     model.save(tmp_path / "start")
@@ -177,7 +181,7 @@ def test_a_base_that_does_not_fit(
     model.save(tmp_path / "saved")
     state = load_file(base)
     if change == "more":
-        monkeypatch.setattr(Adapted, "from_base", lambda self, state: {"other.weight": state["0.bias"]})
+        monkeypatch.setattr(Adapted, "from_base", lambda self, state, part: {"other.weight": state["0.bias"]})
     else:
         del state["0.bias"]
     save_file(state, base)
@@ -239,3 +243,136 @@ def test_a_card_whose_weights_are_those_of_its_base(
         zoo.load("adapted_tiny", device="cpu")
     assert str(error.value).endswith("try: zoo.load('adapted_tiny', weights='base')")
     assert same(zoo.load("adapted_tiny", "base", device="cpu").backbone, model.backbone)
+
+
+# ---- several bases ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsConfig:
+    width: int = 4
+    eye: bool = True
+    base: dict[str, str] | None = None
+    base_sha256: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("base", "base_sha256"):
+            check_parts(option, getattr(self, option), PARTS, PARTS if self.eye else ("ear",))
+
+
+PARTS = ("eye", "ear")
+
+
+class Several(Model):
+    """A head on two encoders, each with a base of its own."""
+
+    family = "several"
+    config_class = PartsConfig
+    base_tensors: ClassVar[dict[str, tuple[str, ...]]] = {part: (f"{part}.*",) for part in PARTS}
+    preprocessing: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, config: PartsConfig) -> None:
+        super().__init__(config)
+        self.eye = nn.Linear(config.width, config.width) if config.eye else None
+        self.ear = nn.Linear(config.width, 2)
+        self.head = nn.Linear(config.width, 2)
+
+    def from_base(self, state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+        return {f"{part}.{name}": value for name, value in state.items()}
+
+
+@pytest.fixture
+def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Several:
+    """Both bases loaded, the head random."""
+    monkeypatch.setattr(loading, "family_class", lambda family: Several)
+    model = Several(PartsConfig())
+    for part in PARTS:
+        save_file(getattr(model, part).state_dict(), tmp_path / f"{part}.safetensors")
+    model.save(tmp_path / "start")
+    return load(tmp_path / "start", "base", base={part: str(tmp_path / f"{part}.safetensors") for part in PARTS})
+
+
+HEAD = {"head.weight", "head.bias"}
+
+
+def test_every_part_has_its_base(several: Several, tmp_path: Path) -> None:
+    told = f"eye: {tmp_path}/eye.safetensors, ear: {tmp_path}/ear.safetensors"
+    assert several.load_report.base == several.load_report.source == told
+    assert set(several.load_report.missing) == HEAD
+    several.save(tmp_path / "saved")
+    names, config = saved(tmp_path / "saved")
+    assert names == HEAD
+    assert config["base"] == {part: f"{tmp_path}/{part}.safetensors" for part in PARTS}
+    assert config["base_sha256"] == {part: file_sha256(tmp_path / f"{part}.safetensors") for part in PARTS}
+    again = load(tmp_path / "saved")
+    assert same(again, several) and again.load_report.random == 0
+    assert f"4 of them from the base {told}" in str(again.load_report)
+
+
+def test_a_trained_part_is_saved_whole_and_the_other_keeps_its_base(several: Several, tmp_path: Path) -> None:
+    with torch.no_grad():
+        several.eye.bias[0] += 1e-3
+    several.save(tmp_path / "saved")
+    names, config = saved(tmp_path / "saved")
+    assert names == HEAD | {"eye.weight", "eye.bias"}
+    assert list(config["base"]) == list(config["base_sha256"]) == ["ear"]
+    (tmp_path / "eye.safetensors").unlink()
+    again = load(tmp_path / "saved")
+    assert same(again, several) and set(again.load_report.from_base) == {"ear.weight", "ear.bias"}
+    with torch.no_grad():
+        again.ear.bias[0] += 1e-3
+    again.save(tmp_path / "whole")
+    names, config = saved(tmp_path / "whole")
+    assert names == set(again.state_dict()) and config["base"] is config["base_sha256"] is None
+
+
+def test_a_part_without_a_base_is_random_and_listed(several: Several, tmp_path: Path) -> None:
+    found = load(tmp_path / "start", "base", base={"ear": f"{tmp_path}/ear.safetensors"})
+    assert set(found.load_report.missing) == HEAD | {"eye.weight", "eye.bias"}
+    assert found.ear.weight.equal(several.ear.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"base": {"nose": "a"}}, "base of 'nose'\n  known: ear, eye\n  try: base={'eye': ...}"),
+        ({"base": {"eyes": "a"}}, "did you mean: eye"),
+        ({"base": {"eye": "a"}, "eye": False}, "base of 'eye'\n  the model is built without it\n  try: base={'ear'"),
+        ({"base_sha256": {"ears": "a"}}, "base_sha256 of 'ears'"),
+    ],
+)
+def test_parts_that_are_not_there(options: dict[str, Any], told: str, several: Several, tmp_path: Path) -> None:
+    with pytest.raises(BadOverride) as error:
+        load(tmp_path / "start", **options)
+    assert told in str(error.value)
+
+
+def test_errors_name_the_part(several: Several, tmp_path: Path) -> None:
+    several.save(tmp_path / "saved")
+    eye, ear = (tmp_path / f"{part}.safetensors" for part in PARTS)
+    save_file({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, ear)
+    with pytest.raises(CorruptFile) as error:
+        load(tmp_path / "saved")
+    assert f"cannot get the base '{ear}' of ear of this several" in str(error.value)
+    assert "base={'ear': 'FILE', ...}) with the right file" in str(error.value)
+    assert "base_sha256={'ear': None, ...}) for another base" in str(error.value)
+    sums = {"eye": file_sha256(eye), "ear": None}
+    assert load(tmp_path / "saved", base_sha256=sums).ear.weight.count_nonzero() == 0
+    save_file({"weight": torch.zeros(3, 4), "bias": torch.zeros(2)}, ear)
+    with pytest.raises(LoadMismatch, match=r"ear\.weight \(3, 4\) for \(2, 4\)"):
+        load(tmp_path / "saved", base_sha256=sums)
+    ear.unlink()
+    with pytest.raises(BadInput, match=r"of ear of this several\n  no weights file"):
+        load(tmp_path / "saved")
+
+
+def test_info_tells_every_base(several: Several, tmp_path: Path, run: Any) -> None:
+    about = {"name": "several_tiny", "family": "several", "summary": "S.", "model": "m:M", "licence": "MIT"}
+    sizes = {"params": {"total": 1, "active": 1}, "tasks": ("t",), "modalities": ("image",)}
+    several.card = Card(**about, **sizes, config={})
+    several.save(tmp_path / "saved")
+    (tmp_path / "ear.safetensors").rename(tmp_path / "other")
+    told = " ".join(run("info", tmp_path / "saved").out.split())
+    eye = tmp_path / "eye.safetensors"
+    assert f"base eye: {eye}, sha256 {file_sha256(eye)}; {eye}" in told
+    assert "not on this machine; it is fetched when the model is loaded" in told

@@ -662,7 +662,7 @@ def test_another_patch_size_and_grid() -> None:
         f"backbone.{n}": v for n, v in build(patch_size=4, image_size=28, adapters="none").backbone.state_dict().items()
     }
     model = build(adapters="none")
-    found = model.from_base(state)
+    found = model.from_base(state, "backbone")
     assert {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in model.state_dict().items() if n in found}
     flat = to_grid({"patch_embed.proj.weight": torch.full((2, 3, 14, 14), 0.7)}, 16, (2, 2))
     torch.testing.assert_close(flat["patch_embed.proj.weight"], torch.full((2, 3, 16, 16), 0.7))
@@ -676,7 +676,7 @@ def test_timm_positions_without_a_class_row() -> None:
 
 def test_a_file_of_something_else_is_no_backbone(model: EarthAdapter) -> None:
     with pytest.raises(LoadMismatch, match=r"unknown keys: encoder\.layer\.0\.other"):
-        model.from_base({"embeddings.cls_token": torch.zeros(1), "encoder.layer.0.other": torch.zeros(1)})
+        model.from_base({"embeddings.cls_token": torch.zeros(1), "encoder.layer.0.other": torch.zeros(1)}, "backbone")
 
 
 # ---- the authors' files ----

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -515,6 +516,26 @@ def test_an_encoder_that_is_not_there() -> None:
     names = {name: value for name, value in theirs(build(sound=None)).items() if "vision_tower" not in name}
     with pytest.raises(LoadMismatch, match="encoders may be in files of their own"):
         from_original(names)
+
+
+def test_encoders_in_files_of_their_own(run: Any, tmp_path: Path) -> None:
+    model = build(sound=None)
+    names, encoders = theirs(model), ("vision.encoder.", "speech.encoder.")
+    save_file({n: v for n, v in names.items() if "_tower." not in n}, tmp_path / "theirs.safetensors")
+    base = {}
+    for place in encoders:
+        part = place.split(".")[0]
+        base[part] = str(tmp_path / f"{part}.safetensors")
+        own = {n.removeprefix(place): v for n, v in model.state_dict().items() if n.startswith(place)}
+        save_file({f"encoder.{n}" if part == "speech" else n: v for n, v in own.items()}, base[part])
+    options = [f"vision={VISION}", f"speech={SPEECH}", f"base={base}", "heads=4"]
+    given = [word for option in options for word in ("--set", option.replace("'", '"'))]
+    file, out = tmp_path / "theirs.safetensors", tmp_path / "ours"
+    done = run("convert", "from-original", "uni_moe", file, *given, "--out", out)
+    assert done.code == 0, done.err
+    again = zoo.load(out, device="cpu")
+    assert all(value.equal(model.state_dict()[name]) for name, value in again.state_dict().items())
+    assert {name.split(".")[0] for name in again.load_report.from_base} == {"vision", "speech"}
 
 
 def test_from_the_command_line(run: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
@@ -80,9 +81,8 @@ class EarthAdapter(Model):
     windows = True
     views_note = "experts are drawn as in one pass over the whole picture; the result is made of windows"
     config_class = EarthAdapterConfig
-    base_tensors = (
-        *(f"backbone.{part}" for part in _PARTS),
-        *(f"backbone.blocks.*.{part}" for part in _BLOCK_PARTS),
+    base_tensors = MappingProxyType(
+        {"backbone": (*(f"backbone.{p}" for p in _PARTS), *(f"backbone.blocks.*.{p}" for p in _BLOCK_PARTS))}
     )
 
     def __init__(self, config: EarthAdapterConfig) -> None:
@@ -133,7 +133,7 @@ class EarthAdapter(Model):
             raise ValueError(f"it has {len(values['classes'])} classes, the model {self.config.num_classes}")
         self._preprocessing = values
 
-    def from_base(self, state: State) -> State:
+    def from_base(self, state: State, part: str) -> State:
         """A backbone's tensors, resized to this model's patches and grid where they have to be."""
         return {f"backbone.{name}": value for name, value in backbone_state(state, self.config).items()}
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mmoe.errors import BadInput, CorruptFile
 from zoo.hosts.splice import IGNORED
+from zoo.runtimes import gguf_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,11 @@ CHATML = Template(
     eos="<|im_end|>",
 )
 TEMPLATES = {"vicuna": VICUNA, "chatml": CHATML}
+
+
+def tokenizer_text(path: Path) -> str:
+    """The text of a tokenizer.json, from such a file or out of a GGUF."""
+    return gguf_tokenizer(path) if path.suffix == ".gguf" else path.read_text(encoding="utf-8")
 
 
 def read_tokenizer(text: str, template: Template) -> Any:

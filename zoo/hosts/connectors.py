@@ -1,11 +1,13 @@
 """What turns the features of an encoder into tokens of a language model: a projection, or queries that read them.
 
     projector: Linear, GELU, Linear             one token per feature
+    frame stack: n neighbours side by side -> Linear, GELU, Linear; one token per n features, in their order
     resamplers: Q learned queries read the features with cross-attention, then Linear; Q tokens whatever the length
 
+Frame stacks are those of SLAM-ASR (Ma et al. 2024, arXiv 2402.08846), with GELU where it has ReLU.
 `WhisperResampler` has the decoder of a Whisper, whose queries see those before them; `QFormerResampler` has BLIP-2's
-Q-Former (Li et al. 2023, arXiv 2301.12597), whose queries see each other. Both are as in Uni-MoE (arXiv 2405.11273).
-Shapes: B samples, M features, C their width, Q queries, D width of the language model.
+Q-Former (Li et al. 2023, arXiv 2301.12597), whose queries see each other. Both resamplers are as in Uni-MoE
+(arXiv 2405.11273). Shapes: B samples, M features, C their width, Q queries, D width of the language model.
 """
 
 from __future__ import annotations
@@ -42,6 +44,30 @@ def projector(kind: str, inputs: int, outputs: int) -> nn.Module:
     for _ in range(1, int(layers[1]) if layers else 1):
         parts += [nn.GELU(), nn.Linear(outputs, outputs)]
     return nn.Sequential(*parts) if layers else parts[0]
+
+
+class FrameStack(nn.Module):
+    """Neighbouring features side by side, and a projection of each such stack.
+
+    Args:
+        width: C.
+        count: features in a stack; the last one is filled up with zeros.
+        dim: D.
+
+    Example:
+        >>> FrameStack(4, 3, 8)(torch.zeros(2, 10, 4)).shape
+        torch.Size([2, 4, 8])
+    """
+
+    def __init__(self, width: int, count: int, dim: int) -> None:
+        super().__init__()
+        self.count, self.projector = count, projector("mlp2x_gelu", count * width, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, M, C) -> tokens (B, M / count, D)."""
+        whole = nn.functional.pad(features, (0, 0, 0, -features.shape[1] % self.count))
+        tokens: Tensor = self.projector(whole.unflatten(1, (-1, self.count)).flatten(2))
+        return tokens
 
 
 class _Resampler(nn.Module):

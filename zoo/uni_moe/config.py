@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mmoe.errors import BadOverride, did_you_mean
 from mmoe.options import check_choice, check_float, check_int
+from zoo.base import check_parts
 from zoo.config import check_types
 from zoo.hosts.chat import TEMPLATES
 from zoo.hosts.decoder import chosen_layers
@@ -40,6 +42,10 @@ BEATS = {
     "resampler_heads": 12,
     "resampler_ffn_dim": 3072,
 }
+TIMM = {"image_size": 224}
+BASES = ("llm", "vision", "speech", "resampler", "sound")  # parts that may stand on a base
+_CHOICES = {"activation": ("quick_gelu", "gelu"), "connector": ("whisper", "stack")}
+_MORE = {"vision": ("activation", "mean", "std"), "speech": ("connector", "stack"), "sound": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +62,20 @@ class UniMoEConfig:
         moe_layers: "all" blocks have experts (the released speech model), "even" ones (the released audio model), every
             n-th, or a list of them.
         router, experts: registered ones.
-        vision: sizes of the image encoder, a CLIP; None leaves images and videos out.
-        vision_layer: whose output is read, counted from the last; -2 is the last but one, before the final norm.
+        vision: sizes of the image encoder, a CLIP, with "activation" quick_gelu (OpenAI's, the default) or gelu; or
+            {"timm": NAME, "image_size": 224}, one of timm's image models, whose features are read before pooling.
+            "mean" and "std" are those of its preprocessing where CLIP's or timm's own are not meant. None leaves images
+            and videos out.
+        vision_layer: of a CLIP, whose output is read, counted from the last; -2 is the last but one, before the final
+            norm.
         projector: of images; see `zoo.hosts.connectors.projector`.
-        speech: sizes of the Whisper encoder, and of the Whisper decoder that resamples; None leaves speech out.
+        speech: sizes of the Whisper encoder, and of the Whisper decoder that resamples; None leaves speech out. The
+            encoder hears `positions` times 20 ms at once. With "connector": "stack" there is no decoder: "stack" (5)
+            neighbouring frames become a token each, in the order of time.
         sound: sizes of BEATs and of the Q-Former behind it; None leaves sounds out.
         queries: tokens per 30 seconds of speech or sound.
-        tokenizer: where its tokenizer.json is, as a source of `zoo.weights`; None leaves words out.
+        tokenizer: where its tokenizer.json is, or a GGUF file with one, as a source of `zoo.weights`; None leaves words
+            out.
         template: how conversations are written; see `zoo.hosts.chat`.
         frames: of a video that are looked at.
         parts: at most so many times 30 seconds of a recording are heard.
@@ -71,6 +84,10 @@ class UniMoEConfig:
         modality_coef, modality_experts: of the loss that sends tokens of a modality to some experts, and which, by the
             modality's name; see `zoo.uni_moe.losses`.
         divergence_coef: of the loss that sets the experts of two modalities apart.
+        base: where the weights of parts come from that are not the model's own, as for `zoo.weights.locate`: those of
+            "llm" (its experts begin as the base's feed-forward blocks), of the encoders "vision", "speech" and "sound",
+            and of the "resampler" of speech, which begins as the decoder of a Whisper. See `zoo.uni_moe.parts`.
+        base_sha256: their checksums.
         route_padding: sends padding through the experts, as released; it changes no token that counts.
     """
 
@@ -105,6 +122,8 @@ class UniMoEConfig:
     modality_coef: float = 0.0
     modality_experts: Mapping[str, Any] = field(default_factory=dict)
     divergence_coef: float = 0.0
+    base: Mapping[str, Any] | None = None
+    base_sha256: Mapping[str, Any] | None = None
     route_padding: bool = False
 
     def __post_init__(self) -> None:
@@ -122,8 +141,10 @@ class UniMoEConfig:
             check_float(name, getattr(self, name), low=0)
         self._check_modalities()
         chosen_layers(self.moe_layers, self.layers)
-        for branch, known in self.known.items():
-            self._check_branch(branch, known)
+        for branch in self.known:
+            self._check_branch(branch)
+        for option in ("base", "base_sha256"):
+            check_parts(option, getattr(self, option), BASES, self._parts())
         if self.width % self.heads or self.heads % (self.kv_heads or self.heads):
             asked = f"{self.heads} heads, {self.kv_heads or self.heads} for keys, in a width of {self.width}"
             raise BadOverride(asked, "heads must share the width evenly, and those for keys the heads", "heads=1")
@@ -139,17 +160,42 @@ class UniMoEConfig:
             wrong, fix = "no modality has experts of its own", "modality_experts={image: [0, 1]}"
             raise BadOverride(f"modality_coef={self.modality_coef}", wrong, fix)
 
-    def _check_branch(self, branch: str, known: Mapping[str, int]) -> None:
+    def _check_branch(self, branch: str) -> None:
         given = getattr(self, branch)
         if given is None:
             return
+        known = TIMM if branch == "vision" and "timm" in given else self.known[branch]
+        options = [*known, *_MORE[branch], *(["timm"] if known is TIMM else [])]
         for name, value in given.items():
-            if name not in known:
-                raise BadOverride(f"{branch} with {name!r}", did_you_mean(name, known), f"{branch}.{next(iter(known))}")
-            check_int(f"{branch}.{name}", value, 1)
+            place = f"{branch}.{name}"
+            if name not in options:
+                raise BadOverride(f"{branch} with {name!r}", did_you_mean(name, options), f"{branch}.{options[0]}")
+            if name in _CHOICES:
+                check_choice(place, value, _CHOICES[name])
+            elif name in ("mean", "std"):
+                _check_colours(place, value, 1e-6 if name == "std" else 0.0)
+            elif name == "timm":
+                check_choice(f"the type of {place}", type(value).__name__, ("str",))
+            else:
+                check_int(place, value, 1)
+        if given.get("connector") == "stack":
+            known = {**known, "stack": 5}
         object.__setattr__(self, branch, {**known, **given})
+
+    def _parts(self) -> list[str]:
+        """Parts that the model has."""
+        resampled = self.speech is not None and self.speech.get("connector") != "stack"
+        there = {name: getattr(self, name) is not None for name in self.known} | {"llm": True, "resampler": resampled}
+        return [part for part in BASES if there[part]]
 
     @property
     def mixed(self) -> list[int]:
         """Blocks that have experts."""
         return chosen_layers(self.moe_layers, self.layers) if self.num_experts else []
+
+
+def _check_colours(name: str, values: Any, low: float) -> None:
+    numbers = isinstance(values, Sequence) and len(values) == 3
+    if not numbers or not all(isinstance(one, float | int) and low <= one < math.inf for one in values):
+        wrong = f"it has a number of at least {low:g} for each of red, green and blue"
+        raise BadOverride(f"{name}={values!r}", wrong, f"{name}=[0.5,0.5,0.5]")

@@ -1,6 +1,7 @@
 """The authors' checkpoints of Uni-MoE under our names: speech, sound and 8 experts, towers included.
 
-Two towers have no weights in some files: theirs come from checkpoints of their own. A second Whisper that is never run,
+Two towers have no weights in some files: theirs come from checkpoints of their own, as bases (`zoo.uni_moe.parts`) or
+beside the others. A second Whisper that is never run,
 buffers of rotary positions and tables that BEATs repeats in every layer are left out; unknown names are refused.
 """
 
@@ -148,7 +149,8 @@ def from_original(state: Mapping[str, Tensor], like: UniMoEConfig | None = None)
     Args:
         state: as for `convert_names`, with the encoders.
         like: where options come from that tensors do not show: heads, the number of experts that a token takes, the
-            tokenizer. Without it a head is 128 wide in the language model and 64 in encoders, as released.
+            tokenizer, encoders of which it has a base. Without it a head is 128 wide in the language model and 64 in
+            encoders, as released.
 
     Raises:
         LoadMismatch: it is no such checkpoint, or lacks an encoder.
@@ -157,7 +159,7 @@ def from_original(state: Mapping[str, Tensor], like: UniMoEConfig | None = None)
     try:
         return _infer(found, like or UniMoEConfig(vision=None, speech=None, sound=None)), found
     except KeyError as error:
-        wrong = f"it has no {error}; encoders may be in files of their own, whose tensors belong beside these"
+        wrong = f"it has no {error}; encoders may be in files of their own, which base={{vision: FILE}} and so on name"
         raise LoadMismatch("convert this checkpoint to uni_moe", wrong, "a whole state dict") from error
 
 
@@ -175,7 +177,9 @@ def check_expressible(config: UniMoEConfig) -> None:
         Refused: it has sounds, or none of the other branches, or other experts than feed-forward blocks.
     """
     wrong = None
-    if config.sound is not None:
+    if "timm" in (config.vision or {}) or "stack" in (config.speech or {}):
+        wrong = "theirs have CLIP and a Whisper decoder as a resampler"
+    elif config.sound is not None:
         wrong = "theirs hold the norm of BEATs' position weights apart, which is not exact"
     elif not isinstance(config.experts, str) or config.experts != "gated_ffn" or config.router != UniMoEConfig.router:
         wrong = "theirs have plain gated experts and a router of one matrix"
@@ -201,10 +205,11 @@ def _infer(state: State, like: UniMoEConfig) -> UniMoEConfig:
         "ffn_dim": len(state[f"{first}.gate_proj.weight"]) if up is None else len(up) // 2,
         "num_experts": len(state[f"{first}.experts.gate_up_proj"]) if mixed else 0,
         "moe_layers": _named(mixed, layers),
-        "vision": _vision(state, like.vision),
-        "speech": _speech(state, like.speech),
-        "sound": _sound(state, like.sound),
     }
+    for branch, read in (("vision", _vision), ("speech", _speech), ("sound", _sound)):
+        given, there = getattr(like, branch), any(name.startswith(f"{branch}.encoder.") for name in state)
+        from_base = not there and branch in (like.base or {})  # what `like` says of it holds
+        shown[branch] = given if from_base else read(state, None if "timm" in (given or {}) else given)
     if "vision.projector.weight" in state:
         shown["projector"] = "linear"
     elif shown["vision"]:
@@ -230,17 +235,22 @@ def _named(mixed: list[int], layers: int) -> str | tuple[int, ...]:
 
 def _heads(like: Mapping[str, Any] | None, part: str, width: int) -> int:
     """Those of a like part of the same width, else one for each 64."""
-    same = like is not None and like[f"{part}width"] == width
+    same = like is not None and like.get(f"{part}width") == width
     return int(like[f"{part}heads"]) if like is not None and same else max(1, width // 64)
 
 
-def _vision(state: State, like: Mapping[str, Any] | None) -> dict[str, int] | None:
+def _told(shown: dict[str, Any], like: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What tensors show of a part, with what only options tell."""
+    return {**{name: value for name, value in (like or {}).items() if name not in shown}, **shown}
+
+
+def _vision(state: State, like: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not any(name.startswith("vision.") for name in state):
         return None
     place = "vision.encoder."
     patches = state[f"{place}embeddings.patch_embedding.weight"]
     positions = len(state[f"{place}embeddings.position_embedding.weight"])
-    return {
+    shown = {
         "width": len(patches),
         "layers": _count(state, f"{place}encoder.layers."),
         "heads": _heads(like, "", len(patches)),
@@ -248,13 +258,14 @@ def _vision(state: State, like: Mapping[str, Any] | None) -> dict[str, int] | No
         "image_size": math.isqrt(positions - 1) * patches.shape[-1],
         "patch_size": patches.shape[-1],
     }
+    return _told(shown, like)
 
 
-def _speech(state: State, like: Mapping[str, Any] | None) -> dict[str, int] | None:
+def _speech(state: State, like: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not any(name.startswith("speech.") for name in state):
         return None
     width, mels, _ = state["speech.encoder.conv1.weight"].shape
-    return {
+    shown = {
         "width": width,
         "layers": _count(state, "speech.encoder.layers."),
         "heads": _heads(like, "", width),
@@ -264,6 +275,7 @@ def _speech(state: State, like: Mapping[str, Any] | None) -> dict[str, int] | No
         "positions": len(state["speech.encoder.embed_positions.weight"]),
         "words": len(state["speech.resampler.decoder.embed_positions.weight"]),
     }
+    return _told(shown, like)
 
 
 def _sound(state: State, like: Mapping[str, Any] | None) -> dict[str, int] | None:

@@ -1,6 +1,6 @@
 """Pictures, videos, speech and sounds as the tensors that Uni-MoE's encoders read.
 
-    picture  short side to S, middle S x S, normalised as for CLIP          video  some of its frames, each as a picture
+    picture  short side to S, middle S x S, normalised as its encoder's     video  some of its frames, each as a picture
     speech   parts as long as the encoder hears -> Whisper's log-mels       sound  parts of 30 s -> BEATs' filter bank
 
 The last part of a recording is filled up: with silence for Whisper, with its last sample for BEATs, as the authors do.
@@ -26,29 +26,33 @@ from zoo.hosts.beats import log_mels
 from zoo.images import read_image
 from zoo.sounds import CHUNK, RATE, chunks, read_sound
 
-MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 _FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def image_tensor(source: Any, size: int) -> Tensor:
+def image_tensor(source: Any, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """A picture as (3, S, S).
 
     Args:
         source: as for `zoo.images.read_image`.
         size: S.
+        mean, std: of red, green and blue in 0..1.
     """
     picture = pictures.resize(read_image(source), [size], pictures.InterpolationMode.BICUBIC, antialias=True)
     tensor = pictures.to_tensor(pictures.center_crop(picture, [size, size]))
-    return pictures.normalize(tensor, MEAN, SPREAD)
+    return pictures.normalize(tensor, list(mean), list(std))
 
 
-def video_tensor(source: Any, size: int, frames: int = 8) -> Tensor:
+def video_tensor(
+    source: Any, size: int, frames: int = 8, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> Tensor:
     """Frames of a video as (F, 3, S, S), evenly spaced; all of a video that has fewer.
 
     Args:
         source: a folder of pictures, which are taken by name, an animated picture (GIF, WebP), or a list of pictures.
         size: S.
         frames: F.
+        mean, std: as for `image_tensor`.
 
     Raises:
         BadInput: there are no frames, or one cannot be read.
@@ -58,7 +62,7 @@ def video_tensor(source: Any, size: int, frames: int = 8) -> Tensor:
     if not found:
         raise BadInput("watch a video", "it has no frames", "a folder of pictures, or a list of some")
     chosen = found if len(found) <= frames else [found[round(at)] for at in np.linspace(0, len(found) - 1, frames)]
-    return torch.stack([image_tensor(frame, size) for frame in chosen])
+    return torch.stack([image_tensor(frame, size, mean, std) for frame in chosen])
 
 
 def _frames_of(source: Any) -> Sequence[Any]:

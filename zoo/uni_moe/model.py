@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,15 +34,18 @@ from mmoe.moe import with_context
 from mmoe.options import check_int
 from mmoe.routing import Context, Routing
 from mmoe.trace import trace
+from zoo.base import checksum_of
 from zoo.config import make_config
-from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer
+from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer, tokenizer_text
 from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
 from zoo.hosts.replies import Reply, likelihoods, streamed
 from zoo.hosts.splice import IGNORED, Spliced, splice
 from zoo.model import Model
+from zoo.state import State
 from zoo.uni_moe.config import MODALITIES, UniMoEConfig
 from zoo.uni_moe.losses import divergence_loss, modality_loss
 from zoo.uni_moe.media import image_tensor, sound_tensor, speech_tensor, video_tensor
+from zoo.uni_moe.parts import TENSORS, added_to, part_state
 from zoo.uni_moe.towers import Sound, Speech, Vision
 from zoo.weights import locate
 
@@ -85,6 +89,7 @@ class UniMoE(Model):
 
     family = "uni_moe"
     config_class = UniMoEConfig
+    base_tensors = MappingProxyType(TENSORS)
 
     def __init__(self, config: UniMoEConfig) -> None:
         super().__init__(config)
@@ -107,8 +112,13 @@ class UniMoE(Model):
         self.vision = config.vision and Vision(config.vision, config.vision_layer, config.projector, dim)
         self.speech = config.speech and Speech(config.speech, queries, dim)
         self.sound = config.sound and Sound(config.sound, queries, dim)
+        self.adapters = added_to(name for name, _ in self.named_parameters())
         told = {name: getattr(config, name) for name in ("template", "frames", "parts")}
         self.preprocessing = {**told, "tokenizer": None}
+
+    def from_base(self, state: State, part: str) -> State:
+        """Tensors of one part from a released model; see `zoo.uni_moe.parts`."""
+        return part_state(state, part, self.config, self.state_dict().keys())
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -138,7 +148,7 @@ class UniMoE(Model):
         if self._words is None:
             if self.config.tokenizer is None:
                 raise Refused("read a text", "the model has no tokenizer", "tokenizer='PATH/tokenizer.json'")
-            text = locate(self.config.tokenizer).read_text(encoding="utf-8")
+            text = tokenizer_text(locate(self.config.tokenizer, checksum_of(self, self.config.tokenizer)))
             self._words = read_tokenizer(text, self.template)
             self._preprocessing["tokenizer"] = text
         return self._words
@@ -192,11 +202,12 @@ class UniMoE(Model):
         found: dict[str, Any] = {}
         frames, parts = self._preprocessing["frames"], self._preprocessing["parts"]
         if given["<image>"] or given["<video>"]:
-            size = self._branch("vision").size
+            eye = self._branch("vision")
+            norm = {"mean": eye.mean, "std": eye.std}
             if given["<image>"]:
-                found["images"] = torch.stack([image_tensor(one, size) for one in given["<image>"]])
+                found["images"] = torch.stack([image_tensor(one, eye.size, **norm) for one in given["<image>"]])
             if given["<video>"]:
-                found["videos"] = [video_tensor(one, size, frames) for one in given["<video>"]]
+                found["videos"] = [video_tensor(one, eye.size, frames, **norm) for one in given["<video>"]]
         if given["<speech>"]:
             sizes = self._branch("speech").sizes
             heard = [speech_tensor(one, sizes["mels"], sizes["positions"], parts) for one in given["<speech>"]]

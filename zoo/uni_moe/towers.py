@@ -1,50 +1,97 @@
 """The encoders of Uni-MoE with the sizes of its config, each followed by what makes tokens of its features.
 
-Encoders are frozen: they run without gradients. Shapes: B samples, F frames, S side, M mel bands, T time, Q queries, D
-width of the language model.
+Encoders begin frozen: they run without gradients and in eval mode, so that no dropout and no batch norm changes them,
+until something sets `requires_grad` on their parameters, such as `tune.modules` of a recipe that names them, or
+`tune.method: full`, which trains all there is. Batch norms keep the statistics that they came with even then.
+
+Shapes: B samples, F frames, S side, M mel bands, T time, Q queries, C width of features, D width of the language model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Blip2QFormerConfig, CLIPVisionConfig, CLIPVisionModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from mmoe.errors import BadOverride, did_you_mean
 from zoo.hosts.beats import BEATs, BEATsConfig
-from zoo.hosts.connectors import QFormerResampler, WhisperResampler, projector
+from zoo.hosts.connectors import FrameStack, QFormerResampler, WhisperResampler, projector
+from zoo.uni_moe.media import MEAN, STD
 
 
-class Vision(nn.Module):
-    """CLIP's image encoder and a projection of each patch.
+class _Tower(nn.Module):
+    """A frozen encoder and what follows it; subclasses have an `encoder` and read its features."""
+
+    encoder: nn.Module
+
+    def features(self, *inputs: Any) -> Tensor:
+        """What the encoder finds, with gradients only where some of its parameters are trained."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains()):
+            return self.read(*inputs)
+
+    def read(self, *inputs: Any) -> Tensor:
+        """Features of inputs."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> _Tower:
+        """Training mode for what is trained."""
+        super().train(mode)
+        if not self._trains():
+            self.encoder.eval()
+        for module in self.encoder.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def _trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.encoder.parameters())
+
+
+class Vision(_Tower):
+    """An image encoder, CLIP's or one of timm's, and a projection of each of its features.
 
     Args:
-        sizes: of the encoder.
-        layer: whose output is read, counted from the last.
+        sizes: of a CLIP, or with the name of a "timm" model and its "image_size".
+        layer: of a CLIP, whose output is read, counted from the last.
         kind: of projection.
         dim: D.
+
+    Attributes:
+        size: S.
+        mean, std: of the preprocessing of pictures.
     """
 
-    def __init__(self, sizes: Mapping[str, int], layer: int, kind: str, dim: int) -> None:
+    def __init__(self, sizes: Mapping[str, Any], layer: int, kind: str, dim: int) -> None:
         super().__init__()
-        config = CLIPVisionConfig(
-            hidden_size=sizes["width"],
-            num_hidden_layers=sizes["layers"],
-            num_attention_heads=sizes["heads"],
-            intermediate_size=sizes["ffn_dim"],
-            image_size=sizes["image_size"],
-            patch_size=sizes["patch_size"],
-        )
-        self.encoder, self.layer, self.size = CLIPVisionModel(config), layer, sizes["image_size"]
-        self.projector = projector(kind, sizes["width"], dim)
+        self.layer, self.size = layer, sizes["image_size"]
+        self.timm = "timm" in sizes
+        if self.timm:
+            encoder = _timm(sizes["timm"], self.size)
+            own, width = encoder.pretrained_cfg, encoder.num_features
+        else:
+            own, width = {"mean": MEAN, "std": STD}, sizes["width"]
+            encoder = _clip(sizes)
+        self.mean, self.std = (tuple(sizes.get(name) or own[name]) for name in ("mean", "std"))
+        self.encoder, self.projector = encoder.requires_grad_(False), projector(kind, width, dim)
+
+    def read(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) -> features of their patches (B, patches, C)."""
+        if not self.timm:
+            return self.encoder(images, output_hidden_states=True).hidden_states[self.layer][:, 1:]
+        found: Tensor = self.encoder.forward_features(images)
+        if found.ndim == 3:
+            return found[:, self.encoder.num_prefix_tokens :]
+        rows_first = found.shape[1] != self.encoder.num_features  # (B, rows, columns, C)
+        return found.flatten(1, 2) if rows_first else found.flatten(2).transpose(1, 2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> tokens (B, patches, D)."""
-        with torch.no_grad():
-            states = self.encoder(images, output_hidden_states=True).hidden_states
-        tokens: Tensor = self.projector(states[self.layer][:, 1:])
+        tokens: Tensor = self.projector(self.features(images))
         return tokens
 
     def of_videos(self, videos: Tensor) -> Tensor:
@@ -52,16 +99,45 @@ class Vision(nn.Module):
         return self(videos.flatten(0, 1)).unflatten(0, videos.shape[:2]).mean(1)
 
 
-class Speech(nn.Module):
-    """Whisper's encoder, and its decoder as a resampler.
+def _clip(sizes: Mapping[str, Any]) -> CLIPVisionModel:
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=sizes["width"],
+            num_hidden_layers=sizes["layers"],
+            num_attention_heads=sizes["heads"],
+            intermediate_size=sizes["ffn_dim"],
+            image_size=sizes["image_size"],
+            patch_size=sizes["patch_size"],
+            hidden_act=sizes.get("activation", "quick_gelu"),
+        )
+    )
+
+
+def _timm(name: str, size: int) -> Any:
+    """An image model of timm's without its classifier.
+
+    Raises:
+        BadOverride: there is none of that name.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        wrong = did_you_mean(name, timm.list_models())
+        raise BadOverride(f"vision.timm={name!r}", wrong, "vision={timm: tf_efficientnet_lite0}")
+    fixed = (timm.get_pretrained_cfg_value(name, "fixed_input_size") or False) and {"img_size": size}
+    return timm.create_model(name, num_classes=0, **(fixed or {}))
+
+
+class Speech(_Tower):
+    """Whisper's encoder, and its decoder as a resampler or stacks of frames in the order of time.
 
     Args:
         sizes: of both.
-        queries: Q per chunk.
+        queries: Q per chunk, of the resampler.
         dim: D.
     """
 
-    def __init__(self, sizes: Mapping[str, int], queries: int, dim: int) -> None:
+    def __init__(self, sizes: Mapping[str, Any], queries: int, dim: int) -> None:
         super().__init__()
         config = WhisperConfig(
             d_model=sizes["width"],
@@ -80,18 +156,24 @@ class Speech(nn.Module):
             eos_token_id=None,
             decoder_start_token_id=0,
         )
-        self.encoder, self.resampler = WhisperEncoder(config), WhisperResampler(config, queries, dim)
+        self.encoder = WhisperEncoder(config).requires_grad_(False)
+        stacked = sizes.get("connector") == "stack"
+        self.resampler = (
+            FrameStack(sizes["width"], sizes["stack"], dim) if stacked else WhisperResampler(config, queries, dim)
+        )
         self.sizes = dict(sizes)
 
+    def read(self, mels: Tensor) -> Tensor:
+        """Log-mels (B, M, T) -> features (B, T / 2, C)."""
+        return self.encoder(mels).last_hidden_state
+
     def forward(self, mels: Tensor) -> Tensor:
-        """Log-mels (B, M, T) of 30 seconds each -> tokens (B, Q, D)."""
-        with torch.no_grad():
-            features = self.encoder(mels).last_hidden_state
-        tokens: Tensor = self.resampler(features)
+        """Log-mels (B, M, T) of as long as the encoder hears -> tokens (B, Q, D), or (B, stacks, D)."""
+        tokens: Tensor = self.resampler(self.features(mels))
         return tokens
 
 
-class Sound(nn.Module):
+class Sound(_Tower):
     """BEATs and a Q-Former.
 
     Args:
@@ -110,11 +192,14 @@ class Sound(nn.Module):
             intermediate_size=sizes["resampler_ffn_dim"],
             encoder_hidden_size=sizes["width"],
         )
-        self.encoder, self.resampler = BEATs(BEATsConfig(**own)), QFormerResampler(config, queries, dim)
+        self.encoder = BEATs(BEATsConfig(**own)).requires_grad_(False)
+        self.resampler = QFormerResampler(config, queries, dim)
+
+    def read(self, mels: Tensor, padding: Tensor | None) -> Tensor:
+        """Filter banks (B, T, 128) and samples that are padding (B, S) -> features (B, cells, C)."""
+        return self.encoder(mels, padding)
 
     def forward(self, mels: Tensor, padding: Tensor | None = None) -> Tensor:
         """Filter banks (B, T, 128) and samples that are padding (B, S) -> tokens (B, Q, D)."""
-        with torch.no_grad():
-            features = self.encoder(mels, padding)
-        tokens: Tensor = self.resampler(features)
+        tokens: Tensor = self.resampler(self.features(mels, padding))
         return tokens
