@@ -20,7 +20,7 @@ from train.sections import DataSection
 PARTS = {"sounds": {"name": "sounds"}, "words": {"name": "dialogues"}}
 
 
-@pytest.mark.parametrize("name", ["prompts", "sounds", "dialogues", "emoji_names"])
+@pytest.mark.parametrize("name", ["prompts", "sounds", "dialogues", "emoji_names", "emoji_words"])
 def test_bundled_data_hold_out_what_they_say(name: str) -> None:
     train, held = load(name, None), load(name, None, "eval")
     texts = [
@@ -59,11 +59,24 @@ def test_recordings_are_where_their_sheet_says() -> None:
 def test_training_varies_a_recording_and_evaluation_does_not() -> None:
     data = load("prompts", None)
     sample = data.read(0)
-    first, second = data.vary(sample, 1)["audio"], data.vary(sample, 2)["audio"]
-    assert len(first) != len(second) and (data.vary(sample, 1)["audio"] == first).all()
+    first, second, again = (one["audio"] for one in data.vary([sample] * 3, [1, 2, 1]))
+    assert len(first) != len(second) and (first == again).all()
     still = load("prompts", None, options={"strength": 0.0})
-    assert still.vary(sample, 1)["audio"] is sample["audio"]
-    assert np.isfinite(load("prompts", None, options={"strength": 4.9}).vary(sample, 3)["audio"]).all()
+    assert still.vary([sample], [1])[0]["audio"] is sample["audio"]
+    (wild,) = load("prompts", None, options={"strength": 4.9}).vary([sample], [3])
+    assert np.isfinite(wild["audio"]).all()
+
+
+def test_a_sample_varies_by_its_seed_alone_whatever_else_is_in_the_batch() -> None:
+    parts = {"pictures": {"name": "emoji_names"}, "heard": {"name": "prompts"}, "words": {"name": "emoji_words"}}
+    data = mixture(parts=parts)
+    samples = data.samples([len(data) - 1, 5, len(data.parts["pictures"]) + 3, 7])
+    together = data.vary(samples, [1, 2, 3, 4])
+    assert [one["part"] for one in together] == ["words", "pictures", "heard", "pictures"]
+    for sample, seed, varied in zip(samples, [1, 2, 3, 4], together, strict=True):
+        (alone,) = data.vary([sample], [seed])
+        for field in ("image", "audio", "turns"):
+            assert np.array_equal(alone.get(field), varied.get(field))
 
 
 def mixture(split: str = "train", **options: Any) -> Any:

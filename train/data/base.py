@@ -124,12 +124,12 @@ class DataSet(ABC):
             model: that takes them.
             seeds: one per sample, of random crops and the like.
         """
-        drawn = zip(self.samples(indices), seeds, strict=True)
-        return model.training_batch([{**self.vary(sample, seed), "seed": seed} for sample, seed in drawn])
+        varied = zip(self.vary(self.samples(indices), seeds), seeds, strict=True)
+        return model.training_batch([{**sample, "seed": seed} for sample, seed in varied])
 
-    def vary(self, sample: Sample, seed: int) -> Sample:
-        """A sample as it is trained on: as it is, unless a data set changes it at random, by the seed."""
-        return sample
+    def vary(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Sample]:
+        """Samples as they are trained on: as they are, unless a data set changes each at random, by its seed."""
+        return list(samples)
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """Samples; the next one that can be read stands in for one that cannot, so that batches keep their size.

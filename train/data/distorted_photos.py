@@ -309,12 +309,13 @@ class DistortedPhotos(DataSet):
             about["score"] = on_scale(about["score"], about["set"])
         return {"image": Image.fromarray(np.array(pictures[row])), **about}
 
-    def vary(self, sample: Sample, seed: int) -> Sample:
-        """The sample, its picture turned where that is asked for."""
+    def vary(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Sample]:
+        """The samples, their pictures turned where that is asked for."""
         if not self.rotate:
-            return sample
-        turned = np.rot90(np.asarray(sample["image"]), random.Random(seed).randrange(4))
-        return {**sample, "image": Image.fromarray(turned)}
+            return list(samples)
+        turns = (random.Random(seed).randrange(4) for seed in seeds)
+        turned = (np.rot90(np.asarray(one["image"]), turn) for one, turn in zip(samples, turns, strict=True))
+        return [{**one, "image": Image.fromarray(image)} for one, image in zip(samples, turned, strict=True)]
 
     def score(self, photo: Photo, kind: str, level: int) -> float:
         """The pseudo-label, 0 (bad) to 1, before any scale."""

@@ -73,6 +73,11 @@ class Concept:
         words = draw.sample(self.keywords, min(len(self.keywords), draw.randint(1, 3)))
         return " ".join([name, *words] if kind < 0.4 else words)
 
+    def dialogue(self, draw: random.Random) -> tuple[str, str]:
+        """A random question and its answer: some keywords for the name, or the name for some keywords."""
+        words = ", ".join(draw.sample(self.keywords, min(len(self.keywords), draw.randint(2, 4))))
+        return (f"What goes with {self.name}?", words) if draw.random() < 0.5 else (f"What is {words}?", self.name)
+
 
 class EmojiSet:
     """All concepts and their pictures.
@@ -296,10 +301,46 @@ class EmojiNames(DataSet):
         told = {"image": self.emoji.image(concept, style), "text": self.emoji.concepts[concept].name}
         return {**told, "group": group} if group else told
 
-    def vary(self, sample: Sample, seed: int) -> Sample:
-        """The picture as another artist might have drawn it; see `train.augment`."""
+    def vary(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Sample]:
+        """Pictures as other artists might have drawn them; see `train.augment`."""
         if not self.strength:
-            return sample
-        pixels = torch.from_numpy(np.array(sample["image"])).permute(2, 0, 1)
-        drawn = augment(pixels[None], [seed], self.strength)[0].clamp(0, 1)
-        return {**sample, "image": drawn.permute(1, 2, 0).numpy()}
+            return list(samples)
+        pixels = torch.from_numpy(np.stack([np.array(sample["image"]) for sample in samples])).permute(0, 3, 1, 2)
+        drawn = augment(pixels, seeds, self.strength).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        return [{**sample, "image": image} for sample, image in zip(samples, drawn, strict=True)]
+
+
+@data_sets.register("emoji_words")
+class EmojiWords(DataSet):
+    """The words of the bundled emoji as short dialogues: keywords for a name, and a name for keywords.
+
+    Args:
+        split: "train" has the seen concepts, each with other keywords in every pass; "eval" those that are held out.
+        limit: uses so many.
+    """
+
+    fields = ("turns",)
+    task = "perplexity"
+    needs_path = False
+
+    def __init__(self, split: Split, *, limit: int | None = None) -> None:
+        super().__init__()
+        emoji = load_emoji()
+        chosen = emoji.seen if split == "train" else emoji.held_out
+        self.concepts = [emoji.concepts[index] for index in chosen if emoji.concepts[index].keywords][:limit]
+
+    def __len__(self) -> int:
+        return len(self.concepts)
+
+    def name(self, index: int) -> str:
+        """The name of the emoji."""
+        return self.concepts[index].name
+
+    def read(self, index: int) -> Sample:
+        """A dialogue, and the concept that it is of."""
+        return {"turns": self.concepts[index].dialogue(random.Random(index)), "concept": self.concepts[index]}
+
+    def vary(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Sample]:
+        """Other dialogues of the same concepts."""
+        drawn = zip(samples, seeds, strict=True)
+        return [{**sample, "turns": sample["concept"].dialogue(random.Random(seed))} for sample, seed in drawn]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -99,9 +99,13 @@ class Mixture(DataSet):
         name, part, own = self._part(index)
         return {**part.read(own), "part": name}
 
-    def vary(self, sample: Sample, seed: int) -> Sample:
-        """As its part does."""
-        return self.parts[sample["part"]].vary(sample, seed)
+    def vary(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Sample]:
+        """As their parts do."""
+        found: dict[int, Sample] = {}
+        for name, part in self.parts.items():
+            own = [place for place, sample in enumerate(samples) if sample["part"] == name]
+            found |= zip(own, part.vary([samples[i] for i in own], [seeds[i] for i in own]), strict=True) if own else ()
+        return [found[place] for place in range(len(samples))]
 
     def epoch(self, batch_size: int, seed: int, shares: int = 1) -> list[list[int]]:
         """Batches of one pass."""

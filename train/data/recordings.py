@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -84,9 +85,10 @@ class _Recordings(DataSet):
         first, count = round(record["begin"] * RATE), round(record["seconds"] * RATE)
         return {self.field: self._samples[first : first + count], "text": record["text"]}
 
-    def vary(self, sample: Sample, seed: int) -> Sample:
+    def vary(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Sample]:
         """At another speed and loudness, a little later, and with some noise."""
-        return {**sample, self.field: varied(sample[self.field], seed, self.strength)}
+        drawn = zip(samples, seeds, strict=True)
+        return [{**one, self.field: varied(one[self.field], seed, self.strength)} for one, seed in drawn]
 
 
 def varied(samples: np.ndarray, seed: int, strength: float = 1.0) -> np.ndarray:

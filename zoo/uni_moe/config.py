@@ -41,6 +41,7 @@ BEATS = {
     "resampler_layers": 12,
     "resampler_heads": 12,
     "resampler_ffn_dim": 3072,
+    "seconds": 30,
 }
 TIMM = {"image_size": 224}
 BASES = ("llm", "vision", "speech", "resampler", "sound")  # parts that may stand on a base
@@ -72,8 +73,9 @@ class UniMoEConfig:
         speech: sizes of the Whisper encoder, and of the Whisper decoder that resamples; None leaves speech out. The
             encoder hears `positions` times 20 ms at once. With "connector": "stack" there is no decoder: "stack" (5)
             neighbouring frames become a token each, in the order of time.
-        sound: sizes of BEATs and of the Q-Former behind it; None leaves sounds out.
-        queries: tokens per 30 seconds of speech or sound.
+        sound: sizes of BEATs and of the Q-Former behind it, and the "seconds" that it hears at once; None leaves sounds
+            out.
+        queries: tokens for what is heard at once of speech or sound.
         tokenizer: where its tokenizer.json is, or a GGUF file with one, as a source of `zoo.weights`; None leaves words
             out.
         template: how conversations are written; see `zoo.hosts.chat`.

@@ -101,14 +101,16 @@ def _whisper(mels: int) -> Any:
     return WhisperFeatureExtractor(feature_size=mels)
 
 
-def sound_tensor(source: Any, most: int) -> tuple[Tensor, Tensor]:
-    """Filter banks of a sound as (C, T, 128), a part for every 30 seconds, and samples that are padding (C, 480000).
+def sound_tensor(source: Any, most: int, seconds: int = CHUNK // RATE) -> tuple[Tensor, Tensor]:
+    """Filter banks of a sound as (C, T, 128), and which of the samples of its parts are padding (C, S).
 
     Args:
         source: as for `zoo.sounds.read_sound`.
         most: parts.
+        seconds: of a part.
     """
-    parts = chunks(read_sound(source, most * CHUNK / RATE), most)
-    filled = torch.from_numpy(np.stack([np.pad(part, (0, CHUNK - len(part)), mode="edge") for part in parts]))
+    size = seconds * RATE
+    parts = chunks(read_sound(source, most * seconds), most, size=size)
+    filled = torch.from_numpy(np.stack([np.pad(part, (0, size - len(part)), mode="edge") for part in parts]))
     lengths = torch.tensor([len(part) for part in parts])
-    return log_mels(filled), torch.arange(CHUNK) >= lengths[:, None]
+    return log_mels(filled), torch.arange(size) >= lengths[:, None]

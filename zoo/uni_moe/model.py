@@ -213,8 +213,8 @@ class UniMoE(Model):
             heard = [speech_tensor(one, sizes["mels"], sizes["positions"], parts) for one in given["<speech>"]]
             found |= {"speech": torch.cat(heard), "speech_chunks": [len(one) for one in heard]}
         if given["<sound>"]:
-            self._branch("sound")
-            mels, padding = zip(*(sound_tensor(one, parts) for one in given["<sound>"]), strict=True)
+            seconds = self._branch("sound").seconds
+            mels, padding = zip(*(sound_tensor(one, parts, seconds) for one in given["<sound>"]), strict=True)
             found |= {"sounds": torch.cat(mels), "sound_padding": torch.cat(padding)}
             found["sound_chunks"] = [len(one) for one in mels]
         return found

@@ -184,7 +184,7 @@ class Sound(_Tower):
 
     def __init__(self, sizes: Mapping[str, int], queries: int, dim: int) -> None:
         super().__init__()
-        own = {name: value for name, value in sizes.items() if not name.startswith("resampler_")}
+        own = {name: value for name, value in sizes.items() if name in BEATsConfig.__dataclass_fields__}
         config = Blip2QFormerConfig(
             hidden_size=sizes["resampler_width"],
             num_hidden_layers=sizes["resampler_layers"],
@@ -193,7 +193,7 @@ class Sound(_Tower):
             encoder_hidden_size=sizes["width"],
         )
         self.encoder = BEATs(BEATsConfig(**own)).requires_grad_(False)
-        self.resampler = QFormerResampler(config, queries, dim)
+        self.resampler, self.seconds = QFormerResampler(config, queries, dim), sizes["seconds"]
 
     def read(self, mels: Tensor, padding: Tensor | None) -> Tensor:
         """Filter banks (B, T, 128) and samples that are padding (B, S) -> features (B, cells, C)."""
