@@ -135,6 +135,7 @@ def test_a_mixture_reads_ones_own_data(tmp_path: Path) -> None:
 def test_files_of_a_mixture_are_those_of_its_parts() -> None:
     parts = {"earth": {"name": "blue_marble"}, "words": {"name": "dialogues"}}
     assert files_of("mixture", {"parts": parts}) == files_of("blue_marble", {})
+    assert files_of("mixture", {}) == ()
 
 
 @pytest.mark.parametrize(

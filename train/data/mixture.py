@@ -71,7 +71,7 @@ class Mixture(DataSet):
         """Files that the parts need."""
         from train.data import files_of
 
-        told = _checked(options.get("parts")).values()
+        told = _checked(options["parts"]).values() if "parts" in options else ()
         found = [file for one in told for file in files_of(one["name"], one.get("options", {}))]
         return tuple(dict.fromkeys(found))
 
