@@ -322,6 +322,12 @@ def test_samples_of_all_kinds_are_one_batch(talking: UniMoE) -> None:
     torch.testing.assert_close(whole.loss, mean, atol=1e-4, rtol=1e-3)
 
 
+def test_a_batch_is_put_together_before_it_goes_to_the_device(talking: UniMoE) -> None:
+    talking.tokenizer  # noqa: B018  # read before the weights go
+    batch = talking.to("meta").training_batch(samples())
+    assert batch["input_ids"].is_meta and batch["labels"].shape == batch["input_ids"].shape
+
+
 def test_it_learns_what_is_said(talking: UniMoE) -> None:
     batch = talking.training_batch(samples())
     trained = [value for name, value in talking.named_parameters() if ".encoder." not in name]

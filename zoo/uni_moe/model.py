@@ -175,10 +175,14 @@ class UniMoE(Model):
         Returns:
             "input_ids" (1, N), "labels" (1, N), and what `splice` takes.
         """
-        listed = _by_placeholder(image=image, video=video, speech=speech, sound=sound)
+        given = {"image": image, "video": video, "speech": speech, "sound": sound}
+        return {name: self._here(value) for name, value in self._read(text, given, reply).items()}
+
+    def _read(self, text: str | Sequence[str] | None, media: Mapping[str, Any], reply: bool) -> dict[str, Any]:
+        """What `preprocess` gives, on the CPU."""
+        listed = _by_placeholder(media)
         ids, labels = self._ids_of(text, listed, reply)
-        batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), **self._media(listed)}
-        return {name: self._here(value) for name, value in batch.items()}
+        return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), **self._media(listed)}
 
     def _ids_of(
         self, text: str | Sequence[str] | None, given: Mapping[str, Sequence[Any]], reply: bool
@@ -276,7 +280,7 @@ class UniMoE(Model):
         else:
             known = ", ".join(name for name in sample if name not in ("seed", "part"))
             raise Refused(f"train {self.family} on {known}", "there is nothing to say", "data with turns or a text")
-        return self.preprocess(turns, **media, reply=False)
+        return self._read(turns, media, False)
 
     def _parted(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Media as `preprocess` takes them, and the rest; "audio" is speech where the model has that branch."""
@@ -347,7 +351,7 @@ class UniMoE(Model):
         if not replies or rest:
             wrong = f"{next(iter(rest))!r} is no medium" if rest else "there are none"
             raise BadInput("tell how likely replies are", wrong, "model.reply_likelihoods(['a fox'], image='fox.png')")
-        listed = _by_placeholder(**media)
+        listed = _by_placeholder(media)
         asked = self._ids_of(text, listed, True)[0]
         turns = [text] if isinstance(text, str) else [QUESTIONS[next(iter(media), "text")]] if text is None else text
         told = [self._ids_of([*turns, reply], listed, False) for reply in replies]
@@ -517,7 +521,7 @@ class UniMoE(Model):
         return model
 
 
-def _by_placeholder(**given: Any) -> dict[str, list[Any]]:
+def _by_placeholder(given: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Media as lists, by the word that stands for them."""
     return {word: _listed(given.get(word.strip("<>"))) for word in PLACEHOLDERS}
 
