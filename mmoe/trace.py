@@ -171,10 +171,14 @@ def update_routers(model: nn.Module, routing: Trace) -> None:
     """
     layers = moe_layers(model)
     for name, taken in zip(routing.names, routing, strict=True):
-        router: Any = layers[name].router
-        if hasattr(router, "get_base_layer"):  # peft's adapters stand around it
-            router = router.get_base_layer()
-        router.update(taken)
+        _inside(layers[name].router).update(taken)
+
+
+def _inside(router: Any) -> Any:
+    """A router, where peft's adapters stand around it or peft keeps it beside a copy that is trained whole."""
+    if hasattr(router, "modules_to_save"):
+        return router.modules_to_save[router.active_adapter]
+    return router.get_base_layer() if hasattr(router, "get_base_layer") else router
 
 
 @contextmanager

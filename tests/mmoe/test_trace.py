@@ -304,3 +304,22 @@ def test_the_function_keeps_its_name_whatever_is_imported_first() -> None:
     names = ", ".join(f"mmoe.{name}" for name in ("trace", "override", "dispatch", "profile"))
     done = subprocess.run([sys.executable, "-c", code.format(names)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_routers_that_peft_stands_around_take_their_step(whole: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    host = nn.Sequential(mmoe.MoE(mmoe.TopKRouter(8, 4, top_k=1, bias_rate=0.1), mmoe.FFNExperts(8, 16, 4)))
+    kept = {"modules_to_save": ["0.router"], "target_parameters": ["0.experts.up_proj"]}
+    options = kept if whole else {"target_parameters": ["0.router.weight"]}
+    adapted = get_peft_model(host, LoraConfig(target_modules=[], **options))
+    with mmoe.trace(adapted) as routing:
+        adapted(torch.ones(6, 8))
+    mmoe.update_routers(adapted, routing)
+    moved = [value for name, value in adapted.named_buffers() if name.endswith("select_bias") and value.any()]
+    assert len(moved) == 1
+    with mmoe.trace(adapted) as again:
+        adapted(torch.ones(6, 8))
+    mmoe.update_routers(adapted, again)
+    assert moved[0].abs().max() > 0.15, "the router that runs is the one that took the step"
