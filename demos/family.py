@@ -42,7 +42,8 @@ from zoo.images import read_image
 if TYPE_CHECKING:
     from PIL import Image
 
-    from zoo.model import Model, TokenView
+    from zoo.model import Model
+    from zoo.views import TokenView
 
 log = logging.getLogger("mmoe.demo")
 HEAVY = "heavy"

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from mmoe.routing import Routing
     from mmoe.trace import Trace
-    from zoo.model import Model, TokenView
+    from zoo.model import Model
+    from zoo.views import TokenView
 
 SHORT = {"<start_of_text>": "start", "<end_of_text>": "end"}
 

@@ -16,7 +16,7 @@ from mmoe.errors import BadInput, Refused
 from mmoe.figures import load_heatmap, patch_overlay, save_figure
 from mmoe.routing import Routing, first_choice
 from mmoe.trace import Trace
-from zoo.model import TokenView
+from zoo.views import TokenView
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,14 +31,13 @@ def token_experts(routing: Trace, views: Sequence[TokenView]) -> list[dict[str, 
 
     Returns:
         Entries with "layer", "modality", "sample", "grid" (rows and columns of patches, or None), "tokens" (texts, or
-        None), and per token the "experts" it used with their "weights".
+        None), "about" where the view has that, and per token the "experts" it used with their "weights".
     """
     found = []
     for view in views:
         layers = routing.select(view.layers)
         for name, rows in zip(layers.names, layers, strict=True):
-            samples = len(rows.experts) // view.rows
-            for sample in range(min(samples, len(view.tokens)) if view.tokens else samples):
+            for sample in view.samples(rows.experts):
                 found.append(
                     {
                         "layer": name,
@@ -46,6 +45,7 @@ def token_experts(routing: Trace, views: Sequence[TokenView]) -> list[dict[str, 
                         "sample": sample,
                         "grid": list(view.grid) if view.grid is not None else None,
                         "tokens": list(view.tokens[sample]) if view.tokens else None,
+                        **({"about": view.about} if view.about else {}),
                         **_used(rows, view, sample),
                     }
                 )
@@ -77,7 +77,7 @@ def picture_overlay(routing: Trace, views: Sequence[TokenView], picture: Image.I
     """
     for view in views:
         layers = routing.select(view.layers)
-        if view.grid is not None and len(layers):
+        if view.grid is not None and len(layers) and sample in view.samples(layers[-1].experts):
             last = layers[-1]
             experts = view.of_sample(first_choice(last), sample)
             return patch_overlay(picture, experts, view.grid, num_experts=last.num_experts)

@@ -21,11 +21,13 @@ from torch import Tensor
 import mmoe
 import zoo
 from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, Refused
+from zoo import routes
 from zoo.hosts.beats import log_mels
 from zoo.hosts.decoder import mixtures_of
-from zoo.uni_moe.config import UniMoEConfig
+from zoo.uni_moe.config import MODALITIES, UniMoEConfig
 from zoo.uni_moe.convert import convert_names, from_original, to_original
 from zoo.uni_moe.model import PLACEHOLDERS, UniMoE
+from zoo.views import TokenView
 
 SIZES: dict[str, Any] = {"vocab_size": 60, "width": 32, "layers": 3, "heads": 4, "ffn_dim": 48, "positions": 128}
 SIZES |= {"num_experts": 3, "queries": 4}
@@ -570,3 +572,64 @@ def test_an_expert_that_is_not_whole() -> None:
     del names["model.layers.0.mlp.experts.1.up_proj.weight"]
     with pytest.raises(LoadMismatch, match=r"experts\.1 has no up_proj"):
         convert_names(names)
+
+
+# ---- views ----
+
+
+def views_by_kind(model: UniMoE, batch: dict[str, Any]) -> dict[str, list[TokenView]]:
+    found: dict[str, list[TokenView]] = {}
+    for view in model.views(batch):
+        found.setdefault(view.modality, []).append(view)
+    return found
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_views_find_every_modality_in_the_sequence(talking: UniMoE, left: bool) -> None:
+    told = given()
+    batches = [
+        talking.preprocess("Hi <image> and <image>, no?", image=[told["image"]] * 2, sound=told["sound"]),
+        talking.preprocess("Well, what is all of this about?", **told),
+        talking.preprocess("é"),
+    ]
+    batch = talking.collate(batches, left=left)
+    with torch.no_grad(), mmoe.trace(talking) as routing:
+        kinds = talking(**batch).spliced.modality  # (B, L)
+    layers = [*mixtures_of(talking.llm)]
+    views = views_by_kind(talking, batch)
+    assert [len(views[name]) for name in MODALITIES] == [1, 2, 1, 1, 1]
+    rows = kinds.flatten()
+    seen = torch.zeros_like(rows)
+    for name, own in views.items():
+        for view in own:
+            assert view.rows == kinds.shape[1] and len(routing.select(view.layers)) == len(layers)
+            for sample in view.samples(rows):
+                assert set(view.of_sample(rows, sample).tolist()) == {MODALITIES.index(name)}
+                seen[sample * view.rows + torch.tensor(view.places[sample])] += 1
+    assert torch.equal(seen == 1, rows >= 0) and seen.max() == 1, "every place once, and no padding"
+    assert [view.samples(rows) for view in views["image"]] == [[0, 1], [0]]
+    assert views["speech"][0].samples(rows) == [1]
+    (text,) = views["text"]
+    assert "".join(text.tokens[1]).count("Well, what is all of this about?") == 1
+    assert all(len(words) == len(places) for words, places in zip(text.tokens, text.places, strict=True))
+    assert views["image"][0].grid == (2, 2) and views["speech"][0].about.startswith("4 tokens per 1 s")
+    assert len(views["speech"][0].places[1]) == 8, "two chunks"
+    assert views["sound"][0].about.startswith("4 tokens per 30 s")
+
+
+def test_experts_of_every_token_are_written(talking: UniMoE, tmp_path: Path) -> None:
+    batch = talking.preprocess("Hi", **given())
+    with torch.no_grad(), mmoe.trace(talking) as routing:
+        talking(**batch)
+    views = talking.views(batch)
+    found = routes.token_experts(routing.joined(), views)
+    layers = len(mixtures_of(talking.llm))
+    assert [one["modality"] for one in found] == [name for view in views for name in [view.modality] * layers]
+    for one in found:
+        size = len(one["tokens"] or one["experts"])
+        assert len(one["experts"]) == size and all(len(experts) == 2 for experts in one["experts"])
+    picture = routes.picture_overlay(routing.joined(), views, talking.seen(given()["image"]))
+    assert picture.width >= 480
+    with pytest.raises(BadInput, match="no layer routes its patches"):
+        alone = talking.preprocess("Hi", speech=given()["speech"])
+        routes.picture_overlay(routing.joined(), talking.views(alone), talking.seen(given()["image"]))
