@@ -288,6 +288,17 @@ def test_how_likely_replies_are(talking: UniMoE) -> None:
         talking.reply_likelihoods(["a"], smell=1)
 
 
+def test_a_stream_that_is_dropped_stops_writing(talking: UniMoE) -> None:
+    steps = []
+    talking.llm.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    words = talking.stream("Hi", max_new_tokens=200)
+    next(words)
+    words.close()
+    written = len(steps)
+    assert written < 150
+    assert talking.predict("Hi", max_new_tokens=1).tokens == 1 and len(steps) == written + 1, "nothing goes on"
+
+
 def test_a_saved_model_talks_alone(talking: UniMoE, tmp_path: Path) -> None:
     talking.predict("Hi", max_new_tokens=1)
     told = talking.preprocessing
