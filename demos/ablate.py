@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from demos import look, record
-from demos.family import Family, Shell, message_area
+from demos.family import Family, Shell, as_sent, message_area
 from demos.store import Note
 from mmoe.errors import BadInput, UnknownName, did_you_mean
 
@@ -69,6 +69,18 @@ IF_OPEN = """model => {
 }"""
 
 
+def _told(label: gr.Label, value: Any) -> Any:
+    """Data of a label; a pair has the answer, which need not be the largest, and the shares."""
+    answer, shares = value if isinstance(value, tuple) else (None, value)
+    found: Any = gr.Label.postprocess(label, shares)
+    if answer is not None:
+        found.label = answer
+    return found
+
+
+Answer = as_sent(gr.Label, postprocess=_told)
+
+
 def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) -> None:
     """The Ablate tab: tick experts off, run again, compare."""
     panel = _AblatePanel(family, shell)
@@ -83,8 +95,8 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
             message = message_area()
             verdict = gr.HTML(look.hint(HINT))
             with gr.Row():
-                before = gr.Label(look.NO_RESULT, label="All experts on", num_top_classes=5, min_width=220)
-                after = gr.Label(
+                before = Answer(look.NO_RESULT, label="All experts on", num_top_classes=5, min_width=220)
+                after = Answer(
                     look.NO_RESULT,
                     label="Ticked ones off",
                     num_top_classes=5,
@@ -191,7 +203,8 @@ class _AblatePanel:
         headline = self.family.headline
         verdict = look.hint(f"{_verdict(before, after, off, self.family)} {self.family.compared}")
         parts = [{name: share for name, share in all_.items() if name != headline} for all_ in (before, after)]
-        return verdict, *parts, look.rows(_differences(*parts))
+        told = parts if headline is not None else zip(self.family.answers(before, after), parts, strict=True)
+        return verdict, *told, look.rows(_differences(*parts))
 
 
 def matching(off: Mapping[str, list[int]], sizes: Mapping[str, int], names: Mapping[str, str]) -> dict[str, list[int]]:

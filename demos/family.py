@@ -189,7 +189,7 @@ def keep(count: int, model: str | None) -> list[Any]:
 
 def message_area() -> gr.HTML:
     """Where error cards appear and come into view; takes no room when there is none."""
-    return gr.HTML("", elem_classes="message", js_on_load=CARD_JS)
+    return gr.HTML("", elem_classes="error-area", js_on_load=CARD_JS)
 
 
 class _NoStub(ComponentMeta):
@@ -199,12 +199,17 @@ class _NoStub(ComponentMeta):
         return ABCMeta.__new__(meta, name, bases, members)
 
 
-def as_sent(kind: Any, read: Callable[[Any], Any] = lambda payload: payload) -> Any:
+def as_sent(kind: Any, read: Callable[[Any], Any] = lambda payload: payload, **methods: Any) -> Any:
     """A kind of component whose value reaches the handler as it was sent, so that our errors say what is wrong with it.
 
     It is a class because gradio makes a new component for each session that updates one.
+
+    Args:
+        kind: of gradio.
+        read: payload -> value.
+        methods: that it has in place of the kind's.
     """
-    members = {"is_template": True, "preprocess": lambda self, payload: read(payload)}
+    members = {"is_template": True, "preprocess": lambda self, payload: read(payload), **methods}
     return _NoStub(kind.__name__, (kind,), members)
 
 

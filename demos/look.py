@@ -69,7 +69,7 @@ footer .divider { display: none !important; }
 footer, footer a, footer button { color: var(--body-text-color-subdued) !important; }
 :is(button, a, input, textarea, [role=tab], [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
-.message:not(:has(.error-card)), .once-filled:not(:has(td)) { display: none !important; }
+.error-area:not(:has(.error-card)), .once-filled:not(:has(td)) { display: none !important; }
 .if-filled:not(:has(img)) { display: none !important; }
 .switching:not(:has(input)) > button { display: none; }
 .switching > .block:not(:has(input)):not(:has(.pending)) { display: none; }

@@ -95,7 +95,7 @@ def read_turns(turns: Any) -> tuple[str, ...]:
     if len(found) % 2:
         raise BadInput(asked, f"there are {len(found)} turns, so a question has no reply", fix)
     if len(found) >= MOST_TURNS or sum(map(len, found)) > 20 * MOST_CHARACTERS:
-        raise BadInput(asked, "it is too long", 'press "New conversation"')
+        raise BadInput(asked, "it is too long", 'press "Clear"')
     return found
 
 
@@ -217,12 +217,13 @@ class Page(Family):
                     render_markdown=False,
                     placeholder="Nothing was said yet.",
                     elem_id="uni_moe-chat",
+                    elem_classes="captioned",
                 )
                 message = message_area()
                 question = Words(QUESTION, label="You say", lines=1, max_lines=4, elem_id="uni_moe-question")
                 with gr.Row():
                     send = gr.Button("Send", variant="primary", scale=3, min_width=120, elem_id="uni_moe-run")
-                    fresh = gr.Button("New conversation", scale=2, min_width=120, elem_id="uni_moe-clear")
+                    fresh = gr.Button("Clear", scale=2, min_width=120, elem_id="uni_moe-clear")
                 told = gr.HTML(look.hint(HINT))
         turns = Turns([], visible="hidden", label="Turns", elem_id="uni_moe-turns")
         inputs = [question, picture, recording, kind, turns]
@@ -264,9 +265,9 @@ class Page(Family):
             blank=keep,
             show_progress_on=[shown[-1]],
         )
-        fresh.click(None, cancels=[sent])
+        gr.on([fresh.click, chat.clear], None, cancels=[sent])
         shell.on(
-            fresh.click,
+            [fresh.click, chat.clear],
             _fresh,
             [],
             [chat, turns],
@@ -315,7 +316,7 @@ class Page(Family):
         before, said = read_turns(values[-1]), values[0]
         asked = self.read(said if str(said or "").strip() else None, *values[1:-1], [])[0]
         turns, reply = [*before, asked.turns[0]], ""
-        yield messages([*turns, "…"]), gr.skip(), "", gr.skip()
+        yield messages([*turns, "…"]), gr.skip(), "", look.hint("Reading, then writing …")
         try:
             with self.use(model, note) as loaded:
                 note("Reading", 0.7)
@@ -325,7 +326,7 @@ class Page(Family):
                     yield messages([*turns, reply or "…"]), gr.skip(), gr.skip(), gr.skip()
                 seconds = time.perf_counter() - begun
         except MmoeError:
-            yield messages(before), gr.skip(), said, gr.skip()
+            yield messages(before), gr.skip(), said, look.hint(HINT)
             raise
         whole = [*turns, reply.strip()]
         yield messages([*turns, whole[-1] or EMPTY]), whole, gr.skip(), look.hint(f"Written in {seconds:.1f} s. {HINT}")

@@ -220,6 +220,7 @@ def test_ablation_compares_replies(client: Client, page: uni_moe.Page, model: Un
         logs, sizes = model.reply_likelihoods([before, after], "What is it?", image=photo)
     assert before != after and error == ""
     assert "6 experts switched off in 3 layers: the reply changes from" in verdict and "geometric mean" in verdict
+    assert (first["label"], then["label"]) == (before, after)
     found = {one["label"]: one["confidence"] for one in then["confidences"]}
     want = dict(zip((before, after), (logs / sizes).exp().tolist(), strict=True))
     assert found == pytest.approx(want, abs=1e-4) and {one["label"] for one in first["confidences"]} == set(want)
@@ -331,8 +332,9 @@ def test_a_visit(
     visit.shot("uni_moe_1_reply")
     page.fill("#uni_moe-question textarea", "And now?")
     page.press("#uni_moe-question textarea", "Enter")
-    page.wait_for_function("document.querySelectorAll('#uni_moe-chat .user').length > 1")
+    page.get_by_text("And now?").wait_for()
     page.get_by_text("Written in").wait_for()
+    assert page.locator("#uni_moe-chat .bot").last.is_visible()
     visit.shot("uni_moe_2_turns")
     visit.tab("Routing")
     page.wait_for_selector("#uni_moe-overlay img")
