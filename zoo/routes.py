@@ -89,7 +89,7 @@ def write(
     routing: Trace,
     views: Sequence[TokenView],
     about: Mapping[str, Any],
-    picture: Image.Image,
+    picture: Image.Image | None,
 ) -> None:
     """Writes what was asked for, each file whole or not at all.
 
@@ -98,7 +98,7 @@ def write(
         routing: recorded routings of a batch.
         views: of the model for the same batch.
         about: goes into the trace first.
-        picture: what the model saw of the first picture of the batch.
+        picture: what the model saw of the first picture of the batch; an overlay needs one.
 
     Raises:
         Refused: experts are to be drawn and the model has none.
@@ -112,5 +112,5 @@ def write(
             file.write((json.dumps(data, ensure_ascii=False) + "\n").encode())
     if "heatmap" in files:
         save_figure(load_heatmap(routing), files["heatmap"])
-    if "overlay" in files:
+    if "overlay" in files and picture is not None:
         save_figure(picture_overlay(routing, views, picture), files["overlay"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -644,3 +646,102 @@ def test_experts_of_every_token_are_written(talking: UniMoE, tmp_path: Path) -> 
     with pytest.raises(BadInput, match="no layer routes its patches"):
         alone = talking.preprocess("Hi", speech=given()["speech"])
         routes.picture_overlay(routing.joined(), talking.views(alone), talking.seen(given()["image"]))
+
+
+# ---- the command line ----
+
+
+@pytest.fixture
+def saved(talking: UniMoE, tmp_path: Path) -> Path:
+    """A folder of a model that talks, beside a picture, speech, a sound and frames."""
+    talking.predict("Hi", max_new_tokens=1)
+    card = replace(zoo.card("uni_moe_speech"), name="small", modalities=MODALITIES, weights={})
+    talking.save(tmp_path / "saved", card=card)
+    given()["image"].save(tmp_path / "a fox.png")
+    (tmp_path / "frames").mkdir()
+    given()["image"].save(tmp_path / "frames" / "1.png")
+    soundfile.write(tmp_path / "said.wav", given()["speech"], 16_000)
+    soundfile.write(tmp_path / "heard.flac", 0.1 * np.sin(np.arange(8_000)), 16_000)
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_predict_asks_about_files(run: Any, saved: Path, talking: UniMoE) -> None:
+    fox, said, heard = (saved / name for name in ("a fox.png", "said.wav", "heard.flac"))
+    short = ["--with", "max_new_tokens=5"]
+    for words, want in (
+        ([fox, "What is it?"], {"text": "What is it?", "image": fox}),
+        ([fox], {"image": fox}),
+        (["Hello"], {"text": "Hello"}),
+        ([said], {"speech": said}),
+        (["--sound", heard], {"sound": heard}),
+        ([fox, heard, "--sound", "What?"], {"text": "What?", "image": fox, "sound": heard}),
+        ([said, "--with", f"sound={heard}"], {"speech": said, "sound": str(heard)}),
+        ([saved / "frames", "Hi", "Ho", "Well?"], {"text": ["Hi", "Ho", "Well?"], "video": saved / "frames"}),
+        ([fox, fox, "Both?"], {"text": "Both?", "image": [fox, fox]}),
+    ):
+        done = run("predict", saved / "saved", *words, *short, "--json")
+        want = talking.predict(max_new_tokens=5, **want)
+        assert (done.code, done.err) == (0, "")
+        assert (done.json["text"], done.json["tokens"]) == (want.text, want.tokens)
+    done = run("predict", saved / "saved", fox, "What is it?", *short)
+    assert done.out.startswith(talking.predict("What is it?", image=fox, max_new_tokens=5).text + "\n")
+    assert "llm.model.layers.2.mlp" in done.out
+
+
+def test_predict_writes_experts_of_what_was_asked(run: Any, saved: Path, talking: UniMoE) -> None:
+    trace, overlay, heatmap = (saved / name for name in ("t.json", "o.png", "h.png"))
+    done = run(
+        *("predict", saved / "saved", saved / "a fox.png", saved / "said.wav", "What?", "--with", "max_new_tokens=3"),
+        *("--trace", trace, "--overlay", overlay, "--heatmap", heatmap),
+    )
+    assert done.code == 0 and "in one pass" in done.err
+    assert Image.open(overlay).width >= 480 and heatmap.is_file()
+    found = json.loads(trace.read_text())
+    layers = len(mixtures_of(talking.llm))
+    assert [one["modality"] for one in found["tokens"]] == [
+        *["text"] * layers,
+        *["image"] * layers,
+        *["speech"] * layers,
+    ]
+    assert found["tokens"][-1]["about"].startswith("4 tokens per 1 s") and found["result"]["tokens"] <= 3
+    batch = talking.preprocess("What?", image=saved / "a fox.png", speech=saved / "said.wav")
+    text = found["tokens"][0]
+    assert len(text["experts"]) == len(text["tokens"]) == int((batch["input_ids"] >= 0).sum())
+    assert sum(len(one["experts"]) for one in found["tokens"][::layers]) == talking(**batch).logits.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["T/gone.png"], "cannot read the picture 'T/gone.png'\n  no such file"),
+        (["T/gone.wav"], "cannot read 'T/gone.wav'\n  there is no such file"),
+        (["T/notes.txt"], "cannot show 'T/notes.txt'\n  its ending is neither of a picture nor of a recording"),
+        (["T/a.mp4"], "cannot show 'T/a.mp4'\n  videos are folders of pictures"),
+        (["T/a fox.png", " "], "nothing\n  a text is empty"),
+        (["Hi", "Ho"], "2 texts\n  user and model take turns, and the user is the last"),
+        (["Hi", "--with", "max_new_token=3"], "no input 'max_new_token' of UniMoE\n  did you mean: max_new_tokens"),
+        (["Hi", "--with", "temperature=-1", "--with", "do_sample=true"], "cannot write a reply with temperature=-1"),
+        (["Hi", "--with", "max_new_tokens=0"], "max_new_tokens=0"),
+        (["T/said.wav", "--overlay", "T/o.png"], "cannot draw experts to 'T/o.png'\n  there is no picture"),
+        (["T/a fox.png", "--out", "T/o.png"], "draws no mask"),
+        (["Hi", "--with", "image=T/gone.png"], "cannot read the picture 'T/gone.png'"),
+    ],
+)
+def test_predict_tells_what_is_wrong(run: Any, saved: Path, words: list[str], told: str) -> None:
+    done = run("predict", saved / "saved", *(word.replace("T/", f"{saved}/") for word in words))
+    assert done.code == 2 and told.replace("T/", f"{saved}/") in done.err
+
+
+def test_predict_of_a_model_without_that_branch(run: Any, saved: Path) -> None:
+    folder, said = saved / "saved", saved / "said.wav"
+    text = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps({**text, "modalities": ["text", "image", "sound"]}))
+    assert run("predict", folder, said, "--json", "--with", "max_new_tokens=2").code == 0, "recordings are sounds"
+    (folder / "card.json").write_text(json.dumps({**text, "modalities": ["text", "sound"]}))
+    done = run("predict", folder, saved / "a fox.png")
+    assert (
+        done.code == 2 and "it takes text, sound, and this is an image\n  try: mmoe list --modality image" in done.err
+    )
+    done = run("predict", "clip_moe_tiny", saved / "a fox.png", "a", "--sound")
+    assert done.code == 2 and "clip_moe_tiny hears no recordings" in done.err

@@ -94,7 +94,8 @@ class UniMoE(Model):
     family = "uni_moe"
     config_class = UniMoEConfig
     base_tensors = MappingProxyType(TENSORS)
-    windows = True  # a reply is written token by token: its routing is shown by one forward of the conversation
+    windows = True  # a reply is written token by token: routing is shown by one forward of the whole
+    views_note = "experts are written and drawn of what was asked, in one pass; those of the reply are not among them"
 
     def __init__(self, config: UniMoEConfig) -> None:
         super().__init__(config)
