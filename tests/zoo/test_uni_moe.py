@@ -630,6 +630,21 @@ def test_views_find_every_modality_in_the_sequence(talking: UniMoE, left: bool) 
     assert views["sound"][0].about.startswith("4 tokens per 30 s")
 
 
+def test_views_of_other_encoders(talking: UniMoE) -> None:
+    branches = {"vision": {"timm": "test_efficientnet", "image_size": 96}}
+    branches["speech"] = {**SPEECH, "positions": 50, "connector": "stack", "stack": 4}
+    model = build(**{**vars(talking.config), **branches})
+    batch = model.preprocess("Hi", image=given()["image"], speech=given()["speech"], sound=given()["sound"])
+    with torch.no_grad():
+        rows = model(**batch).spliced.modality.flatten()
+    views = views_by_kind(model, batch)
+    for name, (view,) in views.items():
+        assert set(view.of_sample(rows, 0).tolist()) == {MODALITIES.index(name)}
+    assert sum(len(view.places[0]) for (view,) in views.values()) == len(rows)
+    assert views["image"][0].grid == (3, 3) and len(views["speech"][0].places[0]) == 2 * 13
+    assert views["speech"][0].about == "13 tokens per 1 s, in the order of time"
+
+
 def test_experts_of_every_token_are_written(talking: UniMoE, tmp_path: Path) -> None:
     batch = talking.preprocess("Hi", **given())
     with torch.no_grad(), mmoe.trace(talking) as routing:

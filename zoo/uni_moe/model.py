@@ -272,7 +272,8 @@ class UniMoE(Model):
 
     def views(self, batch: Mapping[str, Any]) -> list[TokenView]:
         """Where text, patches and tokens of recordings lie in the sequence, of a batch of `preprocess` or `collate`."""
-        return batch_views(self.config, batch, PLACEHOLDERS, self.tokenizer)
+        patches = 0 if self.vision is None else self.vision.patches
+        return batch_views(self.config, batch, PLACEHOLDERS, self.tokenizer, patches)
 
     def seen(self, picture: Any) -> Image.Image:
         """The square middle of a picture."""

@@ -1,12 +1,13 @@
 """Where text, patches and the tokens of recordings lie in the sequence that Uni-MoE's language model reads.
 
-All blocks see one sequence of every modality, so each part is a `TokenView` with places. A recording is read by learned
-queries, each of which looks at all of a part of it: their tokens are counted, and belong to no moments.
+All blocks see one sequence of every modality, so each part is a `TokenView` with places. Where a recording is read by
+learned queries, each of them looks at the whole of a part of it: their tokens are counted, and belong to no moments.
 Shapes: B samples, N ids, L positions after the splice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -33,7 +34,7 @@ class _Row:
 
 
 def batch_views(
-    config: UniMoEConfig, batch: Mapping[str, Any], placeholders: Mapping[str, int], tokenizer: Any
+    config: UniMoEConfig, batch: Mapping[str, Any], placeholders: Mapping[str, int], tokenizer: Any, patches: int
 ) -> list[TokenView]:
     """Views of a batch: the text, then of images, recordings and videos the first of every sample, the second, ...
 
@@ -42,11 +43,12 @@ def batch_views(
         batch: as `forward` takes it.
         placeholders: ids by the word that stands for media.
         tokenizer: of the model.
+        patches: of a picture.
     """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    kinds = {placeholder: _kind(config, word.strip("<>")) for word, placeholder in placeholders.items()}
-    waiting = {placeholders[f"<{kind}>"]: sizes for kind, sizes in _sizes(config, batch).items()}
+    kinds = {placeholder: _kind(config, word.strip("<>"), patches) for word, placeholder in placeholders.items()}
+    waiting = {placeholders[f"<{kind}>"]: sizes for kind, sizes in _sizes(config, batch, patches).items()}
     rows = [_row(own, there, waiting) for own, there in zip(ids.tolist(), mask.tolist(), strict=True)]
     length = max(row.length for row in rows)
     moved = [length - row.length if pads_left(mask) else 0 for row in rows]
@@ -65,28 +67,38 @@ def batch_views(
     return found
 
 
-def _kind(config: UniMoEConfig, name: str) -> TokenView:
+def _kind(config: UniMoEConfig, name: str, patches: int) -> TokenView:
     """View of a medium, without places."""
     if name in ("image", "video"):
+        side = math.isqrt(patches)
         about = "each patch is the mean over the frames" if name == "video" else ""
-        return TokenView(layers=LAYERS, modality=name, grid=_grid(config), about=about)
-    seconds = CHUNK / RATE if name == "sound" else (config.speech or {"positions": 0})["positions"] / 50
-    about = f"{config.queries} tokens per {seconds:g} s, each made from the whole of it: none has a moment of its own"
+        return TokenView(layers=LAYERS, modality=name, grid=(side, side), about=about)
+    tokens, seconds = _heard(config, name)
+    about = f"{tokens} tokens per {seconds:g} s"
+    learned = "each made from the whole of it: none has a moment of its own"
+    about += ", in the order of time" if _stacked(config, name) else f", {learned}"
     return TokenView(layers=LAYERS, modality=name, about=about)
 
 
-def _grid(config: UniMoEConfig) -> tuple[int, int]:
-    side = config.vision["image_size"] // config.vision["patch_size"] if config.vision is not None else 0
-    return side, side
+def _stacked(config: UniMoEConfig, name: str) -> bool:
+    return name == "speech" and (config.speech or {}).get("connector") == "stack"
 
 
-def _sizes(config: UniMoEConfig, batch: Mapping[str, Any]) -> dict[str, Iterator[int]]:
+def _heard(config: UniMoEConfig, name: str) -> tuple[int, float]:
+    """Tokens of a part of a recording, and its seconds."""
+    if name == "sound" or config.speech is None:
+        return config.queries, CHUNK / RATE
+    positions = config.speech["positions"]
+    tokens = -(-positions // config.speech["stack"]) if _stacked(config, name) else config.queries
+    return tokens, positions / 50
+
+
+def _sizes(config: UniMoEConfig, batch: Mapping[str, Any], patches: int) -> dict[str, Iterator[int]]:
     """Tokens of each medium of a batch in order, by its kind."""
-    patches = _grid(config)[0] ** 2
     found: dict[str, Iterator[int]] = {"image": repeat(patches), "video": repeat(patches)}
     for kind in ("speech", "sound"):
-        chunks = batch.get(f"{kind}_chunks")
-        found[kind] = repeat(config.queries) if chunks is None else (config.queries * count for count in chunks)
+        tokens, chunks = _heard(config, kind)[0], batch.get(f"{kind}_chunks")
+        found[kind] = repeat(tokens) if chunks is None else iter([tokens * count for count in chunks])
     return found
 
 
