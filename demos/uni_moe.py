@@ -17,6 +17,7 @@ import gradio as gr
 from demos import look
 from demos.examples import bundled, chooser, photographs
 from demos.family import Family, Shell, Words, as_sent, keep, message_area, picture_input, read_picture, shown
+from demos.recordings import recordings
 from demos.store import ModelStore, Note
 from mmoe.errors import BadInput, MmoeError
 from mmoe.options import check_choice
@@ -208,6 +209,9 @@ class Page(Family):
                 with gr.Accordion("Pick a picture", open=False):
                     chooser(shell, self.name, self.offered, picture)
                 recording, kind = self._draw_recording(shell)
+                with gr.Accordion("Pick a recording", open=False):
+                    heard = [one for name in KINDS for one in recordings(name)]
+                    chooser(shell, self.name, heard, recording, kind, what="recording")
             with gr.Column(scale=6, min_width=280):
                 chat = gr.Chatbot(
                     label="Conversation",
@@ -240,6 +244,7 @@ class Page(Family):
             editable=False,
             buttons=[],
             elem_id="uni_moe-recording",
+            elem_classes="low",
             visible=bool(known),
         )
         kind = Kind(

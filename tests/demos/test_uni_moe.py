@@ -27,10 +27,12 @@ import zoo
 from demos import record, uni_moe
 from demos.endpoints import endpoint, in_one_thread
 from demos.family import keep
+from demos.recordings import recordings
 from demos.store import quiet
 from mmoe.errors import BadInput
 from tests.demos.conftest import MadeStore, Visit, served
 from zoo import registry
+from zoo.sounds import read_sound
 from zoo.uni_moe.model import UniMoE, UniMoEConfig
 
 MODEL, DEAF = "uni_moe_tiny", "uni_moe_deaf"
@@ -269,6 +271,20 @@ def test_bad_recordings_become_cards(client: Client, tmp_path: Path, tone: Path)
         assert reason in error and path.name in error and str(tmp_path) not in error and "gradio" not in error
 
 
+def test_recordings_are_offered(client: Client) -> None:
+    for kind in ("speech", "sound"):
+        offered = recordings(kind)
+        assert len({one.name for one in offered}) == len(offered) > 4
+        (rate, samples), told = offered[0].read()
+        assert told == kind and 0.4 <= len(samples) / rate <= 3.7 and np.abs(samples).max() > 500
+        assert offered[0].drawn is not None and len(offered[0].drawn().getcolors() or []) == 2
+        error, path, shown = client.predict(offered[0].id, api_name="/uni_moe_pick_recording")
+        assert error == "" and shown == kind
+        assert len(read_sound(path)) == pytest.approx(16_000 * len(samples) / rate, abs=2)
+    error = client.predict("speech/none", api_name="/uni_moe_pick_recording")[0]
+    assert "there is no recording" in error.lower() and "speech/" in error
+
+
 def test_an_error_while_a_reply_is_written_keeps_the_conversation(page: uni_moe.Page, tone: Path) -> None:
     steps = page.chat(quiet, DEAF, "Hi", None, str(tone), "speech", ["a", "b"])
     shown = [next(steps), next(steps)]
@@ -347,6 +363,15 @@ def test_a_visit(
     assert visit.shares("#uni_moe-after")
     visit.shot("uni_moe_4_ablated")
     visit.tab("Try")
+    page.get_by_role("button", name="Pick a recording").click()
+    page.locator("#uni_moe-recording-chooser button[data-id^='speech/']").first.click()
+    page.get_by_text("Nothing was said yet.").wait_for()
+    page.wait_for_function("document.querySelector('#uni_moe-kind input:checked')?.value === 'speech'")
+    page.wait_for_selector("#uni_moe-recording #waveform")
+    visit.shot("uni_moe_5_picked")
+    page.fill("#uni_moe-question textarea", "Well?")
+    page.click("#uni_moe-run")
+    page.get_by_text("Written in").wait_for()
     page.click("#uni_moe-clear")
     page.get_by_text("Nothing was said yet.").wait_for()
     visit.choose(DEAF)
