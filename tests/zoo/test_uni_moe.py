@@ -633,6 +633,7 @@ def test_views_find_every_modality_in_the_sequence(talking: UniMoE, left: bool) 
 def test_views_of_other_encoders(talking: UniMoE) -> None:
     branches = {"vision": {"timm": "test_efficientnet", "image_size": 96}}
     branches["speech"] = {**SPEECH, "positions": 50, "connector": "stack", "stack": 4}
+    branches["sound"] = {**SOUND, "seconds": 3}
     model = build(**{**vars(talking.config), **branches})
     batch = model.preprocess("Hi", image=given()["image"], speech=given()["speech"], sound=given()["sound"])
     with torch.no_grad():
@@ -643,6 +644,7 @@ def test_views_of_other_encoders(talking: UniMoE) -> None:
     assert sum(len(view.places[0]) for (view,) in views.values()) == len(rows)
     assert views["image"][0].grid == (3, 3) and len(views["speech"][0].places[0]) == 2 * 13
     assert views["speech"][0].about == "13 tokens per 1 s, in the order of time"
+    assert views["sound"][0].about.startswith("4 tokens per 3 s, each made from the whole of it")
 
 
 def test_experts_of_every_token_are_written(talking: UniMoE, tmp_path: Path) -> None:

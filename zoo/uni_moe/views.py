@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from zoo.hosts.splice import pads_left
-from zoo.sounds import CHUNK, RATE
 from zoo.uni_moe.config import UniMoEConfig
 from zoo.views import TokenView
 
@@ -85,12 +84,12 @@ def _stacked(config: UniMoEConfig, name: str) -> bool:
 
 
 def _heard(config: UniMoEConfig, name: str) -> tuple[int, float]:
-    """Tokens of a part of a recording, and its seconds."""
-    if name == "sound" or config.speech is None:
-        return config.queries, CHUNK / RATE
-    positions = config.speech["positions"]
-    tokens = -(-positions // config.speech["stack"]) if _stacked(config, name) else config.queries
-    return tokens, positions / 50
+    """Tokens of a part of a recording, and its seconds; the branch need not be there."""
+    if name == "sound":
+        return config.queries, (config.sound or {"seconds": 0})["seconds"]
+    speech = config.speech or {"positions": 0}
+    positions = speech["positions"]
+    return -(-positions // speech["stack"]) if _stacked(config, name) else config.queries, positions / 50
 
 
 def _sizes(config: UniMoEConfig, batch: Mapping[str, Any], patches: int) -> dict[str, Iterator[int]]:
