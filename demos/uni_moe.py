@@ -258,7 +258,7 @@ class Page(Family):
 
     def _wire(self, shell: Shell, inputs: list[Any], buttons: list[Any], shown: list[Any], message: gr.HTML) -> None:
         question, picture, recording, kind, _ = inputs
-        (send, fresh), (chat, turns, *_) = buttons, shown
+        (send, fresh), (chat, turns, _, told) = buttons, shown
         sent = shell.on(
             [send.click, question.submit],
             self.chat,
@@ -275,7 +275,7 @@ class Page(Family):
             [fresh.click, chat.clear],
             _fresh,
             [],
-            [chat, turns],
+            [chat, turns, told],
             api_name=f"{self.name}_fresh",
             names=[],
             message=message,
@@ -284,7 +284,8 @@ class Page(Family):
             show_progress="hidden",
         )
         sources = [shell.model, picture, recording, kind]
-        shell.forget(sources, [chat, turns], runs=[sent], message=message, blank=lambda *_: [[], []])
+        blank = {"message": message, "blank": lambda *_: [[], [], look.hint(HINT)]}
+        shell.forget(sources, [chat, turns, told], runs=[sent], **blank)
 
     def _wire_kinds(self, shell: Shell, recording: Any, kind: Any) -> None:
         message = message_area()
@@ -339,7 +340,7 @@ class Page(Family):
 
 def _fresh(note: Note) -> tuple[Any, ...]:
     """An empty conversation."""
-    return [], []
+    return [], [], look.hint(HINT)
 
 
 def steadily(words: Iterator[str], every: float = EVERY) -> Iterator[str]:

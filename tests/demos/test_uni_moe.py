@@ -378,3 +378,36 @@ def test_a_visit(
     page.get_by_role("heading", name=DEAF).wait_for()
     page.wait_for_selector("#uni_moe-recording", state="hidden")
     visit.close()
+
+
+@pytest.mark.browser
+def test_a_reply_that_is_cleared_stops(
+    server: SimpleNamespace, model: UniMoE, browser: Any, shots: Path, photo: Path, tmp_path: Path
+) -> None:
+    written: list[int] = []
+    slow = model.llm.lm_head.register_forward_hook(lambda *_: (written.append(1), time.sleep(0.08))[0])
+    visit = Visit(browser, server.url, 390, shots, "#uni_moe-run")
+    page, nothing = visit.page, visit.page.get_by_text("Nothing was said yet.")
+    clear = (lambda: page.click("#uni_moe-clear"), lambda: page.set_input_files("#uni_moe-picture input", photo))
+    for drop in clear:
+        page.fill("#uni_moe-question textarea", "Hi")
+        page.click("#uni_moe-run")
+        page.wait_for_function("document.querySelector('#uni_moe-chat .bot')?.innerText.length > 4")
+        drop()
+        nothing.wait_for()
+        page.wait_for_timeout(500)
+        count = len(written)
+        page.wait_for_timeout(500)
+        assert len(written) == count, "nobody writes on"
+        assert nothing.is_visible() and page.get_by_text("Picture and recording belong").is_visible()
+    slow.remove()
+    (tmp_path / "broken.wav").write_bytes(b"no sound")
+    page.set_input_files("#uni_moe-recording input[type=file]", tmp_path / "broken.wav")
+    page.wait_for_selector("#uni_moe-recording button[aria-label*=Clear], #uni_moe-recording #waveform")
+    page.fill("#uni_moe-question textarea", "Hi")
+    page.click("#uni_moe-run")
+    page.get_by_text("Format not recognised").wait_for()
+    assert page.locator("#uni_moe-question textarea").input_value() == "Hi", "the question is kept"
+    visit.shot("uni_moe_6_error")
+    visit.faults = [one for one in visit.faults if not one.startswith("Waveform")]  # of the player
+    visit.close()
