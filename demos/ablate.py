@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from demos import look, record
-from demos.family import Family, Shell, message_area
+from demos.family import Family, Shell, as_sent, message_area
 from demos.store import Note
 from mmoe.errors import BadInput, UnknownName, did_you_mean
 
@@ -68,6 +69,18 @@ IF_OPEN = """model => {
 }"""
 
 
+def _told(label: gr.Label, value: Any) -> Any:
+    """Data of a label; a pair has the answer, which need not be the largest, and the shares."""
+    answer, shares = value if isinstance(value, tuple) else (None, value)
+    found: Any = gr.Label.postprocess(label, shares)
+    if answer is not None:
+        found.label = answer
+    return found
+
+
+Answer = as_sent(gr.Label, postprocess=_told)
+
+
 def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) -> None:
     """The Ablate tab: tick experts off, run again, compare."""
     panel = _AblatePanel(family, shell)
@@ -82,8 +95,8 @@ def ablate_panel(tab: gr.Tab, family: Family, shell: Shell, sources: list[Any]) 
             message = message_area()
             verdict = gr.HTML(look.hint(HINT))
             with gr.Row():
-                before = gr.Label(look.NO_RESULT, label="All experts on", num_top_classes=5, min_width=220)
-                after = gr.Label(
+                before = Answer(look.NO_RESULT, label="All experts on", num_top_classes=5, min_width=220)
+                after = Answer(
                     look.NO_RESULT,
                     label="Ticked ones off",
                     num_top_classes=5,
@@ -180,14 +193,18 @@ class _AblatePanel:
             names = record.layer_names(list(sizes), self.family.views(loaded.model))
             off = matching(read_switches(switched_off), sizes, names)
             note("Running with all experts", 0.5)
-            before = self.family.predict(loaded.model, inputs)
-            note("Running without some", 0.8)
-            with mmoe.override(loaded.model, {layer: mmoe.switch_off(experts) for layer, experts in off.items()}):
-                after = self.family.predict(loaded.model, inputs)
+
+            def changed() -> AbstractContextManager[Any]:
+                note("Running without some", 0.8)
+                switched = {layer: mmoe.switch_off(experts) for layer, experts in off.items()}
+                return mmoe.override(loaded.model, switched)
+
+            before, after = self.family.contrast(loaded.model, inputs, changed)
         headline = self.family.headline
-        verdict = look.hint(_verdict(before, after, off, headline))
+        verdict = look.hint(f"{_verdict(before, after, off, self.family)} {self.family.compared}")
         parts = [{name: share for name, share in all_.items() if name != headline} for all_ in (before, after)]
-        return verdict, *parts, look.rows(_differences(*parts))
+        told = parts if headline is not None else zip(self.family.answers(before, after), parts, strict=True)
+        return verdict, *told, look.rows(_differences(*parts))
 
 
 def matching(off: Mapping[str, list[int]], sizes: Mapping[str, int], names: Mapping[str, str]) -> dict[str, list[int]]:
@@ -251,20 +268,18 @@ def read_switches(text: Any) -> dict[str, list[int]]:
     return off
 
 
-def _verdict(
-    before: Mapping[str, float], after: Mapping[str, float], off: Mapping[str, list[int]], headline: str | None = None
-) -> str:
+def _verdict(before: dict[str, float], after: dict[str, float], off: Mapping[str, list[int]], family: Family) -> str:
     count = sum(map(len, off.values()))
     what = f"{count} expert{'s' if count > 1 else ''} switched off in {len(off)} layer{'s' if len(off) > 1 else ''}: "
-    if headline is not None:
+    if (headline := family.headline) is not None:
         return f"{what}the {headline} is {before[headline]:.3f} before and {after[headline]:.3f} after."
-    first, then = max(before, key=before.__getitem__), max(after, key=after.__getitem__)
+    first, then = family.answers(before, after)
     was, now = (
         f"{100 * before[name]:.1f}\u00a0% before and {100 * after[name]:.1f}\u00a0% after" for name in (first, then)
     )
     if first == then:
-        return f"{what}the first answer stays {look.quoted(first)}, {was}."
-    return f"{what}the first answer changes from {look.quoted(first)} ({was}) to {look.quoted(then)} ({now})."
+        return f"{what}the {family.answer} stays {look.quoted(first)}, {was}."
+    return f"{what}the {family.answer} changes from {look.quoted(first)} ({was}) to {look.quoted(then)} ({now})."
 
 
 def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> list[list[Any]]:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from mmoe.frequency_maps import FrequencyMaps
     from zoo.earth_adapter.result import Segmentation
-    from zoo.model import Model, TokenView
+    from zoo.model import Model
+    from zoo.views import TokenView
 
 KEEP_SECONDS = 3600
 LONGEST = 2048  # pixels on the long side of a picture that is segmented

@@ -25,19 +25,21 @@ _TILE = (64, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One picture to try a model with.
+    """One picture, or something else that can be shown as one, to try a model with.
 
     Attributes:
         id: what it is called in the API.
         name: what visitors read.
         read: opens it.
         mark: short remark on its tile.
+        drawn: the picture of its tile; itself when None.
     """
 
     id: str
     name: str
-    read: Callable[[], Image.Image]
+    read: Callable[[], Any]
     mark: str = ""
+    drawn: Callable[[], Image.Image] | None = None
 
 
 def bundled(folder: str) -> list[Example]:
@@ -72,42 +74,46 @@ def _smaller(path: Any) -> Image.Image:
     return picture
 
 
-def chooser(shell: Shell, family: str, offered: Sequence[Example], picture: gr.Image) -> None:
-    """Draws the tiles of some pictures; one that is pressed becomes the value of an input.
+def chooser(
+    shell: Shell, family: str, offered: Sequence[Example], *targets: gr.components.Component, what: str = "picture"
+) -> None:
+    """Draws the tiles of some examples; one that is pressed becomes the value of an input, or of several.
 
     Args:
         shell: of the page.
         family: its name, which the endpoint begins with.
-        offered: the pictures.
-        picture: the input; its id is the family's name and "-picture".
+        offered: the examples.
+        targets: the inputs; the first one's id is the family's name, "-" and `what`.
+        what: they are.
     """
     by_id = {one.id: one for one in offered}
 
-    def pick(note: Note, choice: Any) -> Image.Image:
-        """A picture by the id of its tile."""
+    def pick(note: Note, choice: Any) -> Any:
+        """An example by the id of its tile."""
         if str(choice) not in by_id:
             wrong = f"ids are such as {', '.join(list(by_id)[:3])}" if by_id else "none is offered here"
-            raise BadInput(f"there is no picture {look.quoted(str(choice))}", wrong, "upload one")
+            raise BadInput(f"there is no {what} {look.quoted(str(choice))}", wrong, "upload one")
         return by_id[str(choice)].read()
 
     message = message_area()
-    shown = {"size": 42, "elem_id": f"{family}-chooser", "elem_classes": "short-list"}
-    grid = look.tiles([_tile(one) for one in offered], label="Pictures to pick", **shown)
+    name = "chooser" if what == "picture" else f"{what}-chooser"
+    shown = {"size": 42, "elem_id": f"{family}-{name}", "elem_classes": "short-list"}
+    grid = look.tiles([_tile(one) for one in offered], label=f"{what.capitalize()}s to pick", **shown)
     picked = shell.on(
         grid.select,
         pick,
         [grid],
-        [picture],
-        api_name=f"{family}_pick",
+        list(targets),
+        api_name=f"{family}_pick" if what == "picture" else f"{family}_pick_{what}",
         names=["choice"],
         message=message,
         blank=keep,
         heavy=False,
         show_progress="hidden",
     )
-    picked.then(None, js=look.scroll_to(f"{family}-picture"), api_visibility="private")
+    picked.then(None, js=look.scroll_to(f"{family}-{what}"), api_visibility="private")
 
 
 def _tile(one: Example) -> dict[str, str]:
-    small = ImageOps.fit(one.read(), _TILE, Image.Resampling.LANCZOS)
+    small = ImageOps.fit((one.drawn or one.read)(), _TILE, Image.Resampling.LANCZOS)
     return {"id": one.id, "name": one.name, "src": look.data_url(small, lossless=False), "note": "", "mark": one.mark}

@@ -10,6 +10,8 @@ named `Page`; the panels for routing, ablation and the card then work with its i
     read         values of these components -> plain inputs of the model; raises MmoeError for what cannot be used
     predict      model, inputs -> numbers by name, for the Try tab and for comparisons
     headline     name of the number that the others explain; None where the largest is the answer
+    contrast     model, inputs, a change -> such numbers before and after it
+    answers      numbers before and after -> the answers that are told, which `answer` calls by a word
     seen         sentence about the picture of the Routing tab, where it is not the whole one that was given
     batch        model, inputs -> what the model sees, for `model.views`
     observe      model, inputs -> runs the model on that batch, for its routing; runs `predict` where that does it
@@ -19,7 +21,6 @@ named `Page`; the panels for routing, ablation and the card then work with its i
 from __future__ import annotations
 
 import inspect
-import logging
 from abc import ABCMeta
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -33,8 +34,9 @@ import gradio as gr
 from gradio.component_meta import ComponentMeta
 
 from demos import look
-from demos.store import Loaded, ModelStore, Note, quiet
-from mmoe.errors import BadInput, MmoeError
+from demos.endpoints import endpoint
+from demos.store import Loaded, ModelStore, Note
+from mmoe.errors import BadInput
 from zoo.assets import asset
 from zoo.card import Card
 from zoo.images import read_image
@@ -42,9 +44,9 @@ from zoo.images import read_image
 if TYPE_CHECKING:
     from PIL import Image
 
-    from zoo.model import Model, TokenView
+    from zoo.model import Model
+    from zoo.views import TokenView
 
-log = logging.getLogger("mmoe.demo")
 HEAVY = "heavy"
 # Makes what the outputs of an event become after an error, given their number and the chosen model. It is a function
 # because a component that is made while the page is drawn would become a part of the page.
@@ -93,7 +95,7 @@ class Shell:
 
         Args:
             triggers: an event or several.
-            work: returns one value per output (a tuple for several).
+            work: returns one value per output (a tuple for several), or yields them again and again.
             inputs: components.
             outputs: components.
             api_name: name of the endpoint.
@@ -106,7 +108,7 @@ class Shell:
         events = triggers if isinstance(triggers, list) else [triggers]
         event = gr.on(
             events,
-            _endpoint(work, names, partial(blank or clear, len(outputs)), heavy, self._chosen(inputs)),
+            endpoint(work, names, partial(blank or clear, len(outputs)), heavy, self._chosen(inputs)),
             list(inputs),
             [message, *outputs],
             api_name=api_name,
@@ -185,39 +187,9 @@ def keep(count: int, model: str | None) -> list[Any]:
     return [gr.skip()] * count
 
 
-def _endpoint(
-    work: Callable[..., Any], names: Sequence[str], blank: Callable[[Any], list[Any]], heavy: bool, chosen: int | None
-) -> Any:
-    """A handler with named parameters (the API shows them) that turns errors into cards."""
-
-    def handler(*args: Any) -> list[Any]:
-        progress = args[-1] if heavy else None
-        note = quiet if progress is None else (lambda text, share: progress(share, desc=text))
-        try:
-            result = work(note, *args[: len(names)])
-        except MmoeError as error:
-            return failed(error, args)
-        except Exception:  # whatever it is: the visitor gets a sentence, the server's log the traceback
-            log.exception("the job %s failed", work.__qualname__)
-            error = MmoeError("this did not work", "an unexpected error; the server's log has it", "try another input")
-            return failed(error, args)
-        return ["", *(result if isinstance(result, tuple) else [result])]
-
-    def failed(error: MmoeError, args: Sequence[Any]) -> list[Any]:
-        return [look.message(error), *blank(None if chosen is None else args[chosen])]
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind) for name in names]
-    if heavy:
-        parameters.append(inspect.Parameter("progress", kind, default=gr.Progress()))
-    handler.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # gradio reads it
-    handler.__name__ = work.__name__
-    return handler
-
-
 def message_area() -> gr.HTML:
     """Where error cards appear and come into view; takes no room when there is none."""
-    return gr.HTML("", elem_classes="message", js_on_load=CARD_JS)
+    return gr.HTML("", elem_classes="error-area", js_on_load=CARD_JS)
 
 
 class _NoStub(ComponentMeta):
@@ -227,12 +199,17 @@ class _NoStub(ComponentMeta):
         return ABCMeta.__new__(meta, name, bases, members)
 
 
-def as_sent(kind: Any, read: Callable[[Any], Any] = lambda payload: payload) -> Any:
+def as_sent(kind: Any, read: Callable[[Any], Any] = lambda payload: payload, **methods: Any) -> Any:
     """A kind of component whose value reaches the handler as it was sent, so that our errors say what is wrong with it.
 
     It is a class because gradio makes a new component for each session that updates one.
+
+    Args:
+        kind: of gradio.
+        read: payload -> value.
+        methods: that it has in place of the kind's.
     """
-    members = {"is_template": True, "preprocess": lambda self, payload: read(payload)}
+    members = {"is_template": True, "preprocess": lambda self, payload: read(payload), **methods}
     return _NoStub(kind.__name__, (kind,), members)
 
 
@@ -302,6 +279,8 @@ class Family:
 
     headline: str | None = None
     seen = ""
+    answer = "first answer"
+    compared = ""  # sentence about the numbers of a comparison
 
     def __init__(self, cards: Sequence[Card], store: ModelStore) -> None:
         self.cards = list(cards)
@@ -361,6 +340,18 @@ class Family:
         result = model.predict(*inputs)
         return dict(result.top(len(result.labels)))
 
+    def contrast(
+        self, model: Model, inputs: tuple[Any, ...], changed: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Numbers of the same names before and after a change."""
+        before = self.predict(model, inputs)
+        with changed():
+            return before, self.predict(model, inputs)
+
+    def answers(self, before: dict[str, float], after: dict[str, float]) -> tuple[str, str]:
+        """Names of what the model answers before and after."""
+        return max(before, key=before.__getitem__), max(after, key=after.__getitem__)
+
     def batch(self, model: Model, inputs: tuple[Any, ...]) -> Any:
         """What the model sees."""
         return model.preprocess(*inputs)
@@ -378,9 +369,14 @@ class Family:
         by_name = dict(zip(self.parameters, inputs, strict=True))
         if "image" not in by_name:
             return None
-        picture = model.seen(by_name["image"]).copy()
-        picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
-        return picture
+        return shown(model.seen(by_name["image"]))
+
+
+def shown(picture: Image.Image) -> Image.Image:
+    """A copy at a size for the screen."""
+    small = picture.copy()
+    small.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+    return small
 
 
 def family(name: str, cards: Sequence[Card], store: ModelStore) -> Family:

@@ -69,7 +69,7 @@ footer .divider { display: none !important; }
 footer, footer a, footer button { color: var(--body-text-color-subdued) !important; }
 :is(button, a, input, textarea, [role=tab], [tabindex]):focus-visible {
   outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
-.message:not(:has(.error-card)), .once-filled:not(:has(td)) { display: none !important; }
+.error-area:not(:has(.error-card)), .once-filled:not(:has(td)) { display: none !important; }
 .if-filled:not(:has(img)) { display: none !important; }
 .switching:not(:has(input)) > button { display: none; }
 .switching > .block:not(:has(input)):not(:has(.pending)) { display: none; }
@@ -115,9 +115,10 @@ body:has(.page-head.dense) .for-experts, body:not(:has(.page-head.dense)) .for-d
   .panel-head { flex-direction: column; gap: 8px; }
   .card-text pre { padding-top: 34px !important; }
 }
-.captioned > label[data-testid=block-label] { position: static !important; border: 0; border-radius: 0; width: 100%;
-  background: none; padding: 7px 10px; box-shadow: none; }
+:is(.captioned, .captioned > .wrapper) > label[data-testid=block-label] { position: static !important; border: 0;
+  border-radius: 0; width: 100%; background: none; padding: 7px 10px; box-shadow: none; }
 .captioned .matplotlib { background: #fff; }
+.low .upload-container > .wrap { min-height: 132px; }
 .bottom-row { align-items: flex-end; }
 .hide-container > .html-container { padding: 0 !important; }
 .card-text table { display: block; overflow-x: auto; margin: 0 0 8px !important; padding: 0 !important; }

@@ -128,10 +128,7 @@ class _RoutingPanel:
         return self._layer(state["record"], read_layer(depth))
 
     def _layer(self, found: record.RoutingRecord, depth: int) -> tuple[Any, ...]:
-        from mmoe.figures import load_bars
-
-        bars = load_bars(record.loads(found, depth), title="Load per expert")
-        return record.overlay(found, depth), record.token_lines(found, depth), bars
+        return record.overlay(found, depth), record.token_lines(found, depth), layer_load(found, depth)
 
 
 def read_layer(depth: Any) -> int:
@@ -160,6 +157,20 @@ def depth_names(found: record.RoutingRecord) -> list[tuple[str, int]]:
     return choices
 
 
+def layer_load(found: record.RoutingRecord, depth: int) -> Any:
+    """Figure of how much the experts of one depth are used: bars, or where modalities share a layer, a row for each."""
+    from mmoe.figures import load_bars, load_heatmap
+
+    counts = record.modality_counts(found, depth)
+    if not counts:
+        return load_bars(record.loads(found, depth), title="Load per expert")
+    figure = load_heatmap([many.tolist() for many in counts.values()], names=list(counts), title="Load by modality")
+    told, most = record.information(found, depth)
+    if most:
+        figure.axes[0].set_xlabel(f"expert; it tells {told:.2f} of the {most:.2f} bits of the modality")
+    return figure
+
+
 def heatmap(found: record.RoutingRecord) -> Any:
     """Figure of all layers by experts."""
     from mmoe.figures import load_heatmap
@@ -175,11 +186,15 @@ def _about(found: record.RoutingRecord, seen: str) -> str:
     routes = f"each token goes to {many:g} of {experts} experts; {shown}"
     if many == experts:
         routes = f"each token goes to all {experts} experts; {shown}, the stronger the larger it is"
+    told = ""
+    if len(found.depths) > 1 and record.modality_counts(found, 1):
+        bits, depth = max((record.information(found, depth)[0], depth) for depth in range(1, found.depth + 1))
+        told = f"Experts tell most about the modality in layer {depth}: {bits:.2f} bits. "
     unused, slots = sum(len(row["dead"]) for row in rows), sum(row["num_experts"] for row in rows)
     return look.hint(
         f"{found.model}: {routes}. Most uneven here: {found.names[uneven['layer']]}, whose busiest expert has "
         f"{record.unevenness(uneven):.1f} times its even share. Experts this input did not use: "
-        f"{f'{unused} of {slots}' if unused else 'none'}. {seen}"
+        f"{f'{unused} of {slots}' if unused else 'none'}. {told}{seen}"
     )
 
 

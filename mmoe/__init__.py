@@ -35,6 +35,8 @@ _HOME = {
     "update_routers": "trace",
     "override": "override",
     "switch_off": "override",
+    "group_counts": "groups",
+    "mutual_information": "groups",
     "Profile": "profile",
     "count_params": "profile",
     "profile": "profile",

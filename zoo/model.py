@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -32,40 +32,6 @@ from zoo.weights import WEIGHTS, hub_errors, require_online
 FORMAT = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES |= {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenView:
-    """How the rows of some layers' routings map back to an input, for pictures of routing.
-
-    Rows are sample by sample: `prefix` rows that belong to no place (class token), then a grid of patches or `length`
-    tokens.
-
-    Attributes:
-        layers: pattern of layer names.
-        modality: "image", "text", "audio", ...
-        prefix: leading rows of each sample to leave out.
-        grid: rows and columns of patches.
-        length: rows of each sample for sequences.
-        tokens: shown text of each token per sample; samples may be shorter than `length`.
-    """
-
-    layers: str
-    modality: str
-    prefix: int = 0
-    grid: tuple[int, int] | None = None
-    length: int | None = None
-    tokens: tuple[tuple[str, ...], ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """Rows of one sample."""
-        return self.prefix + (self.grid[0] * self.grid[1] if self.grid is not None else self.length or 1)
-
-    def of_sample(self, rows: torch.Tensor, sample: int) -> torch.Tensor:
-        """Rows (T, ...) of a routing -> the patches or tokens of one sample."""
-        found = rows.unflatten(0, (-1, self.rows))[sample, self.prefix :]
-        return found if self.grid is not None or not self.tokens else found[: len(self.tokens[sample])]
 
 
 class Model(nn.Module):

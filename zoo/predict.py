@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import inspect
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,22 +11,22 @@ from typing import Annotated, Any
 
 import typer
 
-from mmoe.errors import BadInput, BadOverride, MmoeError, Refused, did_you_mean
-from zoo.cli import Json, echo_table, find_card, parse_settings, print_json
-from zoo.registry import model_folder
+from mmoe.errors import BadInput, BadOverride, MmoeError, Refused
+from zoo.cli import Json, echo_table, parse_settings, print_json
+from zoo.inputs import Call, check_options, known_card, read_call
 
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _RASTER = ("png", "jpg", "jpeg", "webp")
 _DRAWN = {"heatmap": (*_RASTER, "svg", "pdf"), "overlay": _RASTER, "out": ("png",)}
 _MOST_LAYERS, _MOST_EXPERTS = 16, 16  # that the summary shows
-_COMPARES = "zero-shot-classification"  # the task that takes texts to choose from
-_RUNS = (_COMPARES, "quality", "segmentation")
 
 
 def predict(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name, or a folder that a model was saved in.")],
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT", help="Pictures; behind them the texts to choose from, if any.")
+        list[str],
+        typer.Argument(
+            metavar="INPUT", help="Pictures; behind them the texts to choose from, or what is asked about the files."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Write the mask of the first picture here (PNG).")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the experts of every token here (JSON).")] = None,
@@ -39,6 +38,9 @@ def predict(
         list[str] | None,
         typer.Option("--with", metavar="KEY=VALUE", help="Another input of the model, such as scene=natural."),
     ] = None,
+    sound: Annotated[
+        bool, typer.Option("--sound", help="Recordings are sounds, for a model that takes speech as well.")
+    ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the config; may be repeated.")
     ] = None,
@@ -54,41 +56,50 @@ def predict(
     mmoe predict clip_moe_tiny fox.png "a fox" "a pizza"
     mmoe predict clip_moe_tiny fox.png "a fox" "a pizza" --trace routing.json --overlay overlay.png
     mmoe predict clip_moe_tiny fox.png "a fox" "a pizza" --router topk:top_k=1
+    mmoe predict uni_moe_tiny fox.png "What is this?"
+    mmoe predict uni_moe_tiny hello.wav --with max_new_tokens=20
     """
-    drawn = {"trace": trace, "heatmap": heatmap, "overlay": overlay, "out": out}
-    files = {kind: path for kind, path in drawn.items() if path is not None}
-    pictures, labels = _arguments(name, inputs)
-    _check_results(files, {Path(picture).resolve() for picture in pictures})
+    asked = (("trace", trace), ("heatmap", heatmap), ("overlay", overlay), ("out", out))
+    files = {kind: path for kind, path in asked if path is not None}
+    early = read_call(name, inputs, found, sound) if (found := known_card(name)) is not None else None
+    _check_results(files, {Path(word).resolve() for word in inputs})
     overrides = parse_settings(settings or [])
     router = router if router is not None else overrides.pop("router", None)
     _check_overrides(overrides)
     more = parse_settings(given or [], "--with", "--with scene=natural")
+    if early is not None:
+        _check_picture(files, early.with_media(more))
 
     from mmoe.trace import trace as record
 
     options = {"device": device, "dtype": dtype, "router": router, **overrides}
     model: Any = _loaded([name, *inputs], weights, options)
-    words = (labels,) if labels else ()
-    _check_given(model, more, len(words))
+    call = (early or read_call(name, inputs, model.card, sound)).with_media(more)
+    check_options(model, call, list(more))
+    _check_picture(files, call)
     with record(model) as routing:
-        result = model.predict(pictures, *words, **more)
+        result = _result(model, call, more)
     if out is not None:
         _save(result, out, name)
-    about = {"model": name, "inputs": list(inputs), **more, "result": result.as_dict()}
-    _draw({kind: path for kind, path in files.items() if kind != "out"}, model, (pictures, *words), routing, about)
-    report = model.load_report
+    about = {"model": name, "inputs": list(inputs), **more}
+    _draw(files, model, call, routing, {**about, "result": result.as_dict()})
     if as_json:
-        told = {"model": name, "weights": report.source if report else "random", "inputs": inputs, **more}
-        told |= result.as_dict()
-        told |= {"random_tensors": report.random} if report and report.random else {}
-        paths = {kind: str(path) for kind, path in files.items()}
-        print_json({**told, "routing": routing.summary(), "files": paths})
+        print_json(_as_data(about, model, result, routing, files))
         return
     _note_random(model)
-    _echo_result(result, pictures)
-    _echo_routing(routing.summary())
-    for kind, path in files.items():
-        typer.echo(f"{kind}: {path}")
+    _echo_result(result, call.pictures)
+    _echo_routing(routing.summary(), files)
+
+
+def _as_data(
+    about: Mapping[str, Any], model: Any, result: Any, routing: Any, files: Mapping[str, Path]
+) -> dict[str, Any]:
+    """What is printed for programs."""
+    report = model.load_report
+    told = {"model": about["model"], "weights": report.source if report else "random", **about, **result.as_dict()}
+    told |= {"random_tensors": report.random} if report and report.random else {}
+    paths = {kind: str(path) for kind, path in files.items()}
+    return {**told, "routing": routing.summary(), "files": paths}
 
 
 def _loaded(given: Sequence[str], weights: str | None, options: Mapping[str, Any]) -> Any:
@@ -141,6 +152,20 @@ def _echo_result(result: Any, pictures: Sequence[str]) -> None:
         header, rows = result.table(index)
         echo_table([picture, *header], rows, right=range(1, 1 + len(header)))
         typer.echo()
+    if not pictures:
+        typer.echo(f"{result}\n")
+
+
+def _result(model: Any, call: Call, more: Mapping[str, Any]) -> Any:
+    """What the model says; options of writing are checked by the library that writes."""
+    try:
+        return model.predict(*call.args, **{**call.media, **more})
+    except (ValueError, TypeError) as error:
+        if isinstance(error, MmoeError) or call.options is None or not more:
+            raise
+        given = ", ".join(f"{key}={value}" for key, value in more.items())
+        wrong = str(error).strip().partition("\n")[0]
+        raise BadOverride(f"cannot write a reply with {given}", wrong, "--with max_new_tokens=20") from error
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:
@@ -149,8 +174,9 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
         raise BadOverride(asked, "it is one of loading, not of the config", "mmoe predict --help")
 
 
-def _draw(files: Mapping[str, Path], model: Any, inputs: Sequence[Any], routing: Any, about: Mapping[str, Any]) -> None:
-    """Writes what the experts did; of a model that cuts pictures into windows, with each picture as one."""
+def _draw(files: Mapping[str, Path], model: Any, call: Call, routing: Any, about: Mapping[str, Any]) -> None:
+    """Writes what the experts did; of a model that runs its layers in parts, with all of an input as one."""
+    files = {kind: path for kind, path in files.items() if kind != "out"}
     if not files:
         return
     import torch
@@ -158,13 +184,14 @@ def _draw(files: Mapping[str, Path], model: Any, inputs: Sequence[Any], routing:
     from mmoe.trace import trace
     from zoo import routes
 
-    batch = model.preprocess(*inputs)
+    batch = model.preprocess(*call.args, **call.media)
     if model.views_note and (model.windows or "overlay" in files):
         typer.echo(f"note: {model.views_note}", err=True)
     if model.windows:
         with torch.no_grad(), trace(model) as routing:
             model(**batch)
-    routes.write(files, routing.joined(), model.views(batch), about, model.seen(inputs[0][0]))
+    seen = None if call.picture is None else model.seen(call.picture)
+    routes.write(files, routing.joined(), model.views(batch), about, seen)
 
 
 def _note_random(model: Any) -> None:
@@ -178,13 +205,10 @@ def _note_random(model: Any) -> None:
         typer.echo(f"note: {what} random, so the result means nothing", err=True)
 
 
-def _check_given(model: Any, given: Mapping[str, Any], words: int) -> None:
-    """Fails where the model takes no such input."""
-    known = list(inspect.signature(model.predict).parameters)[1 + words :]
-    for key in given:
-        if key not in known:
-            wrong = did_you_mean(key, known) if known else "it takes no other inputs"
-            raise BadOverride(f"no input {key!r} of {type(model).__name__}", wrong, "mmoe predict --help")
+def _check_picture(files: Mapping[str, Path], call: Call) -> None:
+    if "overlay" in files and call.picture is None:
+        wrong = "there is no picture to draw them over"
+        raise BadInput(f"cannot draw experts to '{files['overlay']}'", wrong, "--trace routing.json")
 
 
 def _save(result: Any, path: Path, name: str) -> None:
@@ -208,42 +232,14 @@ def _check_results(files: Mapping[str, Path], kept: Collection[Path]) -> None:
             raise BadInput(f"cannot draw to '{path}'", f"the suffix names the format: {', '.join(known)}", fix)
 
 
-def _arguments(name: str, inputs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Pictures and labels, after every check that needs no torch.
-
-    Pictures come first, at least one; what is not named like a picture is a label.
-    """
-    folder, compares = model_folder(name), None
-    if not name.startswith("hf-hub:") and (folder is None or (folder / "card.json").is_file()):
-        found, _ = find_card(name)
-        if not set(_RUNS) & set(found.tasks):
-            wrong = f"its tasks are {', '.join(found.tasks)}; this runs {', '.join(_RUNS)}"
-            raise Refused(f"cannot run {name!r} from the command line", wrong, f"zoo.load({name!r}).predict(...)")
-        compares = _COMPARES in found.tasks
-
-    from zoo.images import read_image
-
-    count = 1
-    while count < len(inputs) and Path(inputs[count]).suffix.lower() in _PICTURES:
-        count += 1
-    pictures, labels = list(inputs[:count]), list(inputs[count:])
-    for picture in pictures:
-        read_image(picture)
-    if compares is False and labels:
-        wrong = "it takes no texts, and what has no ending of a picture is one"
-        raise BadInput(f"cannot show {labels[0]!r} to {name}", wrong, f"mmoe predict {name} {pictures[0]}")
-    if (compares and not labels) or not all(label.strip() for label in labels):
-        wrong = "one label is empty" if labels else "the texts to choose from come after it"
-        fix = f"mmoe predict {name} {pictures[0]} 'a fox' 'a pizza'"
-        raise BadInput(f"cannot compare '{pictures[-1]}' with no text", wrong, fix)
-    return pictures, labels
+def _echo_routing(layers: Sequence[Mapping[str, Any]], files: Mapping[str, Path]) -> None:
+    """Experts used per layer, the busiest ones where there are many, and what was written."""
+    _echo_layers(layers) if layers else typer.echo("no layer has experts")
+    for kind, path in files.items():
+        typer.echo(f"{kind}: {path}")
 
 
-def _echo_routing(layers: Sequence[Mapping[str, Any]]) -> None:
-    """Experts used per layer; the busiest ones where there are many."""
-    if not layers:
-        typer.echo("no layer has experts")
-        return
+def _echo_layers(layers: Sequence[Mapping[str, Any]]) -> None:
     rows = []
     for layer in layers[:_MOST_LAYERS]:
         shares = " ".join(f"{100 * share:3.0f}" for share in layer["use"])

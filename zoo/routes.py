@@ -16,7 +16,7 @@ from mmoe.errors import BadInput, Refused
 from mmoe.figures import load_heatmap, patch_overlay, save_figure
 from mmoe.routing import Routing, first_choice
 from mmoe.trace import Trace
-from zoo.model import TokenView
+from zoo.views import TokenView
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,14 +31,13 @@ def token_experts(routing: Trace, views: Sequence[TokenView]) -> list[dict[str, 
 
     Returns:
         Entries with "layer", "modality", "sample", "grid" (rows and columns of patches, or None), "tokens" (texts, or
-        None), and per token the "experts" it used with their "weights".
+        None), "about" where the view has that, and per token the "experts" it used with their "weights".
     """
     found = []
     for view in views:
         layers = routing.select(view.layers)
         for name, rows in zip(layers.names, layers, strict=True):
-            samples = len(rows.experts) // view.rows
-            for sample in range(min(samples, len(view.tokens)) if view.tokens else samples):
+            for sample in view.samples(rows.experts):
                 found.append(
                     {
                         "layer": name,
@@ -46,6 +45,7 @@ def token_experts(routing: Trace, views: Sequence[TokenView]) -> list[dict[str, 
                         "sample": sample,
                         "grid": list(view.grid) if view.grid is not None else None,
                         "tokens": list(view.tokens[sample]) if view.tokens else None,
+                        **({"about": view.about} if view.about else {}),
                         **_used(rows, view, sample),
                     }
                 )
@@ -77,7 +77,7 @@ def picture_overlay(routing: Trace, views: Sequence[TokenView], picture: Image.I
     """
     for view in views:
         layers = routing.select(view.layers)
-        if view.grid is not None and len(layers):
+        if view.grid is not None and len(layers) and sample in view.samples(layers[-1].experts):
             last = layers[-1]
             experts = view.of_sample(first_choice(last), sample)
             return patch_overlay(picture, experts, view.grid, num_experts=last.num_experts)
@@ -89,7 +89,7 @@ def write(
     routing: Trace,
     views: Sequence[TokenView],
     about: Mapping[str, Any],
-    picture: Image.Image,
+    picture: Image.Image | None,
 ) -> None:
     """Writes what was asked for, each file whole or not at all.
 
@@ -98,7 +98,7 @@ def write(
         routing: recorded routings of a batch.
         views: of the model for the same batch.
         about: goes into the trace first.
-        picture: what the model saw of the first picture of the batch.
+        picture: what the model saw of the first picture of the batch; an overlay needs one.
 
     Raises:
         Refused: experts are to be drawn and the model has none.
@@ -112,5 +112,5 @@ def write(
             file.write((json.dumps(data, ensure_ascii=False) + "\n").encode())
     if "heatmap" in files:
         save_figure(load_heatmap(routing), files["heatmap"])
-    if "overlay" in files:
+    if "overlay" in files and picture is not None:
         save_figure(picture_overlay(routing, views, picture), files["overlay"])

@@ -96,7 +96,8 @@ def _one_channel(values: np.ndarray, name: str) -> np.ndarray:
         limits = np.iinfo(values.dtype)
         middle = 128 if limits.min == 0 else 0
         values = (values.astype(np.float32) - middle) / (limits.max + 1 - middle)
-    mono: np.ndarray = values.astype(np.float32).reshape(len(values), -1).mean(1)
+    with np.errstate(invalid="ignore"):
+        mono: np.ndarray = values.astype(np.float32).reshape(len(values), -1).mean(1)
     if not np.isfinite(mono).all():
         raise BadInput(f"cannot use {name}", "it holds values that are no numbers", FILES)
     return mono

@@ -544,7 +544,8 @@ def test_only_code_is_in_the_code_font() -> None:
 
 def test_words_of_a_visitor_are_quoted_apart() -> None:
     hebrew = "\u05e9\u05dc\u05d5\u05dd"
-    told = ablate._verdict({hebrew: 0.9, "a fox": 0.1}, {hebrew: 0.2, "a fox": 0.8}, {"x": [0]})
+    page = Family(zoo.list_models(MODEL), ModelStore())
+    told = ablate._verdict({hebrew: 0.9, "a fox": 0.1}, {hebrew: 0.2, "a fox": 0.8}, {"x": [0]}, page)
     assert f"from “\u2068{hebrew}\u2069” (90.0" in told and "to “\u2068a fox\u2069” (10.0" in told
     assert look.quoted("a\u2069b\u202ec") == "“\u2068a b c\u2069”", "nothing in the words ends their place"
 

@@ -645,7 +645,7 @@ def test_a_model_that_does_something_else(run: Any, fox: Path, tmp_path: Path) -
     assert (done.code, done.err) == (
         2,
         f"error: cannot run '{tmp_path}' from the command line\n"
-        "  its tasks are captions; this runs zero-shot-classification, quality, segmentation\n"
+        "  its tasks are captions; this runs zero-shot-classification, quality, segmentation, chat\n"
         f"  try: zoo.load('{tmp_path}').predict(...)\n",
     )
 

@@ -24,7 +24,7 @@ import mmoe
 import zoo
 from mmoe.errors import BadInput, BadOverride, Offline, Refused
 from zoo import model as model_module
-from zoo.model import TokenView
+from zoo.views import TokenView
 
 FILES = ["card.json", "config.json", "model.safetensors", "preprocess.json"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -21,11 +23,13 @@ from torch import Tensor
 import mmoe
 import zoo
 from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, Refused
+from zoo import routes
 from zoo.hosts.beats import log_mels
 from zoo.hosts.decoder import mixtures_of
-from zoo.uni_moe.config import UniMoEConfig
+from zoo.uni_moe.config import MODALITIES, UniMoEConfig
 from zoo.uni_moe.convert import convert_names, from_original, to_original
 from zoo.uni_moe.model import PLACEHOLDERS, UniMoE
+from zoo.views import TokenView
 
 SIZES: dict[str, Any] = {"vocab_size": 60, "width": 32, "layers": 3, "heads": 4, "ffn_dim": 48, "positions": 128}
 SIZES |= {"num_experts": 3, "queries": 4}
@@ -284,6 +288,17 @@ def test_how_likely_replies_are(talking: UniMoE) -> None:
         talking.reply_likelihoods([])
     with pytest.raises(BadInput, match="'smell' is no medium"):
         talking.reply_likelihoods(["a"], smell=1)
+
+
+def test_a_stream_that_is_dropped_stops_writing(talking: UniMoE) -> None:
+    steps = []
+    talking.llm.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    words = talking.stream("Hi", max_new_tokens=200)
+    next(words)
+    words.close()
+    written = len(steps)
+    assert written < 150
+    assert talking.predict("Hi", max_new_tokens=1).tokens == 1 and len(steps) == written + 1, "nothing goes on"
 
 
 def test_a_saved_model_talks_alone(talking: UniMoE, tmp_path: Path) -> None:
@@ -570,3 +585,180 @@ def test_an_expert_that_is_not_whole() -> None:
     del names["model.layers.0.mlp.experts.1.up_proj.weight"]
     with pytest.raises(LoadMismatch, match=r"experts\.1 has no up_proj"):
         convert_names(names)
+
+
+# ---- views ----
+
+
+def views_by_kind(model: UniMoE, batch: dict[str, Any]) -> dict[str, list[TokenView]]:
+    found: dict[str, list[TokenView]] = {}
+    for view in model.views(batch):
+        found.setdefault(view.modality, []).append(view)
+    return found
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_views_find_every_modality_in_the_sequence(talking: UniMoE, left: bool) -> None:
+    told = given()
+    batches = [
+        talking.preprocess("Hi <image> and <image>, no?", image=[told["image"]] * 2, sound=told["sound"]),
+        talking.preprocess("Well, what is all of this about?", **told),
+        talking.preprocess("é"),
+    ]
+    batch = talking.collate(batches, left=left)
+    with torch.no_grad(), mmoe.trace(talking) as routing:
+        kinds = talking(**batch).spliced.modality  # (B, L)
+    layers = [*mixtures_of(talking.llm)]
+    views = views_by_kind(talking, batch)
+    assert [len(views[name]) for name in MODALITIES] == [1, 2, 1, 1, 1]
+    rows = kinds.flatten()
+    seen = torch.zeros_like(rows)
+    for name, own in views.items():
+        for view in own:
+            assert view.rows == kinds.shape[1] and len(routing.select(view.layers)) == len(layers)
+            for sample in view.samples(rows):
+                assert set(view.of_sample(rows, sample).tolist()) == {MODALITIES.index(name)}
+                seen[sample * view.rows + torch.tensor(view.places[sample])] += 1
+    assert torch.equal(seen == 1, rows >= 0) and seen.max() == 1, "every place once, and no padding"
+    assert [view.samples(rows) for view in views["image"]] == [[0, 1], [0]]
+    assert views["speech"][0].samples(rows) == [1]
+    (text,) = views["text"]
+    assert "".join(text.tokens[1]).count("Well, what is all of this about?") == 1
+    assert all(len(words) == len(places) for words, places in zip(text.tokens, text.places, strict=True))
+    assert views["image"][0].grid == (2, 2) and views["speech"][0].about.startswith("4 tokens per 1 s")
+    assert len(views["speech"][0].places[1]) == 8, "two chunks"
+    assert views["sound"][0].about.startswith("4 tokens per 30 s")
+
+
+def test_views_of_other_encoders(talking: UniMoE) -> None:
+    branches = {"vision": {"timm": "test_efficientnet", "image_size": 96}}
+    branches["speech"] = {**SPEECH, "positions": 50, "connector": "stack", "stack": 4}
+    branches["sound"] = {**SOUND, "seconds": 3}
+    model = build(**{**vars(talking.config), **branches})
+    batch = model.preprocess("Hi", image=given()["image"], speech=given()["speech"], sound=given()["sound"])
+    with torch.no_grad():
+        rows = model(**batch).spliced.modality.flatten()
+    views = views_by_kind(model, batch)
+    for name, (view,) in views.items():
+        assert set(view.of_sample(rows, 0).tolist()) == {MODALITIES.index(name)}
+    assert sum(len(view.places[0]) for (view,) in views.values()) == len(rows)
+    assert views["image"][0].grid == (3, 3) and len(views["speech"][0].places[0]) == 2 * 13
+    assert views["speech"][0].about == "13 tokens per 1 s, in the order of time"
+    assert views["sound"][0].about.startswith("4 tokens per 3 s, each made from the whole of it")
+
+
+def test_experts_of_every_token_are_written(talking: UniMoE, tmp_path: Path) -> None:
+    batch = talking.preprocess("Hi", **given())
+    with torch.no_grad(), mmoe.trace(talking) as routing:
+        talking(**batch)
+    views = talking.views(batch)
+    found = routes.token_experts(routing.joined(), views)
+    layers = len(mixtures_of(talking.llm))
+    assert [one["modality"] for one in found] == [name for view in views for name in [view.modality] * layers]
+    for one in found:
+        size = len(one["tokens"] or one["experts"])
+        assert len(one["experts"]) == size and all(len(experts) == 2 for experts in one["experts"])
+    picture = routes.picture_overlay(routing.joined(), views, talking.seen(given()["image"]))
+    assert picture.width >= 480
+    with pytest.raises(BadInput, match="no layer routes its patches"):
+        alone = talking.preprocess("Hi", speech=given()["speech"])
+        routes.picture_overlay(routing.joined(), talking.views(alone), talking.seen(given()["image"]))
+
+
+# ---- the command line ----
+
+
+@pytest.fixture
+def saved(talking: UniMoE, tmp_path: Path) -> Path:
+    """A folder of a model that talks, beside a picture, speech, a sound and frames."""
+    talking.predict("Hi", max_new_tokens=1)
+    card = replace(zoo.card("uni_moe_speech"), name="small", modalities=MODALITIES, weights={})
+    talking.save(tmp_path / "saved", card=card)
+    given()["image"].save(tmp_path / "a fox.png")
+    (tmp_path / "frames").mkdir()
+    given()["image"].save(tmp_path / "frames" / "1.png")
+    soundfile.write(tmp_path / "said.wav", given()["speech"], 16_000)
+    soundfile.write(tmp_path / "heard.flac", 0.1 * np.sin(np.arange(8_000)), 16_000)
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_predict_asks_about_files(run: Any, saved: Path, talking: UniMoE) -> None:
+    fox, said, heard = (saved / name for name in ("a fox.png", "said.wav", "heard.flac"))
+    short = ["--with", "max_new_tokens=5"]
+    for words, want in (
+        ([fox, "What is it?"], {"text": "What is it?", "image": fox}),
+        ([fox], {"image": fox}),
+        (["Hello"], {"text": "Hello"}),
+        ([said], {"speech": said}),
+        (["--sound", heard], {"sound": heard}),
+        ([fox, heard, "--sound", "What?"], {"text": "What?", "image": fox, "sound": heard}),
+        ([said, "--with", f"sound={heard}"], {"speech": said, "sound": str(heard)}),
+        ([saved / "frames", "Hi", "Ho", "Well?"], {"text": ["Hi", "Ho", "Well?"], "video": saved / "frames"}),
+        ([fox, fox, "Both?"], {"text": "Both?", "image": [fox, fox]}),
+    ):
+        done = run("predict", saved / "saved", *words, *short, "--json")
+        want = talking.predict(max_new_tokens=5, **want)
+        assert (done.code, done.err) == (0, "")
+        assert (done.json["text"], done.json["tokens"]) == (want.text, want.tokens)
+    done = run("predict", saved / "saved", fox, "What is it?", *short)
+    assert done.out.startswith(talking.predict("What is it?", image=fox, max_new_tokens=5).text + "\n")
+    assert "llm.model.layers.2.mlp" in done.out
+
+
+def test_predict_writes_experts_of_what_was_asked(run: Any, saved: Path, talking: UniMoE) -> None:
+    trace, overlay, heatmap = (saved / name for name in ("t.json", "o.png", "h.png"))
+    done = run(
+        *("predict", saved / "saved", saved / "a fox.png", saved / "said.wav", "What?", "--with", "max_new_tokens=3"),
+        *("--trace", trace, "--overlay", overlay, "--heatmap", heatmap),
+    )
+    assert done.code == 0 and "in one pass" in done.err
+    assert Image.open(overlay).width >= 480 and heatmap.is_file()
+    found = json.loads(trace.read_text())
+    layers = len(mixtures_of(talking.llm))
+    assert [one["modality"] for one in found["tokens"]] == [
+        *["text"] * layers,
+        *["image"] * layers,
+        *["speech"] * layers,
+    ]
+    assert found["tokens"][-1]["about"].startswith("4 tokens per 1 s") and found["result"]["tokens"] <= 3
+    batch = talking.preprocess("What?", image=saved / "a fox.png", speech=saved / "said.wav")
+    text = found["tokens"][0]
+    assert len(text["experts"]) == len(text["tokens"]) == int((batch["input_ids"] >= 0).sum())
+    assert sum(len(one["experts"]) for one in found["tokens"][::layers]) == talking(**batch).logits.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["T/gone.png"], "cannot read the picture 'T/gone.png'\n  no such file"),
+        (["T/gone.wav"], "cannot read 'T/gone.wav'\n  there is no such file"),
+        (["T/notes.txt"], "cannot show 'T/notes.txt'\n  its ending is neither of a picture nor of a recording"),
+        (["T/a.mp4"], "cannot show 'T/a.mp4'\n  videos are folders of pictures"),
+        (["T/a fox.png", " "], "nothing\n  a text is empty"),
+        (["Hi", "Ho"], "2 texts\n  user and model take turns, and the user is the last"),
+        (["Hi", "--with", "max_new_token=3"], "no input 'max_new_token' of UniMoE\n  did you mean: max_new_tokens"),
+        (["Hi", "--with", "temperature=-1", "--with", "do_sample=true"], "cannot write a reply with temperature=-1"),
+        (["Hi", "--with", "max_new_tokens=0"], "max_new_tokens=0"),
+        (["T/said.wav", "--overlay", "T/o.png"], "cannot draw experts to 'T/o.png'\n  there is no picture"),
+        (["T/a fox.png", "--out", "T/o.png"], "draws no mask"),
+        (["Hi", "--with", "image=T/gone.png"], "cannot read the picture 'T/gone.png'"),
+    ],
+)
+def test_predict_tells_what_is_wrong(run: Any, saved: Path, words: list[str], told: str) -> None:
+    done = run("predict", saved / "saved", *(word.replace("T/", f"{saved}/") for word in words))
+    assert done.code == 2 and told.replace("T/", f"{saved}/") in done.err
+
+
+def test_predict_of_a_model_without_that_branch(run: Any, saved: Path) -> None:
+    folder, said = saved / "saved", saved / "said.wav"
+    text = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps({**text, "modalities": ["text", "image", "sound"]}))
+    assert run("predict", folder, said, "--json", "--with", "max_new_tokens=2").code == 0, "recordings are sounds"
+    (folder / "card.json").write_text(json.dumps({**text, "modalities": ["text", "sound"]}))
+    done = run("predict", folder, saved / "a fox.png")
+    assert (
+        done.code == 2 and "it takes text, sound, and this is an image\n  try: mmoe list --modality image" in done.err
+    )
+    done = run("predict", "clip_moe_tiny", saved / "a fox.png", "a", "--sound")
+    assert done.code == 2 and "clip_moe_tiny hears no recordings" in done.err

@@ -34,8 +34,9 @@ from zoo.clip_moe.loss import contrastive_loss, pooled_balance, world
 from zoo.config import make_config
 from zoo.hosts.clip import check_colour, check_pictures, check_texts, make_tokenizer, text_tokens
 from zoo.images import read_image
-from zoo.model import Model, TokenView
+from zoo.model import Model
 from zoo.table import most_probable, shorten
+from zoo.views import TokenView
 
 _PREDICT = "model.predict('fox.png', ['a fox', 'a dog'])"
 

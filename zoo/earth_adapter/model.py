@@ -36,8 +36,9 @@ from zoo.earth_adapter.config import EarthAdapterConfig
 from zoo.earth_adapter.heads import HEADS, IGNORED
 from zoo.earth_adapter.result import Segmentation, Segmentations, class_colors
 from zoo.images import read_image
-from zoo.model import Model, TokenView
+from zoo.model import Model
 from zoo.state import State
+from zoo.views import TokenView
 
 _PREDICT = "model.predict('tile.png')"
 _PARTS = ("cls_token", "reg_token", "pos_embed", "patch_embed.*", "norm.*")

@@ -42,8 +42,9 @@ from zoo.gamma.host import Adapter, AnySizeCLIP, add_experts, check_size, level_
 from zoo.gamma.losses import captions, loss_of
 from zoo.hosts.clip import check_colour, check_pictures, make_tokenizer, text_tokens
 from zoo.images import read_image
-from zoo.model import Model, TokenView
+from zoo.model import Model
 from zoo.table import most_probable
+from zoo.views import TokenView
 
 AUTO = -1  # in place of a scene's number
 _PREDICT = "model.predict('photo.jpg')"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,8 +47,12 @@ class Reply:
         return {"text": self.text, "tokens": self.tokens}
 
 
+class _Dropped(Exception):
+    """Nobody reads on."""
+
+
 def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
-    """Words as they are written.
+    """Words as they are written; closing the iterator ends the writing at its next token.
 
     Args:
         tokenizer: of transformers.
@@ -57,7 +61,12 @@ def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
     from transformers import TextIteratorStreamer
 
     words = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
-    failed: list[BaseException] = []
+    dropped, put, failed = Event(), words.put, list[BaseException]()
+
+    def put_or_stop(tokens: Tensor) -> None:
+        if dropped.is_set():
+            raise _Dropped
+        put(tokens)
 
     def run() -> None:
         try:
@@ -66,10 +75,14 @@ def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
             failed.append(error)
             words.end()
 
+    words.put = put_or_stop
     writing = Thread(target=run, daemon=True)
     writing.start()
-    yield from words
-    writing.join()
+    try:
+        yield from words
+    finally:
+        dropped.set()
+        writing.join()
     if failed:
         raise failed[0]
 

@@ -65,7 +65,7 @@ def splice(
         [[0, 1, 1, 1, 0]]
     """
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    left = bool((~mask[:, 0] & mask[:, -1]).any())
+    left = pads_left(mask)
     rows = []
     for sample, row in enumerate(ids):
         blocks = {placeholder: list(of_samples[sample]) for placeholder, of_samples in features.items()}
@@ -89,6 +89,11 @@ def splice(
         modality=modality,
         labels=None if labels is None else fill(told, IGNORED),
     )
+
+
+def pads_left(mask: Tensor) -> bool:
+    """Whether a batch with a mask (B, N) of truth values is filled up on the left."""
+    return bool((~mask[:, 0] & mask[:, -1]).any())
 
 
 def clips(chunks: Tensor, numbers: Tensor) -> list[Tensor]:

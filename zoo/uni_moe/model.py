@@ -25,6 +25,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,6 +41,7 @@ from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer, tokenize
 from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
 from zoo.hosts.replies import Reply, likelihoods, streamed
 from zoo.hosts.splice import IGNORED, Spliced, splice
+from zoo.images import as_seen
 from zoo.model import Model
 from zoo.state import State
 from zoo.uni_moe.config import MODALITIES, UniMoEConfig
@@ -47,6 +49,8 @@ from zoo.uni_moe.losses import divergence_loss, modality_loss
 from zoo.uni_moe.media import image_tensor, sound_tensor, speech_tensor, video_tensor
 from zoo.uni_moe.parts import TENSORS, added_to, part_state
 from zoo.uni_moe.towers import Sound, Speech, Vision
+from zoo.uni_moe.views import batch_views
+from zoo.views import TokenView
 from zoo.weights import locate
 
 PLACEHOLDERS = {"<image>": -200, "<speech>": -300, "<video>": -400, "<sound>": -500}
@@ -90,6 +94,8 @@ class UniMoE(Model):
     family = "uni_moe"
     config_class = UniMoEConfig
     base_tensors = MappingProxyType(TENSORS)
+    windows = True  # a reply is written token by token: routing is shown by one forward of the whole
+    views_note = "experts are written and drawn of what was asked, in one pass; those of the reply are not among them"
 
     def __init__(self, config: UniMoEConfig) -> None:
         super().__init__(config)
@@ -263,6 +269,15 @@ class UniMoE(Model):
             Refused: they have neither turns nor a text.
         """
         return self.collate([self._conversation(sample) for sample in samples])
+
+    def views(self, batch: Mapping[str, Any]) -> list[TokenView]:
+        """Where text, patches and tokens of recordings lie in the sequence, of a batch of `preprocess` or `collate`."""
+        patches = 0 if self.vision is None else self.vision.patches
+        return batch_views(self.config, batch, PLACEHOLDERS, self.tokenizer, patches)
+
+    def seen(self, picture: Any) -> Image.Image:
+        """The square middle of a picture."""
+        return as_seen(picture)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Computes the activations of the language model again in backward instead of keeping them."""

@@ -10,6 +10,7 @@ Shapes: B samples, F frames, S side, M mel bands, T time, Q queries, C width of 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,6 +89,13 @@ class Vision(_Tower):
             return found[:, self.encoder.num_prefix_tokens :]
         rows_first = found.shape[1] != self.encoder.num_features  # (B, rows, columns, C)
         return found.flatten(1, 2) if rows_first else found.flatten(2).transpose(1, 2)
+
+    @cached_property
+    def patches(self) -> int:
+        """Tokens of a picture."""
+        like = next(self.encoder.parameters())
+        with torch.no_grad():
+            return self.read(like.new_zeros(1, 3, self.size, self.size)).shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> tokens (B, patches, D)."""
