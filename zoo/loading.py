@@ -102,7 +102,7 @@ def load(
     model.card = origin.card
     model.to(dtype)
     if origin.folder is not None:
-        _restore_preprocessing(model, origin.folder / "preprocess.json")
+        _restore_preprocessing(model, origin, changed={**overrides, **swapped})
     if loads:
         allowed = _patterns(allow_missing)
         allowed += [pattern for key in swapped for pattern in _fresh_patterns(key)]
@@ -170,8 +170,16 @@ def _fresh_patterns(swapped: str) -> list[str]:
     return [f"{swapped}.*", f"*.{swapped}.*"]
 
 
-def _restore_preprocessing(model: Model, path: Path) -> None:
+def _restore_preprocessing(model: Model, origin: _Origin, changed: Mapping[str, Any]) -> None:
+    """Gives a model the preprocessing that it was saved with, but for what options change that are given now."""
+    assert origin.folder is not None
+    path = origin.folder / "preprocess.json"
     values = _read_json(path)
+    if changed and isinstance(values, dict):
+        with torch.device("meta"):
+            as_saved = origin.model_class(make_config(origin.model_class.config_class, origin.config, origin.label))
+        before = as_saved.preprocessing
+        values |= {key: value for key, value in model.preprocessing.items() if value != before.get(key)}
     try:
         model.preprocessing = values
     except (KeyError, TypeError, ValueError) as error:

@@ -153,8 +153,7 @@ class EarthAdapterConfig:
             first, behind = setting.fft_layers
             self._set("fft_layers", tuple(layer for layer in range(first, behind) if layer < self.depth))
         defaults = {"adapter_dim": setting.adapter_dim, "cutoff": setting.cutoff, "classes": setting.classes}
-        defaults |= {"heads": max(1, self.width // 64), "stride": max(1, self.image_size * 2 // 3)}
-        defaults |= {"out_layers": _evenly(self.depth)}
+        defaults |= {"heads": max(1, self.width // 64), "out_layers": _evenly(self.depth)}
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 self._set(name, value)
@@ -163,13 +162,19 @@ class EarthAdapterConfig:
                 self._set(name, tuple(getattr(self, name)))
         self._check()
 
+    @property
+    def window_stride(self) -> int:
+        """Pixels between windows of larger pictures."""
+        return self.stride or max(1, self.image_size * 2 // 3)
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     def _check(self) -> None:
         for name, least in _LEAST.items():
             check_int(name, getattr(self, name), least)
-        check_int("stride", self.stride, 1, self.image_size)
+        if self.stride is not None:
+            check_int("stride", self.stride, 1, self.image_size)
         check_float("mlp_ratio", self.mlp_ratio, above=0)
         check_split(self.cutoff, self.box)
         check_float("adaptation_weight", self.adaptation_weight, low=0, usual=0.5)

@@ -112,7 +112,7 @@ class EarthAdapter(Model):
         self._adaptation: Adaptation | None = None
         self.preprocessing = {
             "image_size": config.image_size,
-            "stride": config.stride,
+            "stride": config.window_stride,
             "mean": list(config.image_mean),
             "std": list(config.image_std),
             "background": [0, 0, 0],
