@@ -276,7 +276,8 @@ def train(
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
             processes = int(os.environ.get("WORLD_SIZE", "1"))
-            more = f" --launch {processes}" if processes > 1 else ""
+            more = "".join(f" --stage {stage}" for stage in stages or ())
+            more += f" --launch {processes}" if processes > 1 else ""
             print(f"stopped; go on with: mmoe train {shlex.quote(str(out))} --resume{more}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if os.environ.get("RANK", "0") == "0":  # the first process tells
@@ -363,16 +364,16 @@ def evaluate(
     mmoe eval clip_moe_tiny --on emoji
     mmoe eval runs/clip_moe_router
     mmoe eval runs/mine/model --on pairs:photos --limit 100 --out results.json
-    mmoe eval gamma_tiny --on distorted_photos --option fold=1
+    mmoe eval gamma_tiny --on distorted_photos --option without=blur
     """
     from train.score import measure
     from zoo.cli import parse_settings
 
-    options = parse_settings(option or [], "--option", "--option fold=1")
+    options = parse_settings(option or [], "--option", "--option without=blur")
     results: dict[str, Any] = measure(model, on, task, limit, options=options, out=out, to_card=to_card, progress=True)
     if results["trained_on"]:
         told = f"{results['trained_on']} of these {results['samples']} samples"
-        print(f"note: the run was trained on {told}", file=sys.stderr)
+        print(f"note: it was trained on {told}", file=sys.stderr)
     if as_json:
         print(json.dumps(results, indent=2))
         return

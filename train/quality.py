@@ -64,7 +64,8 @@ SCALES = {
 def agreement(predicted: Sequence[float], given: Sequence[float], *, digits: int = 4) -> dict[str, float]:
     """SRCC, PLCC and KRCC, -1 to 1, and "PLCC logistic-4" behind a fitted curve.
 
-    Correlations are 0 where one side does not vary, and that behind a curve where none can be fitted.
+    Correlations are 0 where one side does not vary. Where no curve can be fitted, as with few scores, that behind one
+    is PLCC itself.
 
     Raises:
         BadInput: some scores are no numbers.
@@ -82,7 +83,7 @@ def agreement(predicted: Sequence[float], given: Sequence[float], *, digits: int
     found = [test(predicted, given).statistic for test in (spearmanr, pearsonr, kendalltau)]
     fitted = fit_logistic(predicted, given)
     varies = fitted is not None and len(set(fitted.tolist())) > 1
-    found.append(pearsonr(fitted, given).statistic if varies else 0.0)
+    found.append(pearsonr(fitted, given).statistic if varies else found[1])
     return {name: round(float(value), digits) for name, value in zip(names, found, strict=True)}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from mmoe.errors import BadOverride, LoadMismatch, UnknownName, did_you_mean
+from mmoe.errors import BadOverride, LoadMismatch, MmoeError, UnknownName, did_you_mean
 from mmoe.moe import moe_layers
 from train import tune
 from train.data import build
@@ -46,25 +46,34 @@ def check(recipe: Recipe) -> Iterator[str]:
     earlier: dict[str, Stage] = {}
     for stage in recipe.stages:
         name = f"{stage.name}: " if stage.name else ""
-        _check_start(stage, list(earlier))
-        model = _shapes(stage, earlier)
-        _tuned(model, stage)
-        yield f"{name}model {stage.model.name}, {_count(model):,} parameters"
-        data = {split: build(_without_models(stage.data), split) for split in SPLITS}
-        for split, samples in data.items():
-            found = samples.samples(range(min(_SAMPLES, len(samples))))
-            shown = ", ".join(f"{key} {_told(value)}" for key, value in found[0].items()) if found else "none"
-            yield f"{name}{split} data {stage.data.name}: {len(samples):,} samples; {shown}"
-            yield from (f"{name}{split} data cannot read {one}: {why}" for one, why in samples.broken.items())
-        yield from (f"{name}data {note}" for note in data["train"].notes)
-        task = tasks.build(stage.data.task or data["eval"].task)
-        check_fields(task, data["eval"], "data.task")
-        task.check(model, data["eval"])
-        _check_steps(stage, data["train"], model, recipe.scale.processes or 1)
-        _check_best(stage, task)
-        yield f"{name}task {tasks.name_of(task)}" if len(data["eval"]) else f"{name}nothing is measured"
+        try:
+            yield from (f"{name}{line}" for line in _check_stage(stage, earlier, recipe.scale.processes or 1))
+        except MmoeError as error:
+            if not stage.name:
+                raise
+            raise type(error)(f"{error.asked}, in the stage {stage.name!r}", error.wrong, error.fix) from error
         earlier[stage.name] = stage
     yield from not_here(recipe)
+
+
+def _check_stage(stage: Stage, earlier: Mapping[str, Stage], processes: int) -> Iterator[str]:
+    _check_start(stage, list(earlier))
+    model = _shapes(stage, earlier)
+    _tuned(model, stage)
+    yield f"model {stage.model.name}, {_count(model):,} parameters"
+    data = {split: build(_without_models(stage.data), split) for split in SPLITS}
+    for split, samples in data.items():
+        found = samples.samples(range(min(_SAMPLES, len(samples))))
+        shown = ", ".join(f"{key} {_told(value)}" for key, value in found[0].items()) if found else "none"
+        yield f"{split} data {stage.data.name}: {len(samples):,} samples; {shown}"
+        yield from (f"{split} data cannot read {one}: {why}" for one, why in samples.broken.items())
+    yield from (f"data {note}" for note in data["train"].notes)
+    task = tasks.build(stage.data.task or data["eval"].task)
+    check_fields(task, data["eval"], "data.task")
+    task.check(model, data["eval"])
+    _check_steps(stage, data["train"], model, processes)
+    _check_best(stage, task)
+    yield f"task {tasks.name_of(task)}" if len(data["eval"]) else "nothing is measured"
 
 
 def _check_steps(stage: Stage, data: DataSet, model: Model, processes: int) -> None:

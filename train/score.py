@@ -17,7 +17,7 @@ from mmoe.atomic import atomic_path
 from mmoe.errors import BadInput, BadOverride, MmoeError, UnknownName
 from mmoe.moe import moe_layers
 from mmoe.trace import trace
-from train.data import DataSet, build
+from train.data import DataSet, build, data_sets
 from train.evaluate import Task, check_fields, suggested_data, tasks
 from train.recipe import RECIPE, Recipe
 from train.sections import DataSection
@@ -81,7 +81,7 @@ def measure(
         "data": section.name,
         "task": tasks.name_of(chosen),
         "samples": len(data) - len(data.broken),
-        "trained_on": _trained_on(data, section, recipe),
+        "trained_on": _trained_on(data, section, recipe or _recipe_of_card(measured)),
         "broken": data.broken,
         "metrics": metrics,
         "provenance": {"command": command, "date": date.today().isoformat(), **provenance()},
@@ -143,14 +143,31 @@ def _recipe_of(folder: Path) -> Recipe | None:
     return Recipe.load(folder / RECIPE) if (folder / RECIPE).is_file() else None
 
 
+def _recipe_of_card(model: Model) -> Recipe | None:
+    """The recipe that a card says to have trained the weights that a model was loaded with."""
+    card, report = model.card, model.load_report
+    source = report.source if report is not None else ""
+    told = [one.recipe for one in card.weights.values() if f"({one.source})" in source and one.recipe] if card else []
+    return Recipe.load(*told[0]) if told else None
+
+
 def _trained_on(data: DataSet, section: DataSection, recipe: Recipe | None) -> int:
-    """Of the samples, those that the run was trained on; 0 where nothing is known of a run."""
+    """Of the samples, those that the weights were trained on; 0 where nothing is known of their training.
+
+    Data in folds tell samples of one fold from another; other bundled data evaluate on samples of training on purpose.
+    """
     seen: set[str] = set()
+    kind: Any = data_sets.get(section.name)
     for stage in recipe.stages if recipe is not None else ():
         own = stage.data
-        if own.path is not None and section.path is not None and own.path.resolve() == section.path.resolve():
-            samples = build(own, "train", seed=stage.run.seed)
-            seen |= {samples.name(index) for index in range(len(samples))}
+        if kind.folds is not None and own.name == section.name and own.path is None:
+            folds = {kind.folds: own.options[kind.folds]} if kind.folds in own.options else {}
+            others = {name: value for name, value in section.options.items() if name != kind.folds}
+            own = section.model_copy(update={"options": others | folds, "limit": None})
+        elif own.path is None or section.path is None or own.path.resolve() != section.path.resolve():
+            continue
+        samples = build(own, "train", seed=stage.run.seed)
+        seen |= {samples.name(index) for index in range(len(samples))}
     return sum(data.name(index) in seen for index in range(len(data)))
 
 

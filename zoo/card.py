@@ -32,6 +32,7 @@ class Weights:
         licence: SPDX name, or "unknown".
         note: where they come from, in a sentence.
         original: True for the authors' own file, which goes through the family's converter.
+        recipe: name and overrides of the bundled recipe that trained them, so that it is known on what.
     """
 
     source: str
@@ -39,6 +40,10 @@ class Weights:
     sha256: str | None = None
     note: str = ""
     original: bool = False
+    recipe: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recipe", tuple(self.recipe))
 
 
 @dataclass(frozen=True, kw_only=True)

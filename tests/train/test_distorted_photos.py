@@ -245,3 +245,13 @@ def test_options_of_an_evaluation():
         "mmoe eval Gamma --on distorted_photos --option packaged=true --option size=32 --option 'without=\"noise\"'"
     )
     assert found["provenance"]["command"] == f"{command} --limit 60"
+
+
+def test_a_fold_that_bundled_weights_were_trained_on_is_told():
+    found = [
+        train.measure(
+            "gamma_tiny", on="distorted_photos", limit=6, options={"packaged": True, "size": 64, "fold": fold}
+        )
+        for fold in (0, 1)
+    ]
+    assert [one["trained_on"] for one in found] == [0, 6]

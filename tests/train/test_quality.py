@@ -30,7 +30,7 @@ def test_a_curve_takes_out_what_is_not_linear() -> None:
 def test_where_nothing_can_be_fitted() -> None:
     none = dict.fromkeys(("SRCC", "PLCC", "KRCC", "PLCC logistic-4"), 0.0)
     assert agreement([1.0, 1.0], [1.0, 2.0]) == agreement([1.0, 2.0], [1.0, 1.0]) == none
-    assert agreement([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == {**none, "SRCC": 1.0, "PLCC": 1.0, "KRCC": 1.0}
+    assert agreement([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == dict.fromkeys(none, 1.0), "too few for a curve"
     noise = np.random.default_rng(0).normal(size=(2, 30))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -296,7 +296,7 @@ def test_what_was_trained_on_is_said_when_it_is_measured(capsys):
     assert run(capsys, "train", "tiny.yaml", "--out", "a")[0] == 0
     assert "trained on" not in run(capsys, "eval", "a")[2]
     code, out, err = run(capsys, "eval", "a", "--on", "pairs:photos", "--json")
-    assert code == 0 and "note: the run was trained on 10 of these 12 samples" in err
+    assert code == 0 and "note: it was trained on 10 of these 12 samples" in err
     assert json.loads(out)["trained_on"] == 10
 
 
