@@ -43,8 +43,11 @@ CALLS_IN_ORDER = """() => {
     latest.set(run, call);
     const answering = Promise.all(before).then(() => send(address, options));
     call.number = answering.then(answer => answer.clone().json()).then(told => told.event_id).catch(() => null);
-    const other = number => Response.json({event_id: `dropped-${number}`});
-    return call.number.then(number => number && call.cancelled ? other(number) : answering);
+    return answering.then(answer => {
+      const read = answer.json.bind(answer);
+      answer.json = () => read().then(told => call.cancelled ? {event_id: `dropped-${told.event_id}`} : told);
+      return answer;
+    });
   }
 
   function cancel(address, options) {

@@ -380,20 +380,24 @@ def test_a_run_is_dropped_that_the_server_has_not_numbered(server: str, browser:
     visit.close()
 
 
-# The page's own look at the number of a run waits until `window.release` is called.
+# The page's look at the number of a run waits until `window.release` is called.
 SLOW_NUMBER = """() => {
-  const json = Response.prototype.json, clone = Response.prototype.clone;
-  const go = new Promise(resolve => { window.release = resolve; });
-  Response.prototype.clone = function () { return Object.assign(clone.call(this), {copied: true}); };
-  Response.prototype.json = async function () {
-    const told = await json.call(this);
-    if (!this.copied && this.url.includes('/queue/join')) { window.held = true; await go; }
-    return told;
+  const send = window.fetch, go = new Promise(resolve => { window.release = resolve; });
+  window.fetch = async (address, options) => {
+    const answer = await send(address, options);
+    if (String(address).includes('/queue/join')) {
+      const read = answer.json.bind(answer);
+      answer.json = async () => { window.held = true; await go; return read(); };
+    }
+    return answer;
   };
 }"""
 
 
-def test_a_run_is_dropped_whose_number_the_page_has_not_read(server: str, browser: Any, shots: Path) -> None:
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_run_is_dropped_whose_number_the_page_has_not_read(
+    server: str, browser: Any, shots: Path, ended: bool
+) -> None:
     visit = Visit(browser, server, 1280, shots)
     page = visit.page
     page.evaluate(WATCH)
@@ -402,6 +406,8 @@ def test_a_run_is_dropped_whose_number_the_page_has_not_read(server: str, browse
     page.evaluate(SLOW_NUMBER)
     page.click("#clip_moe-run")
     page.wait_for_function("window.held")
+    if ended:
+        Client(server, verbose=False, analytics_enabled=False).predict(MODEL, api_name="/load")  # waits for the run
     with page.expect_response("**/cancel"):
         page.locator("#clip_moe-labels textarea").fill("a zebra")
     page.evaluate("window.release()")
