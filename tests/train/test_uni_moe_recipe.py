@@ -1,0 +1,83 @@
+"""The three stages of Uni-MoE's training as one recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+import zoo
+from train.recipe import Recipe
+from zoo.assets import asset
+from zoo.hosts.decoder import PROJECTIONS, pack_ffns
+
+EXPERTS = ("seer", "listener", "hearer", "talker")
+CHAIN = ("base", "connectors", *EXPERTS, "uni_moe")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps a stage."""
+    out = tmp_path_factory.mktemp("uni_moe") / "run"
+    names = [stage.name for stage in Recipe.load("uni_moe_tiny").stages]
+    short = [f"stages.{name}.run.steps=2" for name in names]
+    recipe = Recipe.load("uni_moe_tiny", *short, "data.limit=4", "data.batch_size=4", "log=[]")
+    results = train.run(recipe, out, stages=CHAIN, progress=False)
+    assert list(results) == list(CHAIN)
+    return out
+
+
+def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = zoo.load(run / stage / "model", device="cpu").state_dict()
+    return found
+
+
+def changed(run: Path, before: str, after: str) -> set[str]:
+    """Parts of the model that a stage trained."""
+    first, second = weights(run, before), weights(run, after)
+    return {".".join(name.split(".")[:2]) for name in first if not torch.equal(first[name], second[name])}
+
+
+def test_every_stage_trains_what_it_says(run: Path) -> None:
+    assert changed(run, "base", "connectors") == {"vision.projector", "speech.resampler", "sound.resampler"}
+    for expert in EXPERTS:
+        first, second = weights(run, "connectors"), weights(run, expert)
+        moved = {name for name in first if not torch.equal(first[name], second[name])}
+        assert moved and all(".mlp." in name for name in moved), expert
+
+
+def test_experts_are_the_feed_forward_layers_of_the_models_of_stage_2(run: Path) -> None:
+    """Up to what two steps of low-rank adapters change."""
+    models, mixed = [weights(run, name) for name in EXPERTS], weights(run, "uni_moe")
+    for layer in range(4):
+        place = f"llm.model.layers.{layer}.mlp"
+        packed = pack_ffns([{name: one[f"{place}.{name}.weight"] for name in PROJECTIONS} for one in models])
+        for name, value in packed.items():
+            assert (mixed[f"{place}.experts.{name}"] - value).abs().max() < 2e-3
+    assert not torch.equal(packed["down_proj"][0], packed["down_proj"][1]), "they are trained on different data"
+    for name in ("llm.model.norm.weight", "vision.encoder.post_layernorm.weight", "speech.encoder.conv1.weight"):
+        assert torch.equal(mixed[name], models[0][name])
+
+
+def test_the_mixture_stands_on_the_bundled_image_encoder_and_talks(run: Path) -> None:
+    model: Any = zoo.load(run / "uni_moe" / "model", device="cpu")
+    assert model.config.base == {"vision": "bundled:weights/clip_tiny.safetensors"}
+    assert all(name.startswith("vision.encoder.") for name in model.load_report.from_base)
+    assert model.predict(image=asset("examples/fox.png"), max_new_tokens=3).tokens <= 3
+
+
+def test_the_twin_has_as_many_active_parameters() -> None:
+    mixture = zoo.load("uni_moe_tiny", weights=False, device="meta")
+    (twin,) = (one for one in Recipe.load("uni_moe_tiny").stages if one.name == "twin")
+    dense = zoo.load("uni_moe_tiny", weights=False, device="meta", **twin.model.overrides)
+    routers = mixture.num_params().routers
+    assert dense.num_params().active == mixture.num_params().active - routers
+
+
+def test_the_twin_sees_as_many_samples() -> None:
+    steps = {stage.name: stage.run.steps for stage in Recipe.load("uni_moe_tiny").stages}
+    assert steps["base"] == steps["twin_base"] and steps["connectors"] == steps["twin_connectors"]
+    assert sum(steps[name] or 0 for name in EXPERTS) == steps["twin_ffn"] and steps["uni_moe"] == steps["twin"]
