@@ -109,7 +109,8 @@ class Model(nn.Module):
         Args:
             picture: as for `zoo.images.read_image`.
         """
-        return as_seen(picture, self.preprocessing.get("resize_mode", "squash"))
+        told = self.preprocessing
+        return as_seen(picture, told.get("resize_mode", "squash"), tuple(told.get("background", (255, 255, 255))))
 
     def from_base(self, state: State, part: str) -> State:
         """Tensors of the base of a part, as its file has them, under this model's names."""
