@@ -960,3 +960,11 @@ def test_heads_say_what_they_are() -> None:
     offsets = "pixel_decoder.encoder.layers.0.self_attn.sampling_offsets.bias"
     assert a.head.state_dict()[offsets].equal(b.head.state_dict()[offsets]), "offsets start as rays, not by chance"
     assert a.head.state_dict()["pixel_decoder.level_embed"].isfinite().all()
+
+
+def test_a_mask_lies_over_the_background_that_the_model_saw(model: EarthAdapter, tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    model.preprocessing = {**model.preprocessing, "background": [10, 20, 30]}
+    found = model.predict(tmp_path / "clear.png")
+    assert found.overlay(tmp_path / "clear.png", alpha=0.0).getpixel((0, 0)) == (10, 20, 30)

@@ -161,7 +161,12 @@ class EarthAdapter(Model):
         return self._read(picture)
 
     def _read(self, image: Any) -> Image.Image:
-        return read_image(image, tuple(self._preprocessing["background"]))
+        return read_image(image, self._background)
+
+    @property
+    def _background(self) -> tuple[int, int, int]:
+        red, green, blue = self._preprocessing["background"]
+        return red, green, blue
 
     def _whole(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height in whole patches, the longer side as long as a window."""
@@ -370,6 +375,7 @@ class EarthAdapter(Model):
             classes=tuple(self._preprocessing["classes"]),
             colors=tuple(self._preprocessing["colors"]),
             probs=torch.cat(probs_, dim=1)[:, :height, :width] if all_probs else None,
+            background=self._background,
         )
 
     def _bands(self, picture: np.ndarray, batch_size: int) -> Iterator[Tensor]:
