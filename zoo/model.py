@@ -122,7 +122,7 @@ class Model(nn.Module):
         Raises:
             Refused: the model trains on no such samples.
         """
-        given = ", ".join(name for name in samples[0] if name != "seed")
+        given = ", ".join(name for name in next(iter(samples), {}) if name != "seed")
         raise Refused(f"train {type(self).__name__} on {given}", "its family has no training", "mmoe list")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
