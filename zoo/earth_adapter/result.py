@@ -16,7 +16,7 @@ from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
 from mmoe.atomic import atomic_path
-from mmoe.errors import BadInput, BadOverride
+from mmoe.errors import BadInput
 from mmoe.options import check_float, check_int
 from zoo.images import read_image
 
@@ -119,9 +119,7 @@ class Segmentation:
         Raises:
             BadInput: the picture has another size.
         """
-        check_float("alpha", alpha, low=0, usual=0.5)
-        if alpha > 1:
-            raise BadOverride(f"alpha={alpha}", "it is an opacity, 0 to 1", "alpha=0.5")
+        check_float("alpha", alpha, low=0, high=1, usual=0.5)
         below, size = read_image(image, self.background), (self.mask.shape[1], self.mask.shape[0])
         if below.size != size:
             wrong = f"the mask has {size[0]} x {size[1]}"
