@@ -45,6 +45,7 @@ class Model(nn.Module):
         config_class: frozen dataclass of options.
         layer_methods: methods besides `forward` that run the layers.
         adapters: patterns of the parameters that the family trains on a backbone that stays frozen.
+        own_parts: specs of the router and the experts of a config that names none, by option.
         base_tensors: patterns of the tensors that a base holds, by the part of the model; see `zoo.base`.
         windows: `predict` looks at a picture part by part; its routing is shown by a forward of the whole.
         card: what is known about the model, or None for one built by hand.
@@ -55,6 +56,7 @@ class Model(nn.Module):
     config_class: ClassVar[type]
     layer_methods: ClassVar[tuple[str, ...]] = ()
     adapters: ClassVar[tuple[str, ...]] = ()
+    own_parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
     base_tensors: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
     windows: ClassVar[bool] = False
     views_note: str = ""  # what a person should know about `views` and `seen`

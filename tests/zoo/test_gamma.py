@@ -665,6 +665,18 @@ def test_another_router(tmp_path: Path) -> None:
     assert {layer.router.top_k for layer in moe_layers(swapped).values()} == {2}
 
 
+def test_the_name_of_the_own_router_is_that_router() -> None:
+    plain = zoo.load("gamma_tiny", device="cpu")
+    named = zoo.load("gamma_tiny", device="cpu", router="dense")
+    assert named.load_report is not None and not named.load_report.unexpected and not named.load_report.missing
+    assert named.predict(picture(), "natural").scores == plain.predict(picture(), "natural").scores
+    warm = zoo.load("gamma_tiny", False, device="meta", router="dense:temperature=2")
+    bare = zoo.load("gamma_tiny", False, device="meta", router={"name": "dense", "gate_bias": False})
+    for model, temperature, biased in ((warm, 2, True), (bare, 1, False)):
+        routers = [layer.router for layer in moe_layers(model).values()]
+        assert {(router.temperature, router.bias is not None) for router in routers} == {(temperature, biased)}
+
+
 # ---- routing ----
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from mmoe.options import check_int
 from zoo.config import make_config
 from zoo.gamma.config import GammaConfig
 from zoo.gamma.crops import Offsets, cut_picture, enlarge, five_offsets, random_offsets, shrink
-from zoo.gamma.host import Adapter, AnySizeCLIP, add_experts, check_size, level_logits
+from zoo.gamma.host import OWN_ROUTER, Adapter, AnySizeCLIP, add_experts, check_size, level_logits
 from zoo.gamma.losses import captions, loss_of
 from zoo.hosts.clip import check_colour, check_pictures, make_tokenizer, text_tokens
 from zoo.images import read_image
@@ -150,6 +151,7 @@ class Gamma(Model):
 
     family = "gamma"
     config_class = GammaConfig
+    own_parts = MappingProxyType({"router": OWN_ROUTER})
     layer_methods = ("encode_image", "encode_text")
 
     def __init__(self, config: GammaConfig) -> None:
