@@ -918,6 +918,8 @@ def test_predict_several_pictures_from_the_command_line(run: Any, saved: Path, t
 def test_masks_that_cannot_be_written(run: Any, saved: Path, tmp_path: Path, fox: Path) -> None:
     done = run("predict", saved, fox, "--out", tmp_path / "mask.jpg")
     assert done.code == 2 and done.err.endswith("the suffix names the format: png\n  try: --out mask.png\n")
+    done = run("predict", saved, fox, "--with", "texts=hello")
+    assert done.code == 2 and f"try: mmoe predict {saved} {fox}\n" in done.err
     done = run("predict", saved, fox, "--with", "scene=natural")
     assert done.code == 2 and "no input 'scene' of EarthAdapter" in done.err
     done = run("predict", saved, fox, "a forest")

@@ -813,6 +813,15 @@ def test_predictions_on_the_command_line(run: Any, model: Gamma, tmp_path: Path)
         assert overlay.width > 0 and model.seen(large).size == (model.config.crop,) * 2 < whole.size
     done = run("predict", tmp_path / "g", large, "--with", "scene=fase")
     assert done.code == 2 and "did you mean: face" in done.err
+    for words, works in (
+        (["scene=fase"], ["--with", "scene=natural"]),
+        (["scene=[face, face]"], ["--with", "scene=auto"]),
+    ):
+        done = run("predict", tmp_path / "g", large, "--with", *words)
+        assert (
+            done.code == 2
+            and f"try: {shlex.join(map(str, ['mmoe', 'predict', tmp_path / 'g', large, *works]))}\n" in done.err
+        )
 
 
 def test_the_host_is_open_clips(model: Gamma) -> None:
