@@ -168,7 +168,7 @@ class Page(Family):
             with self.use(model, note) as loaded:
                 note("Segmenting", 0.6)
                 result = loaded.model.predict(picture)
-            kept = drawing(result, picture)
+                kept = drawing(result, loaded.model.seen(picture))
             path = save_pil_to_cache(result.picture(), file.GRADIO_CACHE, name="mask", format="png")
             return kept, overlay(kept, shown), _legend(result), path, result.as_dict()
 

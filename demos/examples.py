@@ -52,7 +52,8 @@ def bundled(folder: str) -> list[Example]:
         Example(
             id=f"{folder.removesuffix('s')}/{file.stem}",
             name=file.stem.replace("_", " "),
-            read=partial(read_image, file),
+            read=partial(read_image, file, None),
+            drawn=partial(read_image, file),
         )
         for file in sorted(asset(folder).glob("*.png"))
     ]

@@ -225,7 +225,7 @@ def picture_input(label: str = "Picture", **options: Any) -> gr.Image:
 
 
 def read_picture(path: str | None) -> Image.Image:
-    """An uploaded picture.
+    """An uploaded picture, with its transparency, for the model to lay over what it was trained with.
 
     Raises:
         BadInput: there is none, or it cannot be read; the message names the file but no folder of the server.
@@ -233,7 +233,7 @@ def read_picture(path: str | None) -> Image.Image:
     if not path:
         raise BadInput("there is no picture", "nothing was uploaded or picked", "upload one or press an example")
     try:
-        return read_image(path)
+        return read_image(path, None)
     except BadInput as error:
         name = path.replace("\\", "/").rsplit("/", 1)[-1]
         raise BadInput(f"cannot read the picture {look.quoted(name)}", error.wrong, error.fix) from error

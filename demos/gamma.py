@@ -23,6 +23,7 @@ from mmoe.options import check_choice
 from train.data.distorted_photos import severity
 from train.data.distortions import KINDS, LEVELS, distort
 from zoo.card import Card
+from zoo.images import read_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +70,11 @@ def read_level(level: Any) -> int:
 
 
 def fitted(picture: Image.Image, model: Gamma) -> Image.Image:
-    """A picture as small as the model scores it, or as two crops where it scores pictures as they are."""
+    """A picture as small as the model scores it, or as two crops where it scores pictures as they are.
+
+    Transparency is laid as the model lays it, before anything is done to the picture.
+    """
+    picture = read_image(picture, tuple(model.preprocessing["background"]))
     short = model.config.short_side or 2 * model.config.crop
     factor = min(short / min(picture.size), LONGEST / max(picture.size))
     if factor >= 1:

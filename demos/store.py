@@ -81,6 +81,9 @@ class ModelStore:
 
     def _load(self, name: str, note: Note, fetch: bool) -> None:
         card = zoo.card(name)
+        if not card.weights:
+            wrong = "its card lists none, so there is nothing to try; the tab Card tells about it"
+            raise Refused(f"{name} has no weights", wrong, "choose a bundled model in the list")
         if card.weights and not card.bundled:
             weights = card.find_weights()[1]
             source = f"{weights.source}\n{weights.note}".strip()

@@ -36,11 +36,12 @@ def check_float(
     value: Any,
     *,
     low: float | None = None,
+    high: float | None = None,
     above: float | None = None,
     below: float | None = None,
     usual: float | None = None,
 ) -> None:
-    """A finite number: at least `low` or more than `above`, and less than `below`; `usual` is what the error suggests.
+    """A finite number: `low` to `high`, or more than `above`, and less than `below`; `usual` is what errors suggest.
 
     Raises:
         BadOverride: it is not.
@@ -49,11 +50,12 @@ def check_float(
     if (
         number
         and (low is None or value >= low)
+        and (high is None or value <= high)
         and (above is None or value > above)
         and (below is None or value < below)
     ):
         return
-    limits = {"of at least": low, "above": above, "below": below}
+    limits = {"of at least": low, "of at most": high, "above": above, "below": below}
     span = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
     works = usual if usual is not None else low if low is not None else (1.0 if above is not None else 0.0)
     raise BadOverride(f"{option}={value!r}", f"{option} is a finite number {span}".strip(), f"{option}={works:g}")

@@ -26,11 +26,12 @@ class _OutOfRange(BadInput):
         super().__init__(asked, f"{kind} of a picture lie between 0 and {top}", fix)
 
 
-def read_image(source: Any, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+def read_image(source: Any, background: tuple[int, int, int] | None = (255, 255, 255)) -> Image.Image:
     """A picture as RGB; transparency is laid over `background` and the camera's rotation applied.
 
     Args:
         source: path, PIL image, or array (H, W), (H, W, 3) or (H, W, 4) of integers in [0, 255] or floats in [0, 1].
+        background: colour behind what is transparent; None keeps transparency, as RGBA, for a model to lay.
 
     Raises:
         BadInput: no such file, not a picture, a broken one, one of more than 50 megapixels, or numbers out of range.
@@ -45,6 +46,7 @@ def read_image(source: Any, background: tuple[int, int, int] = (255, 255, 255)) 
             fix = "save it with 8 bits per channel"
             raise BadInput(f"cannot read the picture '{source}'", error.told, fix) from error
     if isinstance(source, Image.Image):
+        _check_size("cannot read this picture", *source.size)
         return _flatten(source, background)
     if str(getattr(source, "dtype", "")) == "torch.bfloat16":  # numpy does not have it
         source = source.float()
@@ -55,18 +57,21 @@ def read_image(source: Any, background: tuple[int, int, int] = (255, 255, 255)) 
     return _flatten(_from_array(array), background)
 
 
-def as_seen(source: Any, resize_mode: str = "shortest") -> Image.Image:
+def as_seen(
+    source: Any, resize_mode: str = "shortest", background: tuple[int, int, int] = (255, 255, 255)
+) -> Image.Image:
     """The square part of a picture that a model gets to see, at full resolution: what its grid of patches covers.
 
     Args:
         source: as for `read_image`.
         resize_mode: of the model's preprocessing: "shortest" crops the middle, "longest" pads with black, "squash"
             distorts, which leaves the picture as it is here.
+        background: as for `read_image`.
 
     >>> as_seen(np.zeros((40, 60, 3), dtype=np.uint8)).size
     (40, 40)
     """
-    image = read_image(source)
+    image = read_image(source, background)
     if resize_mode == "shortest":
         return ImageOps.fit(image, (min(image.size),) * 2)
     return ImageOps.pad(image, (max(image.size),) * 2) if resize_mode == "longest" else image
@@ -84,10 +89,7 @@ def _open(source: str | Path) -> Image.Image:
         raise BadInput(asked, "it is a folder", fix)
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width} x {image.height}"
-                wrong = f"it has {size} pixels; the limit is {MAX_PIXELS // 10**6} megapixels"
-                raise BadInput(asked, wrong, "make it smaller first")
+            _check_size(asked, *image.size)
             image.load()
             return image.copy()
     except UnidentifiedImageError as error:
@@ -98,6 +100,12 @@ def _open(source: str | Path) -> Image.Image:
         raise BadInput(asked, f"the file is damaged: {error}", fix) from error
 
 
+def _check_size(asked: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        wrong = f"it has {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels"
+        raise BadInput(asked, wrong, "make it smaller first")
+
+
 def _from_array(array: np.ndarray) -> Image.Image:
     shape_ok = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     if not shape_ok or array.size == 0:
@@ -106,6 +114,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
             "a picture is (H, W), (H, W, 3) or (H, W, 4)",
             "give a path, a PIL image or such an array",
         )
+    _check_size("cannot read a picture from this array", array.shape[1], array.shape[0])
     if array.dtype.kind not in "uifb":
         raise BadInput(
             f"cannot read a picture from an array of {array.dtype}", "it holds no real numbers", "an array of uint8"
@@ -128,7 +137,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return _from_array(grey >> 8 if deep else grey)
 
 
-def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def _flatten(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
     if 0 in image.size:
         raise BadInput("cannot read an empty picture", f"its size is {image.size}", "give a picture with pixels")
     image = ImageOps.exif_transpose(image)
@@ -140,5 +149,7 @@ def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Imag
         image = _from_array(np.asarray(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
+        if background is None:
+            return rgba
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
     return image.convert("RGB")

@@ -67,9 +67,11 @@ def load(
             "base" takes those of the model's bases alone: what the family adds is random, and listed as missing.
         device: "auto" takes CUDA, then MPS, then CPU; "meta" builds shapes only, without weights.
         dtype: "fp32", "bf16", "fp16" or a torch dtype; fp32 when None.
-        router: registered router, as a name, "name:key=value" or a mapping, in place of the model's own. It takes over
-            the tensors of the weights that fit it by name and shape (a trained gate serves top-1 as well as top-2),
-            the others start fresh: the load report lists them as missing.
+        router: registered router, as a name, "name:key=value" or a mapping, in place of the model's own; the name of
+            the model's own keeps those of its options that are not given, so that it is the router that was trained. It
+            takes over the tensors of the weights that fit it by name and shape (a trained gate serves top-1 as well as
+            top-2), the others start fresh: the load report lists them as missing, and tensors of the model's own router
+            that have no place as unexpected; neither is an error.
         experts: the same for experts.
         allow_missing: pattern of tensor names, or several, that may be missing in the weights or left over.
         overrides: options of the family's config.
@@ -83,12 +85,8 @@ def load(
         True
     """
     origin = _find(str(name))
-    swapped = {key: spec for key, spec in (("router", router), ("experts", experts)) if spec is not None}
+    swapped = _swapped(origin, {"router": router, "experts": experts})
     config_class, values = origin.model_class.config_class, {**origin.config, **overrides, **swapped}
-    for key, spec in swapped.items():
-        if not hasattr(config_class, key):
-            wrong = f"the {key}s of {origin.model_class.family} are part of its method; it has no option {key!r}"
-            raise BadOverride(f"{key}={spec!r} for {origin.label}", wrong, "zoo.load('clip_moe_tiny', router='topk')")
     if hasattr(config_class, "top_k"):
         values = _with_one_top_k(values, overrides, swapped)
     config: Any = make_config(config_class, values, origin.label)
@@ -137,6 +135,39 @@ def _build(origin: _Origin, config: Any, device: torch.device) -> Model:
             raise
         asked, fix = f"cannot build {origin.label}", "smaller sizes, or device='meta' for the shapes alone"
         raise BadInput(asked, f"its memory is not there: {str(error).splitlines()[0]}", fix) from error
+
+
+def _swapped(origin: _Origin, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Specs in place of a model's own parts, where there are some.
+
+    Raises:
+        BadOverride: the family has no such option.
+    """
+    kind, swapped = origin.model_class, {key: spec for key, spec in given.items() if spec is not None}
+    for key, spec in swapped.items():
+        if not hasattr(kind.config_class, key):
+            wrong = f"the {key}s of {kind.family} are part of its method; it has no option {key!r}"
+            raise BadOverride(f"{key}={spec!r} for {origin.label}", wrong, "zoo.load('clip_moe_tiny', router='topk')")
+        own = origin.config.get(key) or getattr(kind.config_class, key) or kind.own_parts.get(key)
+        swapped[key] = _over(own, spec, kind.config_class)
+    return swapped
+
+
+def _over(own: Any, spec: str | Mapping[str, Any], config_class: type) -> str | Mapping[str, Any]:
+    """A spec that keeps the options of a model's own one where it has the same name and does not set them.
+
+    Those that the config has too, such as `top_k`, are told there.
+
+    >>> _over("dense:gate_bias=true", "dense:temperature=2", type), _over("dense:gate_bias=true", "topk", type)
+    ({'name': 'dense', 'temperature': 2, 'gate_bias': True}, 'topk')
+    """
+    if not isinstance(spec, str | Mapping):
+        return spec  # `make_config` tells it
+    kept, given = parse_spec(spec if own is None else own), parse_spec(spec)
+    if kept["name"] != given["name"]:
+        return spec
+    more = {key: value for key, value in kept.items() if key not in given and not hasattr(config_class, key)}
+    return {**given, **more} if more else spec
 
 
 def _with_one_top_k(

@@ -45,6 +45,7 @@ class Model(nn.Module):
         config_class: frozen dataclass of options.
         layer_methods: methods besides `forward` that run the layers.
         adapters: patterns of the parameters that the family trains on a backbone that stays frozen.
+        own_parts: specs of the router and the experts of a config that names none, by option.
         base_tensors: patterns of the tensors that a base holds, by the part of the model; see `zoo.base`.
         windows: `predict` looks at a picture part by part; its routing is shown by a forward of the whole.
         card: what is known about the model, or None for one built by hand.
@@ -55,6 +56,7 @@ class Model(nn.Module):
     config_class: ClassVar[type]
     layer_methods: ClassVar[tuple[str, ...]] = ()
     adapters: ClassVar[tuple[str, ...]] = ()
+    own_parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
     base_tensors: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
     windows: ClassVar[bool] = False
     views_note: str = ""  # what a person should know about `views` and `seen`
@@ -109,7 +111,8 @@ class Model(nn.Module):
         Args:
             picture: as for `zoo.images.read_image`.
         """
-        return as_seen(picture, self.preprocessing.get("resize_mode", "squash"))
+        told = self.preprocessing
+        return as_seen(picture, told.get("resize_mode", "squash"), tuple(told.get("background", (255, 255, 255))))
 
     def from_base(self, state: State, part: str) -> State:
         """Tensors of the base of a part, as its file has them, under this model's names."""
@@ -121,7 +124,7 @@ class Model(nn.Module):
         Raises:
             Refused: the model trains on no such samples.
         """
-        given = ", ".join(name for name in samples[0] if name != "seed")
+        given = ", ".join(name for name in next(iter(samples), {}) if name != "seed")
         raise Refused(f"train {type(self).__name__} on {given}", "its family has no training", "mmoe list")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def predict(
     check_options(model, call, list(more))
     _check_picture(files, call)
     with record(model) as routing:
-        result = _result(model, call, more)
+        result = _result(model, call, more, [name, *inputs])
     if out is not None:
         _save(result, out, name)
     about = {"model": name, "inputs": list(inputs), **more}
@@ -113,20 +114,31 @@ def _loaded(given: Sequence[str], weights: str | None, options: Mapping[str, Any
         raise type(error)(error.asked, error.wrong, _as_command(error.fix, given)) from error
 
 
-def _as_command(fix: str, given: Sequence[str]) -> str:
-    """A fix that loads a model in Python, or an option of that, as the command that does it; others stay as they are.
+def _as_command(fix: str, given: Sequence[str], inputs: Collection[str] = ()) -> str:
+    """A fix in Python as the command that does it: a model that is loaded or predicts, an option of that.
+
+    Others stay as they are.
+
+    Args:
+        fix: in Python.
+        given: the model and the inputs of the command.
+        inputs: names of the inputs of `predict`, where it was that which failed.
 
     >>> _as_command("zoo.load('gamma_vit_b16', weights=False)", ["gamma_vit_b16", "my photo.jpg"])
     "mmoe predict gamma_vit_b16 'my photo.jpg' --weights random"
     >>> _as_command("device='auto'", ["gamma_tiny", "a.jpg"]), _as_command("mmoe list", ["gamma_tiny", "a.jpg"])
     ('mmoe predict gamma_tiny a.jpg --device auto', 'mmoe list')
+    >>> _as_command("scene='natural'", ["gamma_tiny", "a.jpg"], ["scene"])
+    'mmoe predict gamma_tiny a.jpg --with scene=natural'
     """
     options = _options_of(fix, given[0])
     words = ["mmoe", "predict", *given]
     for name, value in options.items():
         own = name in ("weights", "router", "device", "dtype")
-        words += [f"--{name}", value] if own else ["--set", f"{name}={value}"]
-    return shlex.join(words) if options and "allow_missing" not in options else fix
+        option = "--with" if name in inputs else "--set"
+        words += [f"--{name}", value] if own else [option, f"{name}={value}"]
+    predicts = fix.startswith("model.predict(") and bool(inputs)
+    return shlex.join(words) if predicts or (options and "allow_missing" not in options) else fix
 
 
 def _options_of(fix: str, model: str) -> dict[str, str]:
@@ -156,16 +168,20 @@ def _echo_result(result: Any, pictures: Sequence[str]) -> None:
         typer.echo(f"{result}\n")
 
 
-def _result(model: Any, call: Call, more: Mapping[str, Any]) -> Any:
+def _result(model: Any, call: Call, more: Mapping[str, Any], given: Sequence[str]) -> Any:
     """What the model says; options of writing are checked by the library that writes."""
     try:
         return model.predict(*call.args, **{**call.media, **more})
+    except MmoeError as error:
+        own = [*inspect.signature(model.predict).parameters, *(call.options or ())]
+        error.fix = _as_command(error.fix, given, own)
+        raise
     except (ValueError, TypeError) as error:
-        if isinstance(error, MmoeError) or call.options is None or not more:
+        if call.options is None or not more:
             raise
-        given = ", ".join(f"{key}={value}" for key, value in more.items())
+        told = ", ".join(f"{key}={value}" for key, value in more.items())
         wrong = str(error).strip().partition("\n")[0]
-        raise BadOverride(f"cannot write a reply with {given}", wrong, "--with max_new_tokens=20") from error
+        raise BadOverride(f"cannot write a reply with {told}", wrong, "--with max_new_tokens=20") from error
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ Shapes: B pictures, N patches, P prefix tokens, D width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -74,8 +74,8 @@ def add_frequency_adapters(
         model: host of any library; see `mmoe.surgery.vision_blocks`.
         dim: inner width of the adapters.
         fft_layers: blocks, from 0, whose adapters split frequencies and have a router; the others are plain.
-        adapter_layers: blocks that get an adapter; None: all of them. Others stay as they are, listed in `fft_layers`
-            or not.
+        adapter_layers: blocks that get an adapter, those of `fft_layers` among them; None: all of them. Others stay as
+            they are.
         cutoff, box: see `mmoe.frequency_split`.
         scale: initial value of the learned factor of each adapter.
         token_dim: width of learned vectors per patch that the spatial adapters also read; they fix the grid.
@@ -118,6 +118,7 @@ def add_frequency_adapters(
     depth = len(stack.blocks)
     split = _layers("fft_layers", fft_layers, depth)
     chosen = _layers("adapter_layers", range(depth) if adapter_layers is None else adapter_layers, depth)
+    check_split_layers(split, chosen)
     blocks: list[Any] = [stack.blocks[layer] for layer in chosen]
     check_extendable([stack.patches, *blocks])
     adapters = [
@@ -145,6 +146,21 @@ def add_frequency_adapters(
         block.frequency_adapter = adapter.to(like.device, like.dtype).train(block.training)
         block.patch_grid, block.prefix, block.tokens_first = grid, stack.prefix, stack.tokens_first
     return model
+
+
+def check_split_layers(fft_layers: Collection[int], adapter_layers: Collection[int]) -> None:
+    """Makes sure that blocks whose adapters split frequencies have adapters.
+
+    Raises:
+        BadOverride: one has none.
+
+    >>> check_split_layers([1], [0, 1])
+    """
+    bare = [layer for layer in fft_layers if layer not in adapter_layers]
+    if bare:
+        wrong = f"block {bare[0]} has no adapter that could split frequencies: adapter_layers={list(adapter_layers)}"
+        works = sorted({*adapter_layers, *fft_layers})
+        raise BadOverride(f"fft_layers={list(fft_layers)}", wrong, f"adapter_layers={works}")
 
 
 def _layers(name: str, layers: Any, depth: int) -> list[int]:

@@ -492,6 +492,12 @@ def test_a_public_gallery_fetches_nothing() -> None:
         pass
 
 
+def test_a_model_without_weights_is_told_in_the_words_of_the_page() -> None:
+    with pytest.raises(Refused, match="gamma_vit_b16 has no weights") as error, ModelStore().use("gamma_vit_b16"):
+        pass
+    assert "zoo.load" not in str(error.value) and error.value.fix == "choose a bundled model in the list"
+
+
 def test_a_family_without_a_page_of_its_own(model: Any) -> None:
     store = ModelStore()
     app = gallery.build(store=store, make_family=lambda name, cards, held: Family(cards, held))

@@ -25,6 +25,7 @@ from tests.demos.conftest import MadeStore, Visit, served
 from zoo.earth_adapter.config import EarthAdapterConfig
 from zoo.earth_adapter.model import EarthAdapter
 from zoo.earth_adapter.result import class_colors
+from zoo.images import read_image
 
 MODEL = "earth_adapter_dinov2_l"
 CLASSES = ("water", "tropical", "arid", "temperate", "cold", "polar")
@@ -88,6 +89,19 @@ def test_masks_equal_the_python_api(client: Client, model: EarthAdapter, tile: P
         assert color in row and share in row, "every class, seen or not"
     order = sorted(CLASSES, key=lambda name: legend.index(f"</span>{name}<"))
     assert [want.shares()[name] for name in order] == sorted(want.shares().values(), reverse=True)
+
+
+def test_transparency_is_laid_as_the_model_lays_it(client: Client, model: EarthAdapter, tmp_path: Path) -> None:
+    path = tmp_path / "half.png"
+    half = Image.new("RGBA", (32, 32), (200, 180, 120, 255))
+    half.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    half.save(path)
+    want, white = model.predict(path), model.predict(read_image(path, (255, 255, 255)))
+    assert abs(want.as_dict()["confidence"] - white.as_dict()["confidence"]) > 1e-4, "the background counts"
+    error, shown, _, _, numbers = client.predict(MODEL, handle_file(path), 0, api_name="/earth_adapter_predict")
+    assert error == "" and numbers["confidence"] == pytest.approx(want.as_dict()["confidence"], abs=1e-6)
+    with Image.open(shown) as drawn:
+        assert drawn.convert("RGB").getpixel((1, 1)) == (0, 0, 0)
 
 
 def test_the_opacity_is_drawn_without_a_run(

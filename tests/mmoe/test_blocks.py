@@ -293,8 +293,15 @@ def test_blocks_that_return_tuples() -> None:
     assert not perturbed(adapted)(images)[0].equal(host(images)[0])
 
 
+def test_blocks_that_split_frequencies_have_adapters() -> None:
+    with pytest.raises(
+        BadOverride, match=r"(?s)fft_layers=\[0\].*block 0 has no adapter.*try: adapter_layers=\[0, 1\]"
+    ):
+        add_frequency_adapters(timm_vit(), 4, fft_layers=[0], adapter_layers=[1])
+
+
 def test_layers_that_are_not_chosen_stay_as_they_are() -> None:
-    adapted = add_frequency_adapters(timm_vit(), 4, fft_layers=[0, 1], adapter_layers=[1, 2])
+    adapted = add_frequency_adapters(timm_vit(), 4, fft_layers=[1], adapter_layers=[1, 2])
     assert list(frequency_adapters(adapted)) == ["blocks.1.frequency_adapter", "blocks.2.frequency_adapter"]
     assert [moe for moe in mmoe.moe_layers(adapted)] == ["blocks.1.frequency_adapter.adapter"]
     assert type(adapted.blocks[0]) is timm.models.vision_transformer.Block

@@ -26,6 +26,7 @@ def test_whole_numbers(value: Any) -> None:
         (lambda value: check_int("k", value, 1, 4), [0, 5, 1.0, "2", True, None, NAN]),
         (lambda value: check_int("k", value, 3), [2, -1]),
         (lambda value: check_float("k", value, low=0), [-1, NAN, INF, "1", None, True]),
+        (lambda value: check_float("k", value, low=0, high=1), [-1, 1.5, NAN]),
         (lambda value: check_float("k", value, above=0), [0, -0.5, INF]),
         (lambda value: check_float("k", value, low=0, below=1), [1, 1.5, -0.1]),
         (lambda value: check_choice("k", value, ["zero", "copy"]), ["", "zeros", "nothing", 3]),

@@ -124,9 +124,24 @@ def test_options_win_over_the_setting_of_a_task() -> None:
     assert again == config
 
 
+def test_a_task_that_changes_nothing_is_refused() -> None:
+    wrong = r"(?s)task='dg_p2v'.*all of them are given.*try: adapter_dim=None, fft_layers=None, classes=None"
+    with pytest.raises(BadOverride, match=wrong):
+        zoo.load("earth_adapter_tiny", task="dg_p2v", device="meta")
+    options = {"adapter_dim": None, "fft_layers": None, "classes": None, "cutoff": None, "colors": None}
+    assert zoo.load("earth_adapter_tiny", task="dg_p2v", device="meta", **options).config.adapter_dim == 24
+
+
+def test_blocks_that_split_frequencies_are_among_those_with_adapters() -> None:
+    assert EarthAdapterConfig(task="da_r2u", adapter_layers=(22, 23)).fft_layers == (22, 23)
+    with pytest.raises(BadOverride, match=r"(?s)fft_layers=\[3\].*try: adapter_layers=\[3, 5\]"):
+        EarthAdapterConfig(fft_layers=(3,), adapter_layers=(5,))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"adaptation_threshold": 7.0}, "adaptation_threshold is a finite number of at least 0 and of at most 1"),
         ({"task": "da_p2w"}, "task='da_p2w'\n  did you mean: da_p2v"),
         ({"fft_layers": (4,)}, "a layer of fft_layers is a whole number from 0 to 3"),
         (
@@ -211,7 +226,7 @@ def test_windows_of_a_narrow_picture_are_run_together(model: EarthAdapter, monke
     ("batch", "wrong"),
     [
         ({"image": torch.zeros(3, 32, 32)}, "pictures of the shape (3, 32, 32) are not (B, 3, H, W)"),
-        ({"mask": torch.zeros(2, 16, 16).long()}, "masks of the shape (2, 16, 16) are not those of pictures"),
+        ({"mask": torch.zeros(2, 16, 16).long()}, "mask is a tensor of torch.int64 and the shape (2, 32, 32), not of"),
         ({"label": torch.zeros(2).long()}, "the head 'light' has no use for a label"),
         (
             {"mask": torch.zeros(2, 32, 32).long(), "target": torch.zeros(2, 3, 32, 32)},
@@ -228,7 +243,7 @@ def test_batches_that_do_not_fit(model: EarthAdapter, batch: dict[str, Tensor], 
 
 def test_labels_of_pictures_fit_the_head() -> None:
     model = build(head="classes", adapters="none")
-    for label, wrong in ((torch.zeros(3).long(), "not one for each of 2"), (None, "has no use for a mask")):
+    for label, wrong in ((torch.zeros(3).long(), "not of torch.int64"), (None, "has no use for a mask")):
         given = {"mask": torch.zeros(2, 32, 32).long()} if label is None else {"label": label}
         with pytest.raises(BadInput, match=wrong):
             model(torch.zeros(2, 3, 32, 32), **given)
@@ -419,6 +434,9 @@ def test_a_batch_is_resized_and_cut_alike(model: EarthAdapter) -> None:
     [
         ({"mask": np.full((32, 32), 3)}, BadInput, "train on class 3\n  the model has 3 classes, from 0"),
         ({"mask": np.full((32, 32), -1)}, BadInput, "train on class -1"),
+        ({"mask": np.full((32, 32), 1.7)}, BadInput, "train on a mask of float64\n  numbers of classes are whole"),
+        ({"mask": np.full((32, 32), np.nan)}, BadInput, "train on a mask of float64"),
+        ({"mask": np.full((32, 32), "sea")}, BadInput, "train on a mask of <U3"),
         ({"mask": np.zeros((16, 32), dtype=int)}, BadInput, "train on a mask of (16, 32)\n  its picture has 32 x 32"),
     ],
 )
@@ -431,6 +449,35 @@ def test_masks_that_do_not_fit(model: EarthAdapter, change: dict[str, Any], kind
 def test_data_without_masks(model: EarthAdapter) -> None:
     with pytest.raises(Refused, match="its samples have no mask"):
         model.training_batch([{"image": picture(), "text": "a"}])
+    with pytest.raises(Refused, match="its samples have no mask: number 1"):
+        model.training_batch([sample(), {"image": picture()}])
+    with pytest.raises(BadInput, match="train earth_adapter on no sample"):
+        model.training_batch([])
+
+
+@pytest.mark.parametrize("label", [1.7, "sea", np.array([0, 1]), 3])
+def test_labels_that_cannot_be_trained_on(label: Any) -> None:
+    with pytest.raises(BadInput, match=r"train on a label|train on class 3"):
+        build(head="classes", adapters="none").training_batch([{"image": picture(), "label": label}])
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "wrong"),
+    [
+        ((0, 3, 32, 32), {}, "at least one"),
+        ((1, 3, 32, 32), {"mask": torch.zeros(1, 32, 32).byte()}, "mask is a tensor of torch.int64 .* torch.uint8"),
+        ((1, 3, 32, 32), {"mask": torch.zeros(1, 32, 32)}, "mask is a tensor of torch.int64 .* torch.float32"),
+        ((1, 3, 32, 32), {"mask": [0]}, "mask is a tensor of torch.int64 .* not a list"),
+    ],
+)
+def test_batches_that_cannot_be_run(model: EarthAdapter, shape: Any, labels: Any, wrong: str) -> None:
+    with pytest.raises(BadInput, match=f"run earth_adapter on a batch\n  .*{wrong}"):
+        model(torch.zeros(shape), **labels)
+
+
+def test_all_probs_is_true_or_false(model: EarthAdapter) -> None:
+    with pytest.raises(BadOverride, match="all_probs is true or false"):
+        model.predict(picture(), all_probs=7)
 
 
 def test_sides_must_be_whole_patches(model: EarthAdapter) -> None:
@@ -616,7 +663,7 @@ def test_training_begins_anew_or_goes_on() -> None:
 
 
 def test_adaptation_needs_pictures_without_labels_and_pixels_to_label() -> None:
-    with pytest.raises(Refused, match=r"no target, a picture of its own\n  try: data.options.unlabelled=target"):
+    with pytest.raises(Refused, match=r"no target: number 0\n  try: data.options.unlabelled=target"):
         adapted().training_batch([sample()])
     assert "target" not in build().training_batch([{**sample(), "target": picture()}])
     for options in ({"adaptation_begin": -1}, {"adaptation_weight": -1}, {"adaptation_threshold": "sure"}):
@@ -871,6 +918,8 @@ def test_predict_several_pictures_from_the_command_line(run: Any, saved: Path, t
 def test_masks_that_cannot_be_written(run: Any, saved: Path, tmp_path: Path, fox: Path) -> None:
     done = run("predict", saved, fox, "--out", tmp_path / "mask.jpg")
     assert done.code == 2 and done.err.endswith("the suffix names the format: png\n  try: --out mask.png\n")
+    done = run("predict", saved, fox, "--with", "texts=hello")
+    assert done.code == 2 and f"try: mmoe predict {saved} {fox}\n" in done.err
     done = run("predict", saved, fox, "--with", "scene=natural")
     assert done.code == 2 and "no input 'scene' of EarthAdapter" in done.err
     done = run("predict", saved, fox, "a forest")
@@ -960,3 +1009,11 @@ def test_heads_say_what_they_are() -> None:
     offsets = "pixel_decoder.encoder.layers.0.self_attn.sampling_offsets.bias"
     assert a.head.state_dict()[offsets].equal(b.head.state_dict()[offsets]), "offsets start as rays, not by chance"
     assert a.head.state_dict()["pixel_decoder.level_embed"].isfinite().all()
+
+
+def test_a_mask_lies_over_the_background_that_the_model_saw(model: EarthAdapter, tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    model.preprocessing = {**model.preprocessing, "background": [10, 20, 30]}
+    found = model.predict(tmp_path / "clear.png")
+    assert found.overlay(tmp_path / "clear.png", alpha=0.0).getpixel((0, 0)) == (10, 20, 30)

@@ -162,7 +162,12 @@ def test_scenes_and_levels_of_ones_own() -> None:
         ([], "auto", BadInput, "cannot prepare an empty list of pictures"),
         ("gone.png", "auto", BadInput, "cannot read the picture 'gone.png'\n  no such file"),
         (None, "nature", UnknownName, "no scene 'nature'\n  did you mean: natural\n  try: scene='natural'"),
-        (None, ["face", "face"], BadInput, "2 scenes for 1 pictures\n  each has one"),
+        (
+            None,
+            ["face", "face"],
+            BadInput,
+            "score with the scenes ['face', 'face']\n  each picture has one; pictures: 1, ",
+        ),
         (None, [3], UnknownName, "no scene 3"),
     ],
 )
@@ -628,8 +633,8 @@ def test_options_that_cannot_be(options: dict[str, Any], lines: str) -> None:
         ({"image": torch.zeros(3, 32, 32)}, "not (3, 32, 32) float32"),
         ({"image": torch.zeros(2, 1, 32, 32)}, "not (2, 1, 32, 32) float32"),
         ({"image": torch.zeros(2, 3, 32, 32).byte()}, "not (2, 3, 32, 32) uint8"),
-        ({"scene": torch.zeros(1).long()}, "scene has 1 entries for 2 pictures"),
-        ({"score": torch.zeros(1)}, "score has 1 entries for 2 pictures"),
+        ({"scene": torch.zeros(1).long()}, "the shape (2,), not of torch.int64 and the shape (1,)"),
+        ({"score": torch.zeros(1)}, "the shape (2,), not of torch.float32 and the shape (1,)"),
     ],
 )
 def test_batches_that_do_not_fit(model: Gamma, batch: dict[str, Tensor], wrong: str) -> None:
@@ -658,6 +663,18 @@ def test_another_router(tmp_path: Path) -> None:
     assert float(again.predict(picture(), "face")) == float(model.predict(picture(), "face"))
     swapped = zoo.load(tmp_path / "a", router="topk:top_k=2", device="cpu")
     assert {layer.router.top_k for layer in moe_layers(swapped).values()} == {2}
+
+
+def test_the_name_of_the_own_router_is_that_router() -> None:
+    plain = zoo.load("gamma_tiny", device="cpu")
+    named = zoo.load("gamma_tiny", device="cpu", router="dense")
+    assert named.load_report is not None and not named.load_report.unexpected and not named.load_report.missing
+    assert named.predict(picture(), "natural").scores == plain.predict(picture(), "natural").scores
+    warm = zoo.load("gamma_tiny", False, device="meta", router="dense:temperature=2")
+    bare = zoo.load("gamma_tiny", False, device="meta", router={"name": "dense", "gate_bias": False})
+    for model, temperature, biased in ((warm, 2, True), (bare, 1, False)):
+        routers = [layer.router for layer in moe_layers(model).values()]
+        assert {(router.temperature, router.bias is not None) for router in routers} == {(temperature, biased)}
 
 
 # ---- routing ----
@@ -796,6 +813,15 @@ def test_predictions_on_the_command_line(run: Any, model: Gamma, tmp_path: Path)
         assert overlay.width > 0 and model.seen(large).size == (model.config.crop,) * 2 < whole.size
     done = run("predict", tmp_path / "g", large, "--with", "scene=fase")
     assert done.code == 2 and "did you mean: face" in done.err
+    for words, works in (
+        (["scene=fase"], ["--with", "scene=natural"]),
+        (["scene=[face, face]"], ["--with", "scene=auto"]),
+    ):
+        done = run("predict", tmp_path / "g", large, "--with", *words)
+        assert (
+            done.code == 2
+            and f"try: {shlex.join(map(str, ['mmoe', 'predict', tmp_path / 'g', large, *works]))}\n" in done.err
+        )
 
 
 def test_the_host_is_open_clips(model: Gamma) -> None:
@@ -807,3 +833,61 @@ def test_the_host_is_open_clips(model: Gamma) -> None:
         torch.testing.assert_close(model.clip.visual(image), model.encode_image(image))
         features = model.clip(image, model.prompt_ids([0]))
     assert len(features) == 3
+
+
+# ---- what is no input, no label and no prompt ----
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "wrong"),
+    [
+        ((0, 3, 32, 32), {}, r"there is no picture in a batch of the shape \(0, 3, 32, 32\)"),
+        ((2, 0, 3, 32, 32), {}, "there is no picture"),
+        ((1, 3, 0, 32), {}, "there is no picture"),
+        ((1, 3, 32, 32), {"scene": [0]}, r"scene is a tensor of torch.int64 and the shape \(1,\), not a list"),
+        ((1, 3, 32, 32), {"scene": torch.tensor([0.0])}, "scene is a tensor of torch.int64"),
+        ((1, 3, 32, 32), {"score": torch.zeros(1, 1)}, r"score is a tensor of numbers .* and the shape \(1, 1\)"),
+        ((2, 3, 32, 32), {"score": torch.zeros(2, 2)}, "score is a tensor"),
+        ((1, 3, 32, 32), {"score": torch.tensor(0.5)}, "score is a tensor"),
+        ((1, 3, 32, 32), {"score": torch.zeros(1), "text": torch.zeros(1)}, r"text is a tensor .* shape \(1, any\)"),
+    ],
+)
+def test_batches_that_cannot_be_run(model: Gamma, shape: Any, labels: Any, wrong: str) -> None:
+    with pytest.raises(BadInput, match=f"run gamma on a batch\n  {wrong}"):
+        model(torch.zeros(shape), **labels)
+
+
+@pytest.mark.parametrize("score", ["abc", float("nan"), 55, -0.1, None, torch.zeros(2, 2), np.zeros((2, 2))])
+def test_scores_that_cannot_be_trained_on(model: Gamma, score: Any) -> None:
+    with pytest.raises(BadInput, match=r"(?s)train on the score .*it is a number from 0 to 1"):
+        model.training_batch([{"image": picture(), "score": score}])
+
+
+def test_samples_that_cannot_be_trained_on(model: Gamma) -> None:
+    with pytest.raises(BadInput, match="train gamma on no sample"):
+        model.training_batch([])
+    with pytest.raises(Refused, match="its samples have no score: number 1"):
+        model.training_batch([{"image": picture(), "score": 0.5}, {"image": picture()}])
+
+
+def test_scenes_may_come_as_an_array(model: Gamma) -> None:
+    found = model.predict([picture(0), picture(1)], scene=np.array(["natural", "face"]))
+    assert found.scenes == ("natural", "face")
+    assert model.scene_ids(np.array("face"), 2).tolist() == model.scene_ids("face", 2).tolist()
+    with pytest.raises(UnknownName, match=r"no scene \['face'\]"):
+        model.scene_ids([["face"]], 1)
+
+
+def test_prompts_that_are_cut_off_before_the_level_are_told() -> None:
+    long = build(scenes={"long": "a very long sentence of many words before the level, which is {}"})
+    with pytest.raises(BadOverride, match=r"(?s)the prompt 'a very long .* has \d+ tokens.*; the model reads 32"):
+        long.predict(picture())
+    same = build(levels=("bad", "BAD"), level_values=(0.0, 1.0))
+    with pytest.raises(BadOverride, match=r"levels \['bad', 'BAD'\] of 'natural' have the same tokens"):
+        same.predict(picture())
+
+
+def test_the_seed_of_crops_has_an_end() -> None:
+    with pytest.raises(BadOverride, match="crop_seed is a whole number from 0 to"):
+        GammaConfig(crop_seed=2**70)
+    assert build(crops="random", crop_seed=2**63 - 1).predict(picture()).scores

@@ -191,3 +191,24 @@ def test_what_a_model_sees_of_a_picture() -> None:
     assert seen.shape == (10, 10, 3) and seen.min() == 255
     assert as_seen(wide, "longest").size == (30, 30)
     assert as_seen(wide, "squash").size == (30, 10)
+
+
+def test_the_limit_of_pixels_holds_for_pictures_and_arrays_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    for source in (Image.new("RGB", (11, 10)), np.zeros((10, 11, 3), np.uint8), np.zeros((10, 11), np.float32)):
+        with pytest.raises(BadInput, match="it has 11 x 10 pixels; the limit is 0 megapixels"):
+            read_image(source)
+    assert read_image(Image.new("RGB", (10, 10))).size == (10, 10)
+
+
+def test_transparency_is_kept_where_there_is_no_background() -> None:
+    half = Image.new("RGBA", (2, 2), (255, 0, 0, 128))
+    kept = read_image(half, None)
+    assert (kept.mode, kept.getpixel((0, 0))) == ("RGBA", (255, 0, 0, 128))
+    assert read_image(Image.new("L", (2, 2)), None).mode == "RGB"
+    assert read_image(kept, (0, 0, 255)) == read_image(half, (0, 0, 255))
+
+
+def test_what_a_model_sees_has_its_background() -> None:
+    clear = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
+    assert as_seen(clear, "squash", (0, 0, 255)).getpixel((0, 0)) == (0, 0, 255)

@@ -762,3 +762,8 @@ def test_predict_of_a_model_without_that_branch(run: Any, saved: Path) -> None:
     )
     done = run("predict", "clip_moe_tiny", saved / "a fox.png", "a", "--sound")
     assert done.code == 2 and "clip_moe_tiny hears no recordings" in done.err
+
+
+def test_no_sample_is_no_batch(talking: UniMoE) -> None:
+    with pytest.raises(BadInput, match="train uni_moe on no sample"):
+        talking.training_batch([])

@@ -35,6 +35,7 @@ from zoo.config import make_config
 from zoo.hosts.clip import check_colour, check_pictures, check_texts, make_tokenizer, text_tokens
 from zoo.images import read_image
 from zoo.model import Model
+from zoo.samples import check_samples
 from zoo.table import most_probable, shorten
 from zoo.views import TokenView
 
@@ -307,10 +308,7 @@ class ClipMoE(Model):
 
     def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Samples with "image" and "text" as a batch for the contrastive loss."""
-        missing = [name for name in ("image", "text") if name not in samples[0]]
-        if missing:
-            wrong = f"its samples have no {' and no '.join(missing)}"
-            raise Refused(f"train {self.family} on this data", wrong, "data.name=pairs")
+        check_samples(samples, ("image", "text"), self.family, "data.name=pairs")
         batch = self.preprocess([sample["image"] for sample in samples], [sample["text"] for sample in samples])
         return {**batch, "return_loss": True}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from mmoe.errors import BadOverride
 from mmoe.frequency import check_split
 from mmoe.options import check_choice, check_float, check_int
+from mmoe.surgery.frequency_adapters import check_split_layers
 from zoo.config import check_types
 
 ISPRS = ("impervious surface", "building", "low vegetation", "tree", "car", "clutter")
@@ -75,7 +77,8 @@ class EarthAdapterConfig:
     """Options of the family; the defaults are the released model on DINOv2-L for Potsdam to Vaihingen.
 
     Attributes:
-        task: one of `RELEASED`, which sets `adapter_dim`, `fft_layers`, `cutoff` and `classes` where they are None.
+        task: one of `RELEASED`, which sets `adapter_dim`, `fft_layers`, `cutoff` and `classes` where they are None; a
+            model whose card gives them all takes a task only with `adapter_dim=None` and so on.
         image_size: side of the pictures that it is trained on and of the windows that larger pictures are cut into.
         patch_size, width, depth, heads, mlp_ratio, num_registers: of the backbone; width // 64 heads when None.
         layer_scale: initial value of the backbone's layer scales.
@@ -149,9 +152,13 @@ class EarthAdapterConfig:
         if self.task is not None:
             check_choice("task", self.task, RELEASED)
         setting = RELEASED[self.task or "da_p2v"]
+        adapted = range(self.depth) if self.adapter_layers is None else self.adapter_layers
+        first, behind = setting.fft_layers
+        split = tuple(layer for layer in range(first, behind) if layer < self.depth and layer in adapted)
+        if self.task is not None:
+            self._check_task({"adapter_dim": setting.adapter_dim, "fft_layers": split, "classes": setting.classes})
         if self.fft_layers is None:
-            first, behind = setting.fft_layers
-            self._set("fft_layers", tuple(layer for layer in range(first, behind) if layer < self.depth))
+            self._set("fft_layers", split)
         defaults = {"adapter_dim": setting.adapter_dim, "cutoff": setting.cutoff, "classes": setting.classes}
         defaults |= {"heads": max(1, self.width // 64), "out_layers": _evenly(self.depth)}
         for name, value in defaults.items():
@@ -167,6 +174,14 @@ class EarthAdapterConfig:
         """Pixels between windows of larger pictures."""
         return self.stride or max(1, self.image_size * 2 // 3)
 
+    def _check_task(self, setting: Mapping[str, Any]) -> None:
+        """A task that changes nothing was not meant; a saved config, whose values are those of its task, stays."""
+        given = {name: getattr(self, name) for name in setting}
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        if all(value is not None and value != setting[name] for name, value in plain.items()):
+            wrong = f"a task sets {', '.join(setting)} where they are None, and all of them are given"
+            raise BadOverride(f"task={self.task!r}", wrong, ", ".join(f"{name}=None" for name in setting))
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -179,7 +194,7 @@ class EarthAdapterConfig:
         check_split(self.cutoff, self.box)
         check_float("adaptation_weight", self.adaptation_weight, low=0, usual=0.5)
         if self.adaptation_threshold is not None:
-            check_float("adaptation_threshold", self.adaptation_threshold, low=0, usual=0.968)
+            check_float("adaptation_threshold", self.adaptation_threshold, low=0, high=1, usual=0.968)
         if self.adaptation_begin is not None:
             check_int("adaptation_begin", self.adaptation_begin, 0)
             if self.head == "classes":
@@ -188,6 +203,8 @@ class EarthAdapterConfig:
         for name in ("fft_layers", "adapter_layers", "out_layers"):
             for layer in getattr(self, name) or ():
                 check_int(f"a layer of {name}", layer, 0, self.depth - 1)
+        if self.adapters == "frequency" and self.adapter_layers is not None:
+            check_split_layers(self.fft_layers or (), self.adapter_layers)
         if len(self.out_layers or ()) != 4:
             asked, wrong = f"out_layers={list(self.out_layers or ())}", "the head takes the patches of four blocks"
             raise BadOverride(asked, wrong, f"out_layers={list(_evenly(self.depth))}")

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmoe.errors import BadInput, Refused
-from mmoe.options import check_int
+from mmoe.options import check_bool, check_int
 from mmoe.surgery import add_frequency_adapters
 from zoo.config import make_config
 from zoo.earth_adapter.adaptation import Adaptation
@@ -37,6 +37,7 @@ from zoo.earth_adapter.heads import HEADS, IGNORED
 from zoo.earth_adapter.result import Segmentation, Segmentations, class_colors
 from zoo.images import read_image
 from zoo.model import Model
+from zoo.samples import check_samples, misfit
 from zoo.state import State
 from zoo.views import TokenView
 
@@ -161,7 +162,12 @@ class EarthAdapter(Model):
         return self._read(picture)
 
     def _read(self, image: Any) -> Image.Image:
-        return read_image(image, tuple(self._preprocessing["background"]))
+        return read_image(image, self._background)
+
+    @property
+    def _background(self) -> tuple[int, int, int]:
+        red, green, blue = self._preprocessing["background"]
+        return red, green, blue
 
     def _whole(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height in whole patches, the longer side as long as a window."""
@@ -182,24 +188,22 @@ class EarthAdapter(Model):
         resized by their shorter side and cut around the middle.
 
         Raises:
-            Refused: the samples have no such labels. BadInput: a mask has another size or unknown classes.
+            Refused: the samples have no such labels. BadInput: there are none, or a mask has another size, numbers that
+                are not whole or unknown classes.
         """
         wanted = "label" if self.config.head == "classes" else "mask"
-        missing = [name for name in ("image", wanted) if name not in samples[0]]
-        if missing:
-            wrong = f"its samples have no {' and no '.join(missing)}"
-            raise Refused(f"train {self.family} on this data", wrong, "data.name=segmentation")
+        check_samples(samples, ("image", wanted), self.family, "data.name=segmentation")
         adapts = self.config.adaptation_begin is not None
-        if adapts and "target" not in samples[0]:
+        if adapts:
             fix = "data.options.unlabelled=target, or model.overrides.adaptation_begin=null"
-            raise Refused(f"adapt {self.family} to this data", "its samples have no target, a picture of its own", fix)
+            check_samples(samples, ("target",), self.family, fix)
         pictures = [self._read(sample["image"]) for sample in samples]
         image = self._middles(pictures)
         if wanted == "label":
-            labels = [self._known(int(sample["label"])) for sample in samples]
+            labels = [self._label(_whole("label", sample["label"])) for sample in samples]
             return {"image": image, "label": torch.tensor(labels, device=self.device)}
         pairs = zip(pictures, samples, strict=True)
-        masks = [self._mask(np.asarray(sample["mask"]), picture) for picture, sample in pairs]
+        masks = [self._mask(_whole("mask", sample["mask"]), picture) for picture, sample in pairs]
         batch = {"image": image, "mask": torch.stack(masks).to(self.device)}
         return {**batch, "target": self._middles([self._read(one["target"]) for one in samples])} if adapts else batch
 
@@ -216,6 +220,11 @@ class EarthAdapter(Model):
         self._known(int(mask.min()))
         small = _square(Image.fromarray(mask.astype(np.uint8)), self._preprocessing["image_size"])
         return torch.from_numpy(np.array(small)).long()
+
+    def _label(self, label: np.ndarray) -> int:
+        if label.ndim:
+            raise BadInput(f"train on a label of {label.shape}", "it is one number", "label=0")
+        return self._known(int(label))
 
     def _known(self, number: int) -> int:
         if not (0 <= number < self.config.num_classes or number == IGNORED):
@@ -252,8 +261,8 @@ class EarthAdapter(Model):
 
         Args:
             image: (B, 3, H, W) pixels, sides in whole patches.
-            mask: (B, H, W) class numbers; 255 is left out.
-            label: (B,) class numbers, for the head "classes".
+            mask: (B, H, W) class numbers, int64; 255 is left out. `training_batch` checks the numbers, this does not.
+            label: (B,) class numbers, int64, for the head "classes".
             target: (B, 3, H, W) pixels without labels, to adapt to.
 
         Raises:
@@ -278,14 +287,12 @@ class EarthAdapter(Model):
 
     def _check_labels(self, image: Tensor, mask: Tensor | None, label: Tensor | None, target: Tensor | None) -> None:
         head, wrong = self.config.head, None
-        if image.ndim != 4 or image.shape[1] != 3:
-            wrong = f"pictures of the shape {tuple(image.shape)} are not (B, 3, H, W)"
+        if image.ndim != 4 or image.shape[1] != 3 or not len(image):
+            wrong = f"pictures of the shape {tuple(image.shape)} are not (B, 3, H, W), at least one"
         elif (mask if head == "classes" else label) is not None:
             wrong = f"the head {head!r} has no use for a {'mask' if head == 'classes' else 'label'}"
-        elif mask is not None and mask.shape != (len(image), *image.shape[2:]):
-            wrong = f"masks of the shape {tuple(mask.shape)} are not those of pictures {tuple(image.shape)}"
-        elif label is not None and label.shape != (len(image),):
-            wrong = f"labels of the shape {tuple(label.shape)} are not one for each of {len(image)} pictures"
+        elif told := misfit("mask", mask, (len(image), *image.shape[2:])) or misfit("label", label, (len(image),)):
+            wrong = told
         elif target is not None and (mask is None or self.config.adaptation_begin is None):
             wrong = "a target needs masks, and a model with adaptation_begin"
         if wrong is not None:
@@ -347,6 +354,7 @@ class EarthAdapter(Model):
             raise BadInput("segment by texts", f"{self.family} knows its classes alone", "model.predict('tile.png')")
         self.check_values("predict with")
         check_int("batch_size", batch_size, 1)
+        check_bool("all_probs", all_probs)
         if self.config.head == "classes":
             raise Refused(
                 "segment a picture", "the head 'classes' tells one label per picture", "model(**batch).scores"
@@ -370,6 +378,7 @@ class EarthAdapter(Model):
             classes=tuple(self._preprocessing["classes"]),
             colors=tuple(self._preprocessing["colors"]),
             probs=torch.cat(probs_, dim=1)[:, :height, :width] if all_probs else None,
+            background=self._background,
         )
 
     def _bands(self, picture: np.ndarray, batch_size: int) -> Iterator[Tensor]:
@@ -432,6 +441,14 @@ def _listed(images: Any) -> Sequence[Any]:
     if not many:
         raise BadInput("cannot prepare an empty list of pictures", "the list is empty", _PREDICT)
     return many
+
+
+def _whole(name: str, labels: Any) -> np.ndarray:
+    """Class numbers as an array."""
+    found = np.asarray(labels)
+    if found.dtype.kind not in "uib":
+        raise BadInput(f"train on a {name} of {found.dtype}", "numbers of classes are whole", f"{name}.astype('uint8')")
+    return found
 
 
 def _square(picture: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.NEAREST) -> Image.Image:

@@ -16,7 +16,7 @@ from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
 from mmoe.atomic import atomic_path
-from mmoe.errors import BadInput, BadOverride
+from mmoe.errors import BadInput
 from mmoe.options import check_float, check_int
 from zoo.images import read_image
 
@@ -46,6 +46,7 @@ class Segmentation:
         classes: names by number.
         colors: "#RRGGBB" by number.
         probs: (C, H, W) probabilities, where they were asked for.
+        background: colour that the model saw behind what was transparent.
     """
 
     mask: Tensor
@@ -53,6 +54,7 @@ class Segmentation:
     classes: tuple[str, ...]
     colors: tuple[str, ...]
     probs: Tensor | None = None
+    background: tuple[int, int, int] = (0, 0, 0)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The mask."""
@@ -108,7 +110,7 @@ class Segmentation:
         return path
 
     def overlay(self, image: Any, alpha: float = 0.5) -> Image.Image:
-        """The colours over the picture.
+        """The colours over the picture, transparency laid as the model saw it.
 
         Args:
             image: the picture, as for `zoo.images.read_image`.
@@ -117,10 +119,8 @@ class Segmentation:
         Raises:
             BadInput: the picture has another size.
         """
-        check_float("alpha", alpha, low=0, usual=0.5)
-        if alpha > 1:
-            raise BadOverride(f"alpha={alpha}", "it is an opacity, 0 to 1", "alpha=0.5")
-        below, size = read_image(image), (self.mask.shape[1], self.mask.shape[0])
+        check_float("alpha", alpha, low=0, high=1, usual=0.5)
+        below, size = read_image(image, self.background), (self.mask.shape[1], self.mask.shape[0])
         if below.size != size:
             wrong = f"the mask has {size[0]} x {size[1]}"
             raise BadInput(f"lay a mask over {below.width} x {below.height} pixels", wrong, "the picture it belongs to")

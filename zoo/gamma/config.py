@@ -73,7 +73,7 @@ class GammaConfig(CLIPSizes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("crop_seed", self.crop_seed, 0)
+        check_int("crop_seed", self.crop_seed, 0, 2**63 - 1)
         check_patches("crop_size", self.crop, self.patch_size)
         if self.num_experts:
             check_int("first_layer", self.first_layer, 0, min(self.vision_layers, self.text_layers) - 1)

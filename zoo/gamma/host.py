@@ -20,6 +20,8 @@ from mmoe.surgery import add_side_experts
 from zoo.gamma.config import GammaConfig
 from zoo.hosts.clip import CLIPHost
 
+OWN_ROUTER = "dense:gate_bias=true"
+
 
 class AnySizeCLIP(CLIPHost):
     """open_clip's CLIP whose image tower takes pictures of other sizes than its table of positions was made for.
@@ -68,7 +70,7 @@ def add_experts(clip: CLIPHost, config: GammaConfig) -> None:
     """Adds experts to the feed-forward blocks of both towers from `first_layer` on; all else is frozen."""
     depths = {"visual.transformer": config.vision_layers, "transformer": config.text_layers}
     blocks = [f"{tower}.resblocks.{i}.mlp" for tower, depth in depths.items() for i in range(config.first_layer, depth)]
-    router = "dense:gate_bias=true" if config.router is None else config.router
+    router = OWN_ROUTER if config.router is None else config.router
     add_side_experts(clip, config.num_experts, layers=blocks, router=router, inplace=True)
 
 

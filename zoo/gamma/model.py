@@ -22,8 +22,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
@@ -32,17 +34,18 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as pictures
 
 from mmoe.dispatch import is_sharded
-from mmoe.errors import BadInput, Refused, UnknownName, did_you_mean
+from mmoe.errors import BadInput, BadOverride, Refused, UnknownName, did_you_mean
 from mmoe.moe import moe_layers
 from mmoe.options import check_int
 from zoo.config import make_config
 from zoo.gamma.config import GammaConfig
 from zoo.gamma.crops import Offsets, cut_picture, enlarge, five_offsets, random_offsets, shrink
-from zoo.gamma.host import Adapter, AnySizeCLIP, add_experts, check_size, level_logits
+from zoo.gamma.host import OWN_ROUTER, Adapter, AnySizeCLIP, add_experts, check_size, level_logits
 from zoo.gamma.losses import captions, loss_of
 from zoo.hosts.clip import check_colour, check_pictures, make_tokenizer, text_tokens
 from zoo.images import read_image
 from zoo.model import Model
+from zoo.samples import check_samples, misfit
 from zoo.table import most_probable
 from zoo.views import TokenView
 
@@ -148,6 +151,7 @@ class Gamma(Model):
 
     family = "gamma"
     config_class = GammaConfig
+    own_parts = MappingProxyType({"router": OWN_ROUTER})
     layer_methods = ("encode_image", "encode_text")
 
     def __init__(self, config: GammaConfig) -> None:
@@ -189,6 +193,7 @@ class Gamma(Model):
         check_colour(values["background"])
         self._preprocessing = values
         self._tokenizer: SimpleTokenizer | None = None
+        self._prompts: Tensor | None = None
         self._texts: tuple[_Mark, dict[int, Tensor]] = [], {}
 
     @property
@@ -217,16 +222,17 @@ class Gamma(Model):
         Raises:
             UnknownName: there is no such scene. BadInput: there are more or fewer than pictures.
         """
+        scene = scene.tolist() if isinstance(scene, np.ndarray) else scene
         many = isinstance(scene, Sequence) and not isinstance(scene, str)
         names = list(scene) if many else [str(scene)] * count
         if self.config.prompts == "naive":
             names = ["auto"] * len(names)
         if len(names) != count:
-            asked, wrong = f"{len(names)} scenes for {count} pictures", "each has one"
-            raise BadInput(asked, wrong, "scene='auto', or a list as long as that of the pictures")
+            wrong = f"each picture has one; pictures: {count}, scenes: {len(names)}"
+            raise BadInput(f"score with the scenes {names}", wrong, "scene='auto'")
         known = {"auto": AUTO, **{name: number for number, name in enumerate(self.scenes)}}
         for name in names:
-            if name not in known:
+            if not isinstance(name, str) or name not in known:
                 raise UnknownName(f"no scene {name!r}", did_you_mean(str(name), known), f"scene={self.scenes[0]!r}")
         return torch.tensor([known[name] for name in names], device=self.device)
 
@@ -291,9 +297,30 @@ class Gamma(Model):
         return self.clip.encode_text(text, normalize=normalize)
 
     def prompt_ids(self, scenes: Sequence[int]) -> Tensor:
-        """Token ids of the prompts of some scenes, (S * K, N)."""
-        levels, texts = len(self.config.levels), self.config.prompt_texts()
-        return self.tokenizer([text for s in scenes for text in texts[s * levels : (s + 1) * levels]]).to(self.device)
+        """Token ids of the prompts of some scenes, (S * K, N).
+
+        Raises:
+            BadOverride: a prompt has more tokens than the model reads, or two levels of a scene have the same.
+        """
+        if self._prompts is None:
+            self._prompts = self._read_prompts()
+        return self._prompts[list(scenes)].flatten(0, 1).to(self.device)
+
+    def _read_prompts(self) -> Tensor:
+        """Token ids of all prompts, (scenes, K, N), in main memory."""
+        most, texts = self.config.context_length, self.config.prompt_texts()
+        asked, fix = f"scenes={dict(self.config.patterns)}", "scenes={natural: 'natural {}-quality image'}"
+        ids = self.tokenizer(texts)
+        for text, row in zip(texts, ids, strict=True):
+            if row[-1] and (count := len(self.tokenizer.encode(text)) + 2) > most:
+                wrong = f"the prompt {text!r} has {count} tokens, with those of begin and end; the model reads {most}"
+                raise BadOverride(asked, wrong, fix)
+        ids = ids.unflatten(0, (-1, len(self.config.levels)))
+        for scene, own in zip(self.scenes, ids, strict=True):
+            if len(own.unique(dim=0)) < len(own):
+                wrong = f"levels {list(self.config.levels)} of {scene!r} have the same tokens; case makes no difference"
+                raise BadOverride(asked, wrong, "levels=['bad','good']")
+        return ids
 
     def scene_features(self, scenes: Sequence[int]) -> Tensor:
         """Normalised features of the prompts of some scenes, (S, K, C).
@@ -370,13 +397,16 @@ class Gamma(Model):
         return output
 
     def _check_batch(self, image: Tensor, scene: Tensor | None, score: Tensor | None, text: Tensor | None) -> None:
-        wrong = None
-        if image.ndim not in (4, 5) or image.shape[-3] != 3 or not image.is_floating_point():
-            told = f"{tuple(image.shape)} {str(image.dtype).removeprefix('torch.')}"
-            wrong = f"pictures are numbers (B, 3, S, S) or (B, V, 3, S, S), not {told}"
-        for name, value in (("scene", scene), ("score", score), ("text", text)):
-            if wrong is None and value is not None and len(value) != len(image):
-                wrong = f"{name} has {len(value)} entries for {len(image)} pictures"
+        shape = tuple(getattr(image, "shape", ()))
+        if not isinstance(image, Tensor) or len(shape) not in (4, 5) or shape[-3] != 3 or not image.is_floating_point():
+            told = f"{shape} {str(getattr(image, 'dtype', type(image).__name__)).removeprefix('torch.')}"
+            wrong: str | None = f"pictures are numbers (B, 3, S, S) or (B, V, 3, S, S), not {told}"
+        elif not image.numel():
+            wrong = f"there is no picture in a batch of the shape {shape}"
+        else:
+            count = len(image)
+            wrong = misfit("scene", scene, (count,)) or misfit("score", score, (count,), whole=False)
+            wrong = wrong or misfit("text", text, (count, None))
         if wrong is not None:
             raise BadInput(f"run {self.family} on a batch", wrong, "model(**model.preprocess('photo.jpg'))")
 
@@ -443,16 +473,16 @@ class Gamma(Model):
 
         With a `caption_coef` in the config they need a "text" too, the caption. Each picture is flipped for one in two
         and cropped at random, from the "seed" of its sample, or from the global one.
+
+        Raises:
+            Refused: a sample has no such labels. BadInput: there is none, or a score is no number in [0, 1].
         """
         wanted = ("image", "score", "text") if self.config.caption_coef else ("image", "score")
-        missing = [name for name in wanted if name not in samples[0]]
-        if missing:
-            wrong = f"its samples have no {' and no '.join(missing)}"
-            fix = "model.overrides.caption_coef=0" if missing == ["text"] else "data with a score for each picture"
-            raise Refused(f"train {self.family} on this data", wrong, fix)
+        check_samples(samples, ("image", "score"), self.family, "data with a score for each picture")
+        check_samples(samples, wanted, self.family, "model.overrides.caption_coef=0")
         read, _ = self._read([sample["image"] for sample in samples])
         crops = [self._random_crop(picture, sample.get("seed")) for picture, sample in zip(read, samples, strict=True)]
-        scores = torch.tensor([float(sample["score"]) for sample in samples], device=self.device)
+        scores = torch.tensor([_label(sample["score"]) for sample in samples], device=self.device)
         scenes = self.scene_ids([sample.get("scene") or "auto" for sample in samples], len(samples))
         batch = {"image": self._pixels(crops), "scene": scenes, "score": scores}
         if self.config.caption_coef:
@@ -523,6 +553,18 @@ class Gamma(Model):
             kept = text_tokens(self.tokenizer, text)
             found.append(TokenView(layers="clip.transformer.*", modality="text", length=text.shape[1], tokens=kept))
         return found
+
+
+def _label(score: Any) -> float:
+    """A score of a sample as a number in [0, 1]."""
+    try:
+        number = float(score)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not 0 <= number <= 1:
+        wrong = "it is a number from 0 to 1, higher is better"
+        raise BadInput(f"train on the score {score!r}", wrong, "data.name=quality, with low and high of your scale")
+    return number
 
 
 def _fingerprint(parameters: Iterable[nn.Parameter]) -> _Mark:

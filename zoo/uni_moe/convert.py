@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmoe.errors import LoadMismatch, Refused
+from mmoe.registry import parse_spec
 from zoo.hosts import beats
 from zoo.hosts.decoder import PROJECTIONS, pack_ffns
 from zoo.uni_moe.config import BEATS, UniMoEConfig
@@ -181,7 +182,7 @@ def check_expressible(config: UniMoEConfig) -> None:
         wrong = "theirs have CLIP and a Whisper decoder as a resampler"
     elif config.sound is not None:
         wrong = "theirs hold the norm of BEATs' position weights apart, which is not exact"
-    elif not isinstance(config.experts, str) or config.experts != "gated_ffn" or config.router != UniMoEConfig.router:
+    elif config.experts != "gated_ffn" or parse_spec(config.router) != parse_spec(UniMoEConfig.router):
         wrong = "theirs have plain gated experts and a router of one matrix"
     if wrong is not None:
         raise Refused("cannot write this model under the authors' names", wrong, "model.save(folder)")

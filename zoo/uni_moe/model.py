@@ -43,6 +43,7 @@ from zoo.hosts.replies import Reply, likelihoods, streamed
 from zoo.hosts.splice import IGNORED, Spliced, splice
 from zoo.images import as_seen
 from zoo.model import Model
+from zoo.samples import check_samples
 from zoo.state import State
 from zoo.uni_moe.config import MODALITIES, UniMoEConfig
 from zoo.uni_moe.losses import divergence_loss, modality_loss
@@ -268,6 +269,7 @@ class UniMoE(Model):
         Raises:
             Refused: they have neither turns nor a text.
         """
+        check_samples(samples, (), self.family, "data with turns or a text")
         return self.collate([self._conversation(sample) for sample in samples])
 
     def views(self, batch: Mapping[str, Any]) -> list[TokenView]:
