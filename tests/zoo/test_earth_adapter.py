@@ -114,7 +114,7 @@ def test_the_paper_model_of_every_task() -> None:
     model = zoo.load("earth_adapter_dinov2_l", device="meta", task="dg_u2r")
     assert list(mmoe.moe_layers(model)) == [f"backbone.blocks.{i}.frequency_adapter.adapter" for i in (21, 22, 23)]
     assert sum(p.numel() for n, p in model.named_parameters() if n.startswith("head.")) == 20_562_120
-    assert model.config.stride == 341 and model.config.out_layers == (7, 11, 15, 23)
+    assert model.config.window_stride == 341 and model.config.out_layers == (7, 11, 15, 23)
 
 
 def test_options_win_over_the_setting_of_a_task() -> None:
