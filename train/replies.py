@@ -16,6 +16,7 @@ from mmoe.options import check_int
 from train.data.base import DataSet, Sample
 from train.evaluate import Task, same_words, tasks
 
+SIZE = 64  # samples in memory at a time
 MEDIA = ("image", "video", "audio", "speech", "sound")
 
 
@@ -60,9 +61,9 @@ class Naming(_Replies):
         """Shares of all samples, or as "GROUP/METRIC" of each group where data are not pooled; chance beside them."""
         names: dict[str, list[str]] = {}
         found: dict[str, list[tuple[float, bool, bool]]] = {}
-        for index in range(len(data)):
-            sample = data.read(index)
-            names.setdefault(sample.get("group", ""), []).append(sample["text"])
+        for first in range(0, len(data), SIZE):
+            for _, sample in data.readable(range(first, min(first + SIZE, len(data)))):
+                names.setdefault(sample.get("group", ""), []).append(sample["text"])
         for numbered in self.numbered(data, 1):
             ((index, sample),) = numbered
             group = sample.get("group", "")
@@ -86,8 +87,11 @@ class Naming(_Replies):
             raise BadInput("choose among names", "all samples have one name", "data with several")
         listed = [sample["text"], *draw.sample(others, min(self.choices - 1, len(others)))]
         likelihoods, _ = model.reply_likelihoods(listed, **asked(sample))
-        best = int(likelihoods.argmax())
-        return 1 / len(listed), best == 0, same_words(str(model.predict(**asked(sample))), sample["text"])
+        if not bool(likelihoods.isfinite().all()):
+            wrong = "some likelihoods are no numbers"
+            raise BadInput("choose among names", wrong, "a model whose training did not diverge")
+        right = bool(likelihoods[0] > likelihoods[1:].max())
+        return 1 / len(listed), right, same_words(str(model.predict(**asked(sample))), sample["text"])
 
 
 @tasks.register("perplexity")

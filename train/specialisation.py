@@ -48,8 +48,8 @@ class Specialisation(Task):
     @torch.no_grad()
     def measure(self, model: Any, data: DataSet) -> dict[str, float]:
         """Of some samples together."""
-        step = max(1, len(data) // self.samples)
-        chosen = range(0, len(data), step)[: self.samples]
+        count = min(self.samples, len(data))
+        chosen = [place * len(data) // count for place in range(count)]
         counts: dict[str, Tensor] = {}
         for first in range(0, len(chosen), BATCH):
             samples = [sample for _, sample in data.readable(chosen[first : first + BATCH])]

@@ -138,6 +138,23 @@ def test_files_of_a_mixture_are_those_of_its_parts() -> None:
     assert files_of("mixture", {}) == ()
 
 
+def test_a_part_of_little_weight_has_one_sample() -> None:
+    parts = {"sounds": {"name": "sounds", "weight": 0.001}, "words": {"name": "dialogues"}}
+    data = mixture(parts=parts)
+    counts = Counter(part_of(data, index) for batch in data.epoch(1, 0) for index in batch)
+    assert counts["sounds"] == 1
+
+
+def test_broken_samples_of_parts_are_left_out(tmp_path: Path) -> None:
+    rows = [{"image": f"{number}.png", "text": "x"} for number in range(40)]
+    (tmp_path / "bad.json").write_text(json.dumps(rows))
+    mine = {"mine": {"name": "pairs", "path": str(tmp_path / "bad.json")}, "words": {"name": "dialogues"}}
+    section = DataSection(name="mixture", max_broken=50, options={"parts": mine})
+    data = build(section, "train")
+    assert data.samples([0])[0]["part"] == "words", "the next one that can be read"
+    assert data.parts["mine"].most_broken == 50
+
+
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
@@ -147,6 +164,8 @@ def test_files_of_a_mixture_are_those_of_its_parts() -> None:
         ({"a": {"name": "sounds", "wieght": 2}}, "did you mean: weight"),
         ({"a": {"name": "sounds", "weight": 0}}, "weight is a finite number above 0"),
         ({"a": {"name": "mixture"}}, "it is a mixture itself"),
+        ({"a": {"name": "sounds", "options": 3}}, "options: Input should be a valid dictionary"),
+        ({"a": {"name": "pairs", "path": 5}}, "path: "),
     ],
 )
 def test_mixtures_that_cannot_be(parts: Any, told: str) -> None:

@@ -87,6 +87,20 @@ def test_parts_of_a_mixture_are_measured_by_their_own_tasks() -> None:
     assert found["heard/chance"] == pytest.approx(1 / 3, abs=1e-4)
 
 
+class Same(Knowing):
+    """A model that finds all replies as likely as each other."""
+
+    def reply_likelihoods(self, replies: Sequence[str], text: Any = None, **given: Any) -> tuple[Tensor, Tensor]:
+        return torch.full((len(replies),), self.sure), torch.ones(len(replies))
+
+
+def test_a_model_that_does_not_know_is_not_right() -> None:
+    data = load("sounds", None, "eval", limit=6)
+    assert tasks.build("naming").measure(Same(0.0), data)["choice"] == 0.0
+    with pytest.raises(BadInput, match="some likelihoods are no numbers"):
+        tasks.build("naming").measure(Same(math.nan), data)
+
+
 def test_what_cannot_be_measured() -> None:
     data = load("sounds", None, "eval")
     with pytest.raises(Refused, match="tells no likelihoods of replies"):

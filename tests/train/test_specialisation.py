@@ -51,6 +51,19 @@ def test_routers_that_were_not_trained_tell_little(model: Any, data: Any) -> Non
     assert 0 <= told["MI"] <= told["largest MI"] < told["modalities"]
 
 
+def test_samples_are_evenly_spaced_over_all_parts(model: Any, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    read = type(data).readable
+
+    def noted(self: Any, indices: Any) -> Any:
+        seen.extend(data.name(index).partition(":")[0] for index in indices)
+        return read(self, indices)
+
+    monkeypatch.setattr(type(data), "readable", noted)
+    tasks.build({"name": "specialisation", "samples": len(data) - 1}).measure(model, data)
+    assert len(seen) == len(data) - 1 and set(seen) == set(PARTS)
+
+
 def test_what_has_no_experts_or_no_parts_is_refused(data: Any) -> None:
     dense = zoo.load("uni_moe_tiny", weights=False, device="cpu", num_experts=0)
     with pytest.raises(Refused, match="the model has no mixtures"):

@@ -55,7 +55,7 @@ def build(section: DataSection, split: Split, load: Callable[[str], Model] | Non
     options = {name: value for name, value in given.items() if name in known}
     check_files(section.name, section.options)
     data: DataSet = kind(split, **options, **section.options)
-    data.most_broken = section.max_broken
+    data.allow_broken(section.max_broken)
     return data
 
 

@@ -81,6 +81,10 @@ class DataSet(ABC):
     def name(self, index: int) -> str:
         """What a sample is called in messages: its file, mostly."""
 
+    def allow_broken(self, most: int) -> None:
+        """Leaves samples out that cannot be read, up to so many."""
+        self.most_broken = most
+
     def fingerprint(self) -> str:
         """Changes where samples come, go or are renamed."""
         names = "\n".join(self.name(index) for index in range(len(self)))

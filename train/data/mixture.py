@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from mmoe.errors import BadInput, BadOverride, did_you_mean
 from mmoe.options import check_bool, check_float
@@ -60,11 +61,21 @@ class Mixture(DataSet):
         self.grouped, self.parts, self.weights = grouped, dict[str, DataSet](), list[float]()
         for name, told in _checked(parts).items():
             own = {key: told[key] for key in ("name", "path", "options") if key in told}
-            section = DataSection(limit=limit, held_out=held_out, **own)
+            try:
+                section = DataSection(limit=limit, held_out=held_out, **own)
+            except ValidationError as error:
+                told_of = "; ".join(f"{one['loc'][0]}: {one['msg']}" for one in error.errors())
+                raise BadOverride(f"the part {name!r} of a mixture", told_of, _EXAMPLE) from error
             self.parts[name] = build(section, split, load, seed)
             self.weights.append(told.get("weight", 1.0))
         self.notes = [note for part in self.parts.values() for note in part.notes]
         self._ends = list(accumulate(len(part) for part in self.parts.values()))
+
+    def allow_broken(self, most: int) -> None:
+        """In all parts together, and in each."""
+        super().allow_broken(most)
+        for part in self.parts.values():
+            part.allow_broken(most)
 
     @classmethod
     def files(cls, options: Mapping[str, Any]) -> tuple[PackagedFile, ...]:
@@ -113,7 +124,7 @@ class Mixture(DataSet):
         chosen: list[tuple[int, int]] = []
         for number, (end, weight) in enumerate(zip(self._ends, self.weights, strict=True)):
             own = range(self._ends[number - 1] if number else 0, end)
-            whole, rest = divmod(round(weight * len(own)), len(own)) if own else (0, 0)
+            whole, rest = divmod(max(1, round(weight * len(own))), len(own)) if own else (0, 0)
             chosen += [(number, index) for index in [*own] * whole + draw.sample(own, rest)]
         if len(chosen) < batch_size:
             raise BadInput(f"make batches of {batch_size}", f"there are {len(chosen)} samples", "data.batch_size=1")

@@ -20,6 +20,7 @@ from zoo.assets import asset
 from zoo.sounds import RATE, read_sound
 
 FOLDER = "data/recordings"
+SLOWEST = 0.25  # speed and loudness, at any strength
 SPEEDS = 0.85, 1.2  # of recordings that are trained on, against the original
 LOUDNESS = 0.3, 1.5
 NOISE = 0.0, 0.02  # standard deviation, against a full swing of 1
@@ -107,9 +108,8 @@ def varied(samples: np.ndarray, seed: int, strength: float = 1.0) -> np.ndarray:
     if not strength:
         return samples
     draw, noise = random.Random(seed), np.random.default_rng(seed)
-    speed, loudness = (1 + strength * (draw.uniform(*ends) - 1) for ends in (SPEEDS, LOUDNESS))
+    speed, loudness = (max(SLOWEST, 1 + strength * (draw.uniform(*ends) - 1)) for ends in (SPEEDS, LOUDNESS))
     places = np.arange(0, len(samples) - 1, speed)
-    speed = max(speed, 0.25)
     faster = np.interp(places, np.arange(len(samples)), samples)
     later = np.pad(faster, (round(strength * draw.uniform(0, SHIFT) * RATE), 0))
     heard = loudness * later + strength * draw.uniform(*NOISE) * noise.standard_normal(len(later))
