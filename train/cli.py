@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -274,14 +274,20 @@ def train(
             raise typer.Exit(2) from None
         raise
     except Stopped:
-        if os.environ.get("RANK", "0") == "0":
-            processes = int(os.environ.get("WORLD_SIZE", "1"))
-            more = "".join(f" --stage {stage}" for stage in stages or ())
-            more += f" --launch {processes}" if processes > 1 else ""
-            print(f"stopped; go on with: mmoe train {shlex.quote(str(out))} --resume{more}", file=sys.stderr)
+        _tell_stopped(out, stages or ())
         raise typer.Exit(INTERRUPTED) from None
     if os.environ.get("RANK", "0") == "0":  # the first process tells
         _tell(results, loaded.name, out)
+
+
+def _tell_stopped(out: Path, stages: Sequence[str]) -> None:
+    """How to go on with what was stopped; the first process tells."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    more = "".join(f" --stage {stage}" for stage in stages)
+    more += f" --launch {processes}" if processes > 1 else ""
+    print(f"stopped; go on with: mmoe train {shlex.quote(str(out))} --resume{more}", file=sys.stderr)
 
 
 def _tell(results: dict[str, dict[str, Any]], name: str, out: Path) -> None:

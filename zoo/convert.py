@@ -120,8 +120,14 @@ def from_original(
     family: Annotated[
         str, typer.Argument(metavar="FAMILY", help="Family that the weights belong to, such as clip_moe.")
     ],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' state dict, .pt or .safetensors.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The authors' state dict, .pt or .safetensors, or a folder of parts.")
+    ],
     out: Out,
+    over: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="File or folder whose tensors stand over those: adapters, parts; in order."),
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts per token, which files do not say.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the config; may be repeated.")
@@ -133,6 +139,7 @@ def from_original(
 
     \b
     mmoe convert from-original clip_moe clip-moe-4-2-sharegpt4v.pt --top-k 2 --out clip_moe_l14
+    mmoe convert from-original uni_moe speech-base --over speech-e2 --out uni_moe_speech
     """
     out = _check_folder(out, force)
     begin = time.perf_counter()
@@ -142,11 +149,10 @@ def from_original(
     from zoo.base import with_base
     from zoo.config import make_config
     from zoo.loading import family_class
-    from zoo.packages import file_sha256
-    from zoo.state import load_state, read_state
-    from zoo.weights import locate
+    from zoo.released import read_released
+    from zoo.state import load_state
 
-    path = locate(str(file))
+    paths = [str(path) for path in (file, *(over or []))]
     takes = inspect.signature(convert.from_original).parameters
     if top_k is not None and "top_k" not in takes:
         raise BadOverride(f"--top-k for {family}", "its files say how many experts a token uses", "leave it out")
@@ -154,12 +160,12 @@ def from_original(
     if asked != {**asked, **overrides}:
         wrong = "they are the same option"
         raise BadOverride(f"--top-k {top_k} with --set top_k={overrides['top_k']}", wrong, f"--top-k {top_k}")
-    given = {**_read_note(path, family), **asked}
+    given = {**_read_note(file.expanduser(), family), **asked}
     options: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
     if "like" in takes:
         options = {"like": make_config(family_class(family).config_class, given, family, "--set {}=...")}
     try:
-        config, state = convert.from_original(read_state(path), **options)
+        config, state = convert.from_original(read_released(paths), **options)
     except (RuntimeError, TypeError, IndexError) as error:  # tensors of shapes that no model has
         wrong = str(error).splitlines()[0]
         raise LoadMismatch(f"convert this checkpoint to {family}", wrong, f"the state dict of a {family}") from error
@@ -168,7 +174,7 @@ def from_original(
     state, _, _ = with_base(model, state)
     model.load_report = load_state(model, state, str(file))
     assumed = {key: value for key, value in convert.assumed(config).items() if key not in given}
-    lineage = {"verb": "from-original", "source": file.name, "sha256": file_sha256(path), **asked, **assumed}
+    lineage = {"verb": "from-original", **_sources(paths), **asked, **assumed}
     model.card = _card(out, model, lineage, [_Source(model=model, name=file.name, licence="unknown")])
     model.save(out, card=model.card)
     told = {"matched": len(model.load_report.matched), "assumed": assumed}
@@ -231,6 +237,14 @@ def to_original(
         note = f"their code takes {theirs} for this file and computes something else; the way back needs {back}"
         typer.echo(f"note: {note}" + (", which the file carries" if out.suffix == ".safetensors" else ""), err=True)
     typer.echo(f"{out}: {len(state)} tensors, {out.stat().st_size / 1e6:,.1f} MB; read back they are equal bit for bit")
+
+
+def _sources(paths: Sequence[str]) -> dict[str, str]:
+    """What a model was converted from: names, and the checksum where it is one file."""
+    from zoo.packages import file_sha256
+
+    name, only = " and ".join(Path(path).name for path in paths), Path(paths[0]).expanduser()
+    return {"source": name, **({"sha256": file_sha256(only)} if len(paths) == 1 and only.is_file() else {})}
 
 
 def _note(model: Model) -> dict[str, str]:
