@@ -40,7 +40,7 @@ from zoo.config import make_config
 from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer, tokenizer_text
 from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
 from zoo.hosts.replies import Reply, likelihoods, streamed
-from zoo.hosts.splice import IGNORED, Spliced, splice
+from zoo.hosts.splice import IGNORED, Spliced, filled_on_the_left, splice
 from zoo.images import as_seen
 from zoo.model import Model
 from zoo.samples import check_samples
@@ -488,8 +488,8 @@ class UniMoE(Model):
         """New tokens (B, at most max_new_tokens): media are spliced once, then the host goes on with its cache.
 
         Args:
-            input_ids: (B, N), padded on the left.
-            attention_mask: (B, N).
+            input_ids: (B, N).
+            attention_mask: (B, N), 0 for padding on either side.
             media: see `splice`.
             options: of transformers' `generate`; `max_new_tokens` is cut to the positions that are left.
 
@@ -497,7 +497,7 @@ class UniMoE(Model):
             BadInput: there is no position left.
         """
         with torch.no_grad():
-            spliced = self.splice(input_ids, attention_mask, **(media or {}))
+            spliced = filled_on_the_left(self.splice(input_ids, attention_mask, **(media or {})))
         left = self.config.positions - spliced.embeds.shape[1]
         if not left:
             wrong = f"all {self.config.positions:,} positions are taken"

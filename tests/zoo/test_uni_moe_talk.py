@@ -1,0 +1,61 @@
+"""Uni-MoE in conversation: batches of media, routers that are told modalities, precision, and mistakes of users."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import zoo
+from zoo.uni_moe.model import UniMoE
+
+RATE = 16_000
+
+
+@pytest.fixture(autouse=True)
+def _two_cards() -> None:
+    """The family's own cards, where the folder's fixture leaves two of another one."""
+
+
+def load(**options: Any) -> UniMoE:
+    torch.manual_seed(0)
+    model = zoo.load("uni_moe_tiny", weights=False, device="cpu", **options)
+    assert isinstance(model, UniMoE)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> UniMoE:
+    return load()
+
+
+def picture(red: int = 200) -> Image.Image:
+    return Image.new("RGB", (40, 30), (red, 30, 30))
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.1, int(seconds * RATE)).astype(np.float32)
+
+
+def media_of(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in ("input_ids", "labels", "attention_mask")}
+
+
+WRITING = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+
+
+# ---- batches ----
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_rows_with_recordings_of_other_lengths_generate_together(model: UniMoE, left: bool) -> None:
+    batches = [model.preprocess("What is said?", speech=noise(seconds)) for seconds in (4, 20)]
+    assert batches[0]["input_ids"].shape == batches[1]["input_ids"].shape
+    batches.append(model.preprocess("Hi"))
+    batch = model.collate(batches[: 3 if not left else 2], left=left)
+    made = model.generate(batch["input_ids"], batch["attention_mask"], media=media_of(batch), **WRITING)
+    for row, one in zip(made, batches, strict=False):
+        assert row.tolist() == model.generate(one["input_ids"], media=media_of(one), **WRITING)[0].tolist()
