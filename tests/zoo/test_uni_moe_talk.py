@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -59,3 +61,18 @@ def test_rows_with_recordings_of_other_lengths_generate_together(model: UniMoE, 
     made = model.generate(batch["input_ids"], batch["attention_mask"], media=media_of(batch), **WRITING)
     for row, one in zip(made, batches, strict=False):
         assert row.tolist() == model.generate(one["input_ids"], media=media_of(one), **WRITING)[0].tolist()
+
+
+# ---- precision ----
+
+
+def test_positions_stay_exact_in_bf16(model: UniMoE) -> None:
+    states, place = torch.zeros(1, 1, 128), torch.tensor([[4000]])
+    exact = model.llm.model.rotary_emb(states, place)
+    for half in (load(dtype="bf16"), copy.deepcopy(model).half(), pickle.loads(pickle.dumps(model)).bfloat16()):
+        rotary = half.llm.model.rotary_emb
+        assert half.dtype != torch.float32
+        assert rotary.inv_freq.dtype == rotary.original_inv_freq.dtype == torch.float32
+        for found, want in zip(rotary(states, place), exact, strict=True):
+            torch.testing.assert_close(found, want)
+    assert load(dtype="bf16").to("meta").llm.model.rotary_emb.inv_freq.is_meta

@@ -40,6 +40,7 @@ from zoo.config import make_config
 from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer, tokenizer_text
 from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
 from zoo.hosts.replies import Reply, likelihoods, streamed
+from zoo.hosts.rotary import SteadyRotaryEmbedding
 from zoo.hosts.splice import IGNORED, Spliced, filled_on_the_left, splice
 from zoo.images import as_seen
 from zoo.model import Model
@@ -113,6 +114,7 @@ class UniMoE(Model):
             tie_word_embeddings=config.tie_embeddings,
         )
         self.llm = LlamaForCausalLM(host)
+        self.llm.model.rotary_emb = SteadyRotaryEmbedding(host)
         options: dict[str, Any] = {"top_k": config.top_k, "router": config.router, "experts": config.experts}
         add_mixtures(self.llm, config.mixed, config.num_experts, **options)
         dim, queries = config.width, config.queries
