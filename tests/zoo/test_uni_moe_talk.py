@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+import mmoe
 import zoo
+from zoo.hosts.decoder import mixtures_of
 from zoo.uni_moe.model import UniMoE
 
 RATE = 16_000
@@ -61,6 +63,37 @@ def test_rows_with_recordings_of_other_lengths_generate_together(model: UniMoE, 
     made = model.generate(batch["input_ids"], batch["attention_mask"], media=media_of(batch), **WRITING)
     for row, one in zip(made, batches, strict=False):
         assert row.tolist() == model.generate(one["input_ids"], media=media_of(one), **WRITING)[0].tolist()
+
+
+@pytest.mark.parametrize("router", ["by_modality", "gshard:capacity_factor=0.5"])
+def test_routers_are_told_the_same_when_it_writes(router: str) -> None:
+    model = load(router=router)
+    for moe in mixtures_of(model.llm).values():
+        for layer in getattr(moe.router, "layers", ()):
+            torch.nn.init.normal_(layer.weight)
+    batches = [model.preprocess("What is this?", image=picture()), model.preprocess("Hi")]
+    batch = model.collate(batches, left=True)
+    del batch["labels"]
+    with torch.no_grad(), mmoe.trace(model) as routing:
+        want = model(**batch).logits[:, -1]
+    media, options = media_of(batch), {"max_new_tokens": 2, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    with mmoe.trace(model) as again:
+        found = model.generate(batch["input_ids"], batch["attention_mask"], media=media, **options)
+    torch.testing.assert_close(found.logits[0], want, atol=1e-4, rtol=1e-3)
+    told, first = routing[0].context, again[0].context
+    assert first.valid.equal(told.valid) and first.modality.equal(told.modality)
+    assert again[len(again) - 1].context is None, "a step of text"
+    assert all(moe._context is None for moe in mixtures_of(model.llm).values())
+
+
+def test_beams_are_told_too() -> None:
+    model = load(router="by_modality")
+    one = model.preprocess("What is this?", image=picture())
+    with mmoe.trace(model) as routing:
+        model.generate(one["input_ids"], media=media_of(one), num_beams=2, **WRITING)
+    kinds = routing[0].context.modality.unflatten(0, (2, -1))
+    assert kinds[0].equal(kinds[1]) and (kinds == 1).sum() == 2 * 16
 
 
 # ---- precision ----

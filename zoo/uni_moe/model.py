@@ -39,7 +39,7 @@ from zoo.base import checksum_of
 from zoo.config import make_config
 from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer, tokenizer_text
 from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
-from zoo.hosts.replies import Reply, likelihoods, streamed
+from zoo.hosts.replies import Reply, likelihoods, streamed, told_of_prompt
 from zoo.hosts.rotary import SteadyRotaryEmbedding
 from zoo.hosts.splice import IGNORED, Spliced, filled_on_the_left, splice
 from zoo.images import as_seen
@@ -505,7 +505,10 @@ class UniMoE(Model):
             wrong = f"all {self.config.positions:,} positions are taken"
             raise BadInput("write a reply", wrong, "a shorter text, or fewer media")
         options["max_new_tokens"] = min(left, options.get("max_new_tokens") or left)
-        found: Tensor = self.llm.generate(inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), **options)
+        with told_of_prompt(self.llm, spliced, route_padding=self.config.route_padding):
+            found: Tensor = self.llm.generate(
+                inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), **options
+            )
         return found
 
     @classmethod
