@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,13 +97,37 @@ def test_beams_are_told_too() -> None:
     assert kinds[0].equal(kinds[1]) and (kinds == 1).sum() == 2 * 16
 
 
+# ---- media ----
+
+
+def test_a_list_of_pictures_is_one_video(model: UniMoE, tmp_path: Path) -> None:
+    frames = [picture(60 * number) for number in range(4)]
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(frames):
+        frame.save(tmp_path / "frames" / f"{number}.png")
+    array = np.stack([np.asarray(frame) for frame in frames])
+    paths = sorted(map(str, (tmp_path / "frames").iterdir()))
+    want = model.preprocess("Hi", video=[frames])["videos"]
+    assert len(want) == 1 and want[0].shape[0] == 4
+    for one in (frames, tuple(frames), array, [array], torch.from_numpy(array), paths, tmp_path / "frames"):
+        (found,) = model.preprocess("Hi", video=one)["videos"]
+        assert found.equal(want[0])
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
+    folder, films = tmp_path / "frames", [tmp_path / "a.gif", tmp_path / "a.webp"]
+    for many in ([frames, frames[:2]], [folder, folder], films, [array, array]):
+        assert len(model.preprocess("Hi", video=many)["videos"]) == 2
+    assert "videos" not in model.preprocess("Hi", video=[])
+    assert model.predict(video=frames, max_new_tokens=2).tokens <= 2
+
+
 # ---- precision ----
 
 
 def test_positions_stay_exact_in_bf16(model: UniMoE) -> None:
     states, place = torch.zeros(1, 1, 128), torch.tensor([[4000]])
     exact = model.llm.model.rotary_emb(states, place)
-    for half in (load(dtype="bf16"), copy.deepcopy(model).half(), pickle.loads(pickle.dumps(model)).bfloat16()):
+    for half in (load(dtype="bf16"), copy.deepcopy(model).half(), pickle.loads(pickle.dumps(load())).bfloat16()):
         rotary = half.llm.model.rotary_emb
         assert half.dtype != torch.float32
         assert rotary.inv_freq.dtype == rotary.original_inv_freq.dtype == torch.float32

@@ -48,7 +48,7 @@ from zoo.samples import check_samples
 from zoo.state import State
 from zoo.uni_moe.config import MODALITIES, UniMoEConfig
 from zoo.uni_moe.losses import divergence_loss, modality_loss
-from zoo.uni_moe.media import image_tensor, sound_tensor, speech_tensor, video_tensor
+from zoo.uni_moe.media import image_tensor, sound_tensor, speech_tensor, video_tensor, videos_of
 from zoo.uni_moe.parts import TENSORS, added_to, part_state
 from zoo.uni_moe.towers import Sound, Speech, Vision
 from zoo.uni_moe.views import batch_views
@@ -178,7 +178,7 @@ class UniMoE(Model):
             text: what the user says, or turns that user and model take in turn. Media without a placeholder such as
                 <image> in it are put before it. The usual question about what is given when None, as "What is this?".
             image, video, speech, sound: one of each or a list, in the order of their placeholders; see
-                `zoo.uni_moe.media`.
+                `zoo.uni_moe.media`. A list of pictures is one video, a list of lists or folders several.
             reply: ends where the model's reply begins; False takes turns that end with one.
 
         Returns:
@@ -545,11 +545,14 @@ class UniMoE(Model):
 
 def _by_placeholder(given: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Media as lists, by the word that stands for them."""
-    return {word: _listed(given.get(word.strip("<>"))) for word in PLACEHOLDERS}
+    named = {word: given.get(word.strip("<>")) for word in PLACEHOLDERS}
+    return {word: _listed(value, word == "<video>") for word, value in named.items()}
 
 
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+def _listed(value: Any, videos: bool) -> list[Any]:
+    if value is None:
+        return []
+    return videos_of(value) if videos else list(value) if isinstance(value, list) else [value]
 
 
 def _recordings(tokens: Tensor, chunks: Sequence[int] | None) -> list[Tensor]:
