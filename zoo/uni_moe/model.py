@@ -37,7 +37,7 @@ from mmoe.routing import Context, Routing
 from mmoe.trace import trace
 from zoo.base import checksum_of
 from zoo.config import make_config
-from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer, tokenizer_text
+from zoo.hosts.chat import TEMPLATES, Template, as_words, encode, read_tokenizer, tokenizer_text
 from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
 from zoo.hosts.replies import Reply, likelihoods, streamed, told_of_prompt
 from zoo.hosts.rotary import SteadyRotaryEmbedding
@@ -176,7 +176,8 @@ class UniMoE(Model):
 
         Args:
             text: what the user says, or turns that user and model take in turn. Media without a placeholder such as
-                <image> in it are put before it. The usual question about what is given when None, as "What is this?".
+                <image> in a turn of the user are put before the first. The usual question about what is given when
+                None, as "What is this?".
             image, video, speech, sound: one of each or a list, in the order of their placeholders; see
                 `zoo.uni_moe.media`. A list of pictures is one video, a list of lists or folders several.
             reply: ends where the model's reply begins; False takes turns that end with one.
@@ -199,17 +200,12 @@ class UniMoE(Model):
         """Ids and labels of a conversation about media by their placeholder."""
         if text is None:
             text = QUESTIONS[next((word.strip("<>") for word, many in given.items() if many), "text")]
-        turns = [self._plain(said) for said in ([text] if isinstance(text, str) else text)]
+        said = [text] if isinstance(text, str) else text
+        turns = [as_words(turn, self.tokenizer, [*PLACEHOLDERS] * (place % 2)) for place, turn in enumerate(said)]
         lacking = [word for word, many in given.items() for _ in many[sum(turn.count(word) for turn in turns) :]]
         if turns and lacking:
             turns[0] = "".join(f"{word}\n" for word in lacking) + turns[0]
         return encode(self.tokenizer, self.template.parts(turns, reply), PLACEHOLDERS)
-
-    def _plain(self, said: str) -> str:
-        """What is said, with special tokens such as </s> taken apart, so that they are only words."""
-        for token in self.tokenizer.all_special_tokens:
-            said = said.replace(token, f"{token[0]} {token[1:]}")
-        return said
 
     def _media(self, given: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
