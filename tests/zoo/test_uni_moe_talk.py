@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,42 @@ def test_words_for_media_in_a_reply_are_only_words(model: UniMoE) -> None:
     assert not (model.preprocess(["Hi", "an <image>", "Well?"])["input_ids"] < 0).any()
     found, _ = model.reply_likelihoods(["an <image>", "no"], image=picture())
     assert found.isfinite().all()
+
+
+def test_a_folder_that_was_saved_before_a_word_was_read_loads_alone(model: UniMoE, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text(Path("assets/tokenizers/uni_moe_tiny.json").read_text())
+    load(tokenizer=str(file)).save(tmp_path / "saved")
+    file.unlink()
+    ids = zoo.load(tmp_path / "saved", device="cpu").preprocess("Hi")["input_ids"]
+    assert ids.equal(model.preprocess("Hi")["input_ids"])
+
+
+def test_another_tokenizer_for_a_folder(model: UniMoE, tmp_path: Path) -> None:
+    assert model.preprocess("Hi")["input_ids"].numel()
+    model.save(tmp_path / "saved")
+    told = json.loads(Path("assets/tokenizers/uni_moe_tiny.json").read_text())
+    words = told["model"]["vocab"]
+    a, b = (next(word for word, number in words.items() if number == wanted) for wanted in (100, 101))
+    words[a], words[b] = words[b], words[a]
+    (tmp_path / "other.json").write_text(json.dumps(told))
+    other = zoo.load(tmp_path / "saved", device="cpu", tokenizer=str(tmp_path / "other.json"))
+    assert other.tokenizer.convert_ids_to_tokens([100, 101]) == [b, a]
+    other.save(tmp_path / "again")
+    assert zoo.load(tmp_path / "again", device="cpu").tokenizer.convert_ids_to_tokens(100) == b
+
+
+def test_batches_are_written_on_until_the_end_of_a_reply() -> None:
+    model = load()
+    batch = model.preprocess("What is this?", image=picture(), speech=noise(1))
+    assert model.llm.generation_config.eos_token_id == model.tokenizer.eos_token_id != 2
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert model.generate(**batch, **options).equal(
+        model.generate(batch["input_ids"], media=media_of(batch), **options)
+    )
+    model.llm.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.llm.lm_head.weight))
+    model.llm.lm_head.bias = torch.nn.Parameter(torch.eye(2048)[model.tokenizer.eos_token_id])
+    assert model.generate(**batch, **options).tolist() == [[model.tokenizer.eos_token_id]]
 
 
 # ---- precision ----

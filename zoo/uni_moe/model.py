@@ -56,6 +56,7 @@ from zoo.views import TokenView
 from zoo.weights import locate
 
 PLACEHOLDERS = {"<image>": -200, "<speech>": -300, "<video>": -400, "<sound>": -500}
+BATCHED = ("images", "videos", "speech", "speech_chunks", "sounds", "sound_padding", "sound_chunks")  # of `splice`
 QUESTIONS = {
     "text": "Say something.",
     "image": "What is this?",
@@ -140,7 +141,19 @@ class UniMoE(Model):
         make_config(UniMoEConfig, {**vars(self.config), **told}, self.family)
         self._preprocessing, self._words = values, None
         if values["tokenizer"] is not None:
-            self._words = read_tokenizer(values["tokenizer"], self.template)
+            self._read_words(values["tokenizer"])
+
+    def whole_preprocessing(self) -> dict[str, Any]:
+        """With the tokenizer that the config names."""
+        if self.config.tokenizer is not None:
+            self.tokenizer  # noqa: B018  # is read
+        return self.preprocessing
+
+    def _read_words(self, text: str) -> None:
+        """Takes a tokenizer, and its special tokens for the host to write with."""
+        self._words = read_tokenizer(text, self.template)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self.llm.generation_config, name, getattr(self._words, name))
 
     @property
     def template(self) -> Template:
@@ -158,7 +171,7 @@ class UniMoE(Model):
             if self.config.tokenizer is None:
                 raise Refused("read a text", "the model has no tokenizer", "tokenizer='PATH/tokenizer.json'")
             text = tokenizer_text(locate(self.config.tokenizer, checksum_of(self, self.config.tokenizer)))
-            self._words = read_tokenizer(text, self.template)
+            self._read_words(text)
             self._preprocessing["tokenizer"] = text
         return self._words
 
@@ -341,9 +354,7 @@ class UniMoE(Model):
         batch = self.preprocess(text, **media)
         del batch["labels"]
         ids = batch.pop("input_ids")
-        tokenizer = self.tokenizer
-        options = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        return {"input_ids": ids, "media": batch}, options | told
+        return {"input_ids": ids, "media": batch}, {"do_sample": False, **told}
 
     @torch.no_grad()
     def reply_likelihoods(
@@ -480,6 +491,7 @@ class UniMoE(Model):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        labels: Tensor | None = None,
         media: dict[str, Any] | None = None,
         **options: Any,
     ) -> Tensor:
@@ -488,14 +500,17 @@ class UniMoE(Model):
         Args:
             input_ids: (B, N).
             attention_mask: (B, N), 0 for padding on either side.
+            labels: not used; a batch of `preprocess` or `collate` has them.
             media: see `splice`.
-            options: of transformers' `generate`; `max_new_tokens` is cut to the positions that are left.
+            options: media by their names too, as a batch has them; and those of transformers' `generate`, of which
+                `max_new_tokens` is cut to the positions that are left.
 
         Raises:
             BadInput: there is no position left.
         """
+        named = {name: options.pop(name) for name in BATCHED if name in options}
         with torch.no_grad():
-            spliced = filled_on_the_left(self.splice(input_ids, attention_mask, **(media or {})))
+            spliced = filled_on_the_left(self.splice(input_ids, attention_mask, **{**(media or {}), **named}))
         left = self.config.positions - spliced.embeds.shape[1]
         if not left:
             wrong = f"all {self.config.positions:,} positions are taken"
