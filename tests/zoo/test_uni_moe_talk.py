@@ -15,6 +15,7 @@ from PIL import Image
 
 import mmoe
 import zoo
+from mmoe.errors import Refused
 from zoo.hosts.decoder import mixtures_of
 from zoo.uni_moe.model import UniMoE
 
@@ -191,3 +192,34 @@ def test_positions_stay_exact_in_bf16(model: UniMoE) -> None:
         for found, want in zip(rotary(states, place), exact, strict=True):
             torch.testing.assert_close(found, want)
     assert load(dtype="bf16").to("meta").llm.model.rotary_emb.inv_freq.is_meta
+
+
+# ---- assembling ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"experts": "lora_gated_ffn:rank=2"},
+        {"router": "by_modality"},
+        {"router": "topk:bias_rate=0.01"},
+        {"router": "gshard", "moe_layers": [1]},
+        {"sound": None},
+    ],
+)
+def test_mixtures_of_all_kinds_begin_as_their_models(options: dict[str, Any]) -> None:
+    dense = [load(num_experts=0) for _ in range(2)]
+    mixed = UniMoE.assemble(dense, {"num_experts": 2, **options}).eval()
+    batch = dense[0].preprocess("What is this?", image=picture())
+    if "gshard" not in str(options):  # it drops what there is no room for
+        torch.testing.assert_close(mixed(**batch).logits, dense[0](**batch).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_models_of_other_sizes_are_not_assembled() -> None:
+    one, other = load(num_experts=0), load(num_experts=0, ffn_dim=128)
+    with pytest.raises(Refused, match=r"gate_proj of model 1 is of \(128, 128\), and its place is of \(256, 128\)"):
+        UniMoE.assemble([one, other], {"num_experts": 2})
+    with pytest.raises(Refused, match=r"is of .*, and its place is of"):
+        UniMoE.assemble([one, one], {"num_experts": 2, "ffn_dim": 64})
+    with pytest.raises(Refused, match=r"they have no llm\.model"):
+        UniMoE.assemble([one, one], {"num_experts": 2, "experts": "ffn"})

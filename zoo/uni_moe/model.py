@@ -38,7 +38,7 @@ from mmoe.trace import trace
 from zoo.base import checksum_of
 from zoo.config import make_config
 from zoo.hosts.chat import TEMPLATES, Template, as_words, encode, read_tokenizer, tokenizer_text
-from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
+from zoo.hosts.decoder import add_mixtures
 from zoo.hosts.replies import Reply, likelihoods, streamed, told_of_prompt
 from zoo.hosts.rotary import SteadyRotaryEmbedding
 from zoo.hosts.splice import IGNORED, Spliced, filled_on_the_left, splice
@@ -46,6 +46,7 @@ from zoo.images import as_seen
 from zoo.model import Model
 from zoo.samples import check_samples
 from zoo.state import State
+from zoo.uni_moe.assembly import assembled_config, assembled_state
 from zoo.uni_moe.config import MODALITIES, UniMoEConfig
 from zoo.uni_moe.losses import divergence_loss, modality_loss
 from zoo.uni_moe.media import image_tensor, sound_tensor, speech_tensor, video_tensor, videos_of
@@ -523,34 +524,17 @@ class UniMoE(Model):
         return found
 
     @classmethod
-    def assembled_from(cls, options: Mapping[str, Any]) -> int | None:
+    def assembled_from(cls, options: Mapping[str, Any]) -> int:
         """One model for each expert."""
         return int(options.get("num_experts", UniMoEConfig.num_experts))
 
     @classmethod
     def assemble(cls, models: Sequence[Model], options: Mapping[str, Any]) -> UniMoE:
-        """A mixture whose expert e is the feed-forward block of model e; all else is the first one's.
-
-        Routers are drawn at random. This is the third stage of Uni-MoE's training, whose models were trained for one
-        modality each.
-        """
-        host, count = models[0], cls.assembled_from(options)
-        if not all(isinstance(one, UniMoE) and not one.config.mixed for one in models) or len(models) != count:
-            wrong = f"it takes {count} dense models of this family, one for each expert"
-            raise Refused(f"assemble {len(models)} models", wrong, "start: {assemble: [base, ...]}")
-        config = make_config(UniMoEConfig, {**vars(host.config), "num_experts": count, **options}, cls.family)
-        with torch.device(host.device):
-            model = cls(config).to(host.dtype)
-        states = [one.state_dict() for one in models]
-        state = dict(states[0])
-        for layer in config.mixed:
-            place = f"llm.model.layers.{layer}.mlp"
-            names = {name: f"{place}.{name}.weight" for name in PROJECTIONS}
-            packed = pack_ffns([{name: own[key] for name, key in names.items()} for own in states])
-            state = {key: value for key, value in state.items() if key not in names.values()}
-            state |= {f"{place}.experts.{name}": value for name, value in packed.items()}
-            state[f"{place}.router.weight"] = model.state_dict()[f"{place}.router.weight"]
-        model.load_state_dict(state)
+        """A mixture whose expert e is the feed-forward block of model e; see `zoo.uni_moe.assembly`."""
+        config = assembled_config(models, cls.assembled_from(options), options)
+        with torch.device(models[0].device):
+            model = cls(config).to(models[0].dtype)
+        model.load_state_dict(assembled_state(model.state_dict(), [one.state_dict() for one in models], config.mixed))
         return model
 
 
