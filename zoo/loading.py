@@ -210,7 +210,8 @@ def _restore_preprocessing(model: Model, origin: _Origin, changed: Mapping[str, 
         with torch.device("meta"):
             as_saved = origin.model_class(make_config(origin.model_class.config_class, origin.config, origin.label))
         before = as_saved.preprocessing
-        values |= {key: value for key, value in model.preprocessing.items() if value != before.get(key)}
+        now = model.preprocessing.items()
+        values |= {key: value for key, value in now if key in changed or value != before.get(key)}
     try:
         model.preprocessing = values
     except (KeyError, TypeError, ValueError) as error:

@@ -105,6 +105,10 @@ class Model(nn.Module):
     def preprocessing(self, values: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def whole_preprocessing(self) -> dict[str, Any]:
+        """The preprocessing for a folder that loads alone, with what is read on first use."""
+        return self.preprocessing
+
     def seen(self, picture: Any) -> Image.Image:
         """The part of a picture that the model's patches cover, at full resolution; of several crops the first.
 
@@ -244,7 +248,10 @@ class Model(nn.Module):
         config = {"family": self.family, "format": FORMAT, "mmoe": mmoe.__version__, "config": asdict(saved)}
         card = card or self._card_to_save(saved, made_by)
         data = {} if card is None else {"card.json": card.as_dict()}
-        data |= {"preprocess.json": self.preprocessing, "config.json": config}  # a folder is a model once it has this
+        data |= {
+            "preprocess.json": self.whole_preprocessing(),
+            "config.json": config,
+        }  # a folder is a model once it has this
         with atomic_paths(folder / WEIGHTS, *(folder / name for name in data)) as (weights, *texts):
             save_file(state, weights, metadata={"format": "pt"})
             for text, values in zip(texts, data.values(), strict=True):

@@ -108,6 +108,20 @@ def read_tokenizer(text: str, template: Template) -> Any:
     )
 
 
+def as_words(said: str, tokenizer: Any, more: Sequence[str] = ()) -> str:
+    """What is said, with special tokens such as </s> taken apart, so that they are only words.
+
+    Args:
+        said: by a visitor, who is not to write turns.
+        tokenizer: of transformers.
+        more: words to take apart as well.
+    """
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in (*special, *more):
+        said = said.replace(token, f"{token[0]} {token[1:]}")
+    return said
+
+
 def encode(
     tokenizer: Any, parts: Sequence[tuple[str, bool]], placeholders: Mapping[str, int]
 ) -> tuple[list[int], list[int]]:

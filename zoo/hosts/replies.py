@@ -6,6 +6,7 @@ Shapes: L positions of the prompt, n replies, R tokens of the longest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,37 @@ def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
         writing.join()
     if failed:
         raise failed[0]
+
+
+@contextmanager
+def told_of_prompt(llm: PreTrainedModel, prompt: Spliced, *, route_padding: bool) -> Iterator[None]:
+    """Tells mixtures of the modalities and the padding of a prompt while a language model writes on.
+
+    The pass that reads embeddings reads the prompt; what is written is text, which needs no telling.
+    Rows that the library repeats, for beams or several replies, are told alike.
+
+    Args:
+        llm: a causal language model.
+        prompt: (B, L).
+        route_padding: sends padding through mixtures too.
+    """
+    passes = ExitStack()
+
+    def before(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        if given.get("inputs_embeds") is None:
+            return
+        repeats = len(given["inputs_embeds"]) // len(prompt.mask)
+        mask, modality = (told.repeat_interleave(repeats, 0) for told in (prompt.mask, prompt.modality))
+        passes.enter_context(with_context(llm, Context(valid=None if route_padding else mask, modality=modality)))
+
+    hooks = [llm.register_forward_pre_hook(before, with_kwargs=True)]
+    hooks.append(llm.register_forward_hook(lambda *_: passes.close(), always_call=True))
+    try:
+        yield
+    finally:
+        passes.close()
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

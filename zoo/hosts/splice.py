@@ -96,6 +96,19 @@ def pads_left(mask: Tensor) -> bool:
     return bool((~mask[:, 0] & mask[:, -1]).any())
 
 
+def filled_on_the_left(batch: Spliced) -> Spliced:
+    """The batch with all padding before what is there, as a language model that writes on needs it; without labels.
+
+    >>> modality = torch.tensor([[0, 1, -1], [0, 0, 0]])
+    >>> batch = Spliced(embeds=torch.zeros(2, 3, 4), mask=modality >= 0, modality=modality)
+    >>> filled_on_the_left(batch).modality.tolist()
+    [[-1, 0, 1], [0, 0, 0]]
+    """
+    order = batch.mask.long().argsort(dim=1, stable=True)  # (B, L)
+    embeds = batch.embeds.gather(1, order[..., None].expand_as(batch.embeds))
+    return Spliced(embeds=embeds, mask=batch.mask.gather(1, order), modality=batch.modality.gather(1, order))
+
+
 def clips(chunks: Tensor, numbers: Tensor) -> list[Tensor]:
     """Blocks of a sample whose recordings were encoded chunk by chunk.
 

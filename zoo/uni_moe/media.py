@@ -10,6 +10,7 @@ Shapes: F frames, S side, C parts, M mel bands, T times.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def video_tensor(
     """Frames of a video as (F, 3, S, S), evenly spaced; all of a video that has fewer.
 
     Args:
-        source: a folder of pictures, which are taken by name, an animated picture (GIF, WebP), or a list of pictures.
+        source: a folder of pictures, which are taken by name, an animated picture (GIF, WebP), a list of pictures, or
+            an array (F, H, W, 3).
         size: S.
         frames: F.
         mean, std: as for `image_tensor`.
@@ -65,9 +67,39 @@ def video_tensor(
     return torch.stack([image_tensor(frame, size, mean, std) for frame in chosen])
 
 
+def videos_of(given: Any) -> list[Any]:
+    """Videos of what is given: a list of pictures is one, and so is an array (F, H, W, 3); a list of such, several.
+
+    >>> red = Image.new("RGB", (4, 4))
+    >>> [len(videos_of(given)) for given in ([red] * 3, [[red], [red] * 2], ["a.gif", "b.gif"], [], "frames")]
+    [1, 2, 2, 0, 1]
+    """
+    if not isinstance(given, list | tuple):
+        return [given]
+    several = any(_holds_frames(one) or _is_film(one) for one in given)
+    return list(given) if several or not given else [given]
+
+
+def _holds_frames(source: Any) -> bool:
+    """A list, or an array or tensor with a dimension for frames."""
+    return isinstance(source, list | tuple) or getattr(source, "ndim", 0) == 4
+
+
+def _is_film(source: Any) -> bool:
+    """A path of a video and not of one picture."""
+    if not isinstance(source, str | Path):
+        return False
+    path = Path(source)
+    if path.suffix.lower() not in (".webp", ".png") or not path.is_file():
+        return path.suffix.lower() not in _FRAMES
+    with suppress(OSError), Image.open(path) as found:
+        return getattr(found, "n_frames", 1) > 1
+    return False
+
+
 def _frames_of(source: Any) -> Sequence[Any]:
     if not isinstance(source, str | Path):
-        return source if isinstance(source, Sequence) else [source]
+        return list(source) if _holds_frames(source) else [source]
     path = Path(source)
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix.lower() in _FRAMES)

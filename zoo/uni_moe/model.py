@@ -37,17 +37,19 @@ from mmoe.routing import Context, Routing
 from mmoe.trace import trace
 from zoo.base import checksum_of
 from zoo.config import make_config
-from zoo.hosts.chat import TEMPLATES, Template, encode, read_tokenizer, tokenizer_text
-from zoo.hosts.decoder import PROJECTIONS, add_mixtures, pack_ffns
-from zoo.hosts.replies import Reply, likelihoods, streamed
-from zoo.hosts.splice import IGNORED, Spliced, splice
+from zoo.hosts.chat import TEMPLATES, Template, as_words, encode, read_tokenizer, tokenizer_text
+from zoo.hosts.decoder import add_mixtures
+from zoo.hosts.replies import Reply, likelihoods, streamed, told_of_prompt
+from zoo.hosts.rotary import SteadyRotaryEmbedding
+from zoo.hosts.splice import IGNORED, Spliced, filled_on_the_left, splice
 from zoo.images import as_seen
 from zoo.model import Model
 from zoo.samples import check_samples
 from zoo.state import State
+from zoo.uni_moe.assembly import assembled_config, assembled_state
 from zoo.uni_moe.config import MODALITIES, UniMoEConfig
 from zoo.uni_moe.losses import divergence_loss, modality_loss
-from zoo.uni_moe.media import image_tensor, sound_tensor, speech_tensor, video_tensor
+from zoo.uni_moe.media import image_tensor, sound_tensor, speech_tensor, video_tensor, videos_of
 from zoo.uni_moe.parts import TENSORS, added_to, part_state
 from zoo.uni_moe.towers import Sound, Speech, Vision
 from zoo.uni_moe.views import batch_views
@@ -55,6 +57,7 @@ from zoo.views import TokenView
 from zoo.weights import locate
 
 PLACEHOLDERS = {"<image>": -200, "<speech>": -300, "<video>": -400, "<sound>": -500}
+BATCHED = ("images", "videos", "speech", "speech_chunks", "sounds", "sound_padding", "sound_chunks")  # of `splice`
 QUESTIONS = {
     "text": "Say something.",
     "image": "What is this?",
@@ -113,6 +116,7 @@ class UniMoE(Model):
             tie_word_embeddings=config.tie_embeddings,
         )
         self.llm = LlamaForCausalLM(host)
+        self.llm.model.rotary_emb = SteadyRotaryEmbedding(host)
         options: dict[str, Any] = {"top_k": config.top_k, "router": config.router, "experts": config.experts}
         add_mixtures(self.llm, config.mixed, config.num_experts, **options)
         dim, queries = config.width, config.queries
@@ -138,7 +142,19 @@ class UniMoE(Model):
         make_config(UniMoEConfig, {**vars(self.config), **told}, self.family)
         self._preprocessing, self._words = values, None
         if values["tokenizer"] is not None:
-            self._words = read_tokenizer(values["tokenizer"], self.template)
+            self._read_words(values["tokenizer"])
+
+    def whole_preprocessing(self) -> dict[str, Any]:
+        """With the tokenizer that the config names."""
+        if self.config.tokenizer is not None:
+            self.tokenizer  # noqa: B018  # is read
+        return self.preprocessing
+
+    def _read_words(self, text: str) -> None:
+        """Takes a tokenizer, and its special tokens for the host to write with."""
+        self._words = read_tokenizer(text, self.template)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self.llm.generation_config, name, getattr(self._words, name))
 
     @property
     def template(self) -> Template:
@@ -156,7 +172,7 @@ class UniMoE(Model):
             if self.config.tokenizer is None:
                 raise Refused("read a text", "the model has no tokenizer", "tokenizer='PATH/tokenizer.json'")
             text = tokenizer_text(locate(self.config.tokenizer, checksum_of(self, self.config.tokenizer)))
-            self._words = read_tokenizer(text, self.template)
+            self._read_words(text)
             self._preprocessing["tokenizer"] = text
         return self._words
 
@@ -174,9 +190,10 @@ class UniMoE(Model):
 
         Args:
             text: what the user says, or turns that user and model take in turn. Media without a placeholder such as
-                <image> in it are put before it. The usual question about what is given when None, as "What is this?".
+                <image> in a turn of the user are put before the first. The usual question about what is given when
+                None, as "What is this?".
             image, video, speech, sound: one of each or a list, in the order of their placeholders; see
-                `zoo.uni_moe.media`.
+                `zoo.uni_moe.media`. A list of pictures is one video, a list of lists or folders several.
             reply: ends where the model's reply begins; False takes turns that end with one.
 
         Returns:
@@ -197,17 +214,12 @@ class UniMoE(Model):
         """Ids and labels of a conversation about media by their placeholder."""
         if text is None:
             text = QUESTIONS[next((word.strip("<>") for word, many in given.items() if many), "text")]
-        turns = [self._plain(said) for said in ([text] if isinstance(text, str) else text)]
+        said = [text] if isinstance(text, str) else text
+        turns = [as_words(turn, self.tokenizer, [*PLACEHOLDERS] * (place % 2)) for place, turn in enumerate(said)]
         lacking = [word for word, many in given.items() for _ in many[sum(turn.count(word) for turn in turns) :]]
         if turns and lacking:
             turns[0] = "".join(f"{word}\n" for word in lacking) + turns[0]
         return encode(self.tokenizer, self.template.parts(turns, reply), PLACEHOLDERS)
-
-    def _plain(self, said: str) -> str:
-        """What is said, with special tokens such as </s> taken apart, so that they are only words."""
-        for token in self.tokenizer.all_special_tokens:
-            said = said.replace(token, f"{token[0]} {token[1:]}")
-        return said
 
     def _media(self, given: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -343,9 +355,7 @@ class UniMoE(Model):
         batch = self.preprocess(text, **media)
         del batch["labels"]
         ids = batch.pop("input_ids")
-        tokenizer = self.tokenizer
-        options = {"do_sample": False, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        return {"input_ids": ids, "media": batch}, options | told
+        return {"input_ids": ids, "media": batch}, {"do_sample": False, **told}
 
     @torch.no_grad()
     def reply_likelihoods(
@@ -482,69 +492,62 @@ class UniMoE(Model):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        labels: Tensor | None = None,
         media: dict[str, Any] | None = None,
         **options: Any,
     ) -> Tensor:
         """New tokens (B, at most max_new_tokens): media are spliced once, then the host goes on with its cache.
 
         Args:
-            input_ids: (B, N), padded on the left.
-            attention_mask: (B, N).
+            input_ids: (B, N).
+            attention_mask: (B, N), 0 for padding on either side.
+            labels: not used; a batch of `preprocess` or `collate` has them.
             media: see `splice`.
-            options: of transformers' `generate`; `max_new_tokens` is cut to the positions that are left.
+            options: media by their names too, as a batch has them; and those of transformers' `generate`, of which
+                `max_new_tokens` is cut to the positions that are left.
 
         Raises:
             BadInput: there is no position left.
         """
+        named = {name: options.pop(name) for name in BATCHED if name in options}
         with torch.no_grad():
-            spliced = self.splice(input_ids, attention_mask, **(media or {}))
+            spliced = filled_on_the_left(self.splice(input_ids, attention_mask, **{**(media or {}), **named}))
         left = self.config.positions - spliced.embeds.shape[1]
         if not left:
             wrong = f"all {self.config.positions:,} positions are taken"
             raise BadInput("write a reply", wrong, "a shorter text, or fewer media")
         options["max_new_tokens"] = min(left, options.get("max_new_tokens") or left)
-        found: Tensor = self.llm.generate(inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), **options)
+        with told_of_prompt(self.llm, spliced, route_padding=self.config.route_padding):
+            found: Tensor = self.llm.generate(
+                inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), **options
+            )
         return found
 
     @classmethod
-    def assembled_from(cls, options: Mapping[str, Any]) -> int | None:
+    def assembled_from(cls, options: Mapping[str, Any]) -> int:
         """One model for each expert."""
         return int(options.get("num_experts", UniMoEConfig.num_experts))
 
     @classmethod
     def assemble(cls, models: Sequence[Model], options: Mapping[str, Any]) -> UniMoE:
-        """A mixture whose expert e is the feed-forward block of model e; all else is the first one's.
-
-        Routers are drawn at random. This is the third stage of Uni-MoE's training, whose models were trained for one
-        modality each.
-        """
-        host, count = models[0], cls.assembled_from(options)
-        if not all(isinstance(one, UniMoE) and not one.config.mixed for one in models) or len(models) != count:
-            wrong = f"it takes {count} dense models of this family, one for each expert"
-            raise Refused(f"assemble {len(models)} models", wrong, "start: {assemble: [base, ...]}")
-        config = make_config(UniMoEConfig, {**vars(host.config), "num_experts": count, **options}, cls.family)
-        with torch.device(host.device):
-            model = cls(config).to(host.dtype)
-        states = [one.state_dict() for one in models]
-        state = dict(states[0])
-        for layer in config.mixed:
-            place = f"llm.model.layers.{layer}.mlp"
-            names = {name: f"{place}.{name}.weight" for name in PROJECTIONS}
-            packed = pack_ffns([{name: own[key] for name, key in names.items()} for own in states])
-            state = {key: value for key, value in state.items() if key not in names.values()}
-            state |= {f"{place}.experts.{name}": value for name, value in packed.items()}
-            state[f"{place}.router.weight"] = model.state_dict()[f"{place}.router.weight"]
-        model.load_state_dict(state)
+        """A mixture whose expert e is the feed-forward block of model e; see `zoo.uni_moe.assembly`."""
+        config = assembled_config(models, cls.assembled_from(options), options)
+        with torch.device(models[0].device):
+            model = cls(config).to(models[0].dtype)
+        model.load_state_dict(assembled_state(model.state_dict(), [one.state_dict() for one in models], config.mixed))
         return model
 
 
 def _by_placeholder(given: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Media as lists, by the word that stands for them."""
-    return {word: _listed(given.get(word.strip("<>"))) for word in PLACEHOLDERS}
+    named = {word: given.get(word.strip("<>")) for word in PLACEHOLDERS}
+    return {word: _listed(value, word == "<video>") for word, value in named.items()}
 
 
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+def _listed(value: Any, videos: bool) -> list[Any]:
+    if value is None:
+        return []
+    return videos_of(value) if videos else list(value) if isinstance(value, list) else [value]
 
 
 def _recordings(tokens: Tensor, chunks: Sequence[int] | None) -> list[Tensor]:
