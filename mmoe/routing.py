@@ -96,6 +96,30 @@ def _flat(name: str, value: Tensor, shape: torch.Size) -> Tensor:
 
 
 @dataclass(kw_only=True)
+class Tally:
+    """What a balance loss is made of, N sum_e f_e P_e with f = hits / rows and P = probs / rows.
+
+    Attributes:
+        hits: (N,) rows, or their weights, that chose each of the N experts that are balanced.
+        rows: scalar, all rows that count, or their weights.
+        probs: (N,) sum over these rows of each expert's probability, differentiable.
+
+    Example:
+        >>> Tally(hits=torch.tensor([2.0, 2.0]), rows=torch.tensor(4), probs=torch.tensor([2.0, 2.0])).loss().item()
+        1.0
+    """
+
+    hits: Tensor
+    rows: Tensor
+    probs: Tensor
+
+    def loss(self) -> Tensor:
+        """The balance loss; 0 where no row counts."""
+        rows = self.rows.float().clamp(min=torch.finfo(torch.float32).tiny)
+        return len(self.hits) * ((self.hits / rows) * (self.probs / rows)).sum()
+
+
+@dataclass(kw_only=True)
 class Routing:
     """What one router decided in one forward pass.
 
@@ -110,6 +134,7 @@ class Routing:
         undropped: the decision before slots beyond a capacity were dropped, which is what losses and balancing count;
             None where nothing can be dropped.
         losses: unweighted scalar losses of this router.
+        tally: what its balance loss counts where that is not what `experts` and `probs` say, or None.
         state: what the router hands to the next layer, or None.
     """
 
@@ -122,6 +147,7 @@ class Routing:
     all_used: bool = False
     undropped: Routing | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    tally: Tally | None = None
     state: Any = None
 
     @property
@@ -195,7 +221,7 @@ class Routing:
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, Context | Routing):
+    if isinstance(value, Context | Routing | Tally):
         return replace(value, **{f.name: _detached(getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, dict):
         return {key: _detached(item) for key, item in value.items()}
@@ -224,14 +250,33 @@ def concatenate(routings: Sequence[Routing]) -> Routing:
         all_rows = [len(routing.experts) for routing in routings]
         full = [first.experts.new_ones(count, dtype=torch.bool) for count in all_rows]
         valid = torch.cat([whole if mask is None else mask for mask, whole in zip(masks, full, strict=True)])
-    before = [routing.undropped for routing in routings]
+    before, tallies = [routing.undropped for routing in routings], [routing.tally for routing in routings]
     return Routing(
         **{name: rows(name) for name in ("experts", "weights", "logits", "probs")},
         num_experts=first.num_experts,
         context=None if valid is None else Context(valid=valid),
         all_used=all(routing.all_used for routing in routings),
         undropped=None if None in before else concatenate([one for one in before if one is not None]),
+        tally=None if None in tallies else add_tallies([one for one in tallies if one is not None]),
     )
+
+
+def tally_of(counts: Tensor, chosen: Tensor, probs: Tensor) -> Tally:
+    """Adds rows up, in fp32 under autocast too, which does products in half precision.
+
+    Args:
+        counts: (T,) how much each row counts.
+        chosen: (T, N) which experts it chose.
+        probs: (T, N).
+    """
+    column = counts[:, None]
+    return Tally(hits=(column * chosen).sum(0), rows=counts.sum(), probs=(column * probs).sum(0))
+
+
+def add_tallies(tallies: Sequence[Tally]) -> Tally:
+    """The tally of all rows together; the same number of experts each."""
+    names = [f.name for f in fields(Tally)]
+    return Tally(**{name: torch.stack([getattr(one, name) for one in tallies]).sum(0) for name in names})
 
 
 def first_choice(routing: Routing) -> Tensor:

@@ -28,7 +28,7 @@ from mmoe.errors import BadOverride
 from mmoe.options import check_bool, check_choice, check_float, check_int
 from mmoe.registry import routers
 from mmoe.routers.capacity import groups_of, places, rank_in_group
-from mmoe.routing import Context, LinearRouter, Routing
+from mmoe.routing import Context, LinearRouter, Routing, Tally, tally_of
 
 Drop = Literal["probs", "position"]
 
@@ -186,6 +186,7 @@ class DynamicRouter(LinearRouter):
         weights = torch.cat([own * mass[:, :count].sum(-1, keepdim=True), mass[:, count:]], -1)
         slots = torch.cat([experts, torch.arange(count, self.num_experts, device=logits.device).expand_as(shared)], -1)
         used = torch.cat([taken, shared], -1)
+        tally = self._tally(dynamic, before, context)
         return Routing(
             experts=torch.where(used, slots, self.num_experts),
             weights=weights,
@@ -193,7 +194,8 @@ class DynamicRouter(LinearRouter):
             logits=logits,
             probs=mass,
             context=context,
-            losses={"balance": self._balance(dynamic, before, context)},
+            losses={"balance": tally.loss()},
+            tally=tally,
         )
 
     def _ranked(self, dynamic: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,16 +229,15 @@ class DynamicRouter(LinearRouter):
         kept = _first(torch.cat([chosen, shared], -1), early, groups, limit)
         return kept[:, : self.num_dynamic], kept[:, self.num_dynamic :]
 
-    def _balance(self, dynamic: Tensor, chosen: Tensor, context: Context | None) -> Tensor:
-        """The loss of this router, before anything is dropped."""
+    def _tally(self, dynamic: Tensor, chosen: Tensor, context: Context | None) -> Tally:
+        """What the loss of this router counts: dynamic experts before anything is dropped, rows by their weights."""
         probs = dynamic.masked_fill(~chosen, torch.finfo(dynamic.dtype).min).softmax(-1)
         counts = probs.new_ones(len(probs))
         if context is not None and context.row_weights is not None:
             counts = counts * context.row_weights
         if context is not None and context.valid is not None and not self.padding_as_released:
             counts = counts * context.valid
-        share = counts / counts.sum().clamp(min=torch.finfo(counts.dtype).tiny)
-        return self.num_dynamic * ((share @ chosen.to(probs.dtype)) * (share @ probs)).sum()
+        return tally_of(counts, chosen, probs)
 
 
 def _masked_softmax(logits: Tensor, used: Tensor) -> Tensor:

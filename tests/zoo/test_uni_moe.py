@@ -165,6 +165,18 @@ def test_the_balance_loss_counts_where_its_coefficient_is_above_0(media: dict[st
     torch.testing.assert_close(b.loss, a.loss + 0.5 * b.losses["balance"])
 
 
+def test_a_router_with_a_balance_loss_of_its_own_is_trained_with_it() -> None:
+    router = {"name": "dynamic", "num_null": 1, "num_shared": 1, "drop": "probs", "min_capacity": 1}
+    experts = {"name": "with_null", "num_null": 1, "num_shared": 1, "real": "gated_ffn"}
+    model = build(balance_coef=0.5, num_experts=5, router=router, experts=experts)
+    ids, weights = torch.randint(0, 60, (2, 9)), torch.rand(2, 9)
+    for context in (mmoe.Context(), mmoe.Context(row_weights=weights)):
+        with mmoe.with_context(model.llm, context), mmoe.trace(model) as routing:
+            found = model(ids, labels=ids).losses["balance"]
+        torch.testing.assert_close(found, torch.stack([one.losses["balance"] for one in routing]).mean())
+    assert routing[0].context.row_weights is not None, "rows weigh"
+
+
 def test_losses_of_modalities(media: dict[str, Any]) -> None:
     plain = build()
     options = {"modality_coef": 0.5, "modality_experts": {"image": [0]}, "divergence_coef": 0.25}

@@ -81,8 +81,9 @@ class UniMoEConfig:
         template: how conversations are written; see `zoo.hosts.chat`.
         frames: of a video that are looked at.
         parts: at most so many times 30 seconds of a recording are heard.
-        balance_coef: of the balance loss, the mean over blocks, which counts first choices; 0 in the first version. The
-            released one with 8 experts adds blocks up, so its coefficient is this one divided by their number.
+        balance_coef: of the balance loss, the mean over blocks, which counts first choices, or what a router such as
+            "dynamic" counts itself; 0 in the first version. The released one with 8 experts adds blocks up, so its
+            coefficient is this one divided by their number.
         modality_coef, modality_experts: of the loss that sends tokens of a modality to some experts, and which, by the
             modality's name; see `zoo.uni_moe.losses`.
         divergence_coef: of the loss that sets the experts of two modalities apart.
