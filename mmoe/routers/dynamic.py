@@ -164,7 +164,8 @@ class DynamicRouter(LinearRouter):
     def scores(self, x: Tensor) -> Tensor:
         """Raw scores (T, E) in fp32 of rows (T, D)."""
         if self.jitter and self.training:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            noise = torch.empty_like(x, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
+            x = x.float() * noise  # bf16 has only a few numbers near 1, unevenly spread
         return super().scores(x)
 
     def select(self, logits: Tensor, context: Context | None = None) -> Routing:
