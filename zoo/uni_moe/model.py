@@ -113,7 +113,7 @@ class UniMoE(Model):
             tie_word_embeddings=config.tie_embeddings,
         )
         self.llm = LlamaForCausalLM(host)
-        options: dict[str, Any] = {"top_k": config.top_k, "router": config.router, "experts": config.experts}
+        options: dict[str, Any] = {"top_k": config.top_k, "router": config.gate, "experts": config.experts}
         add_mixtures(self.llm, config.mixed, config.num_experts, **options)
         dim, queries = config.width, config.queries
         self.vision = config.vision and Vision(config.vision, config.vision_layer, config.projector, dim)
