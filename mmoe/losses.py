@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmoe.errors import BadInput
-from mmoe.routing import Routing, Tally, add_tallies, first_choice, over_processes
+from mmoe.routing import Routing, first_choice, over_processes
+from mmoe.tally import Tally, add_tallies
 
 Routings = Routing | Iterable[Routing]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmoe.errors import BadInput
 from mmoe.options import check_bool, check_int
+from mmoe.tally import Tally, add_tallies
 
 
 @dataclass(kw_only=True)
@@ -93,30 +94,6 @@ def _flat(name: str, value: Tensor, shape: torch.Size) -> Tensor:
         "its leading dimensions must be those of x, or flat",
         f"Context({name}=...) with leading shape {tuple(shape)}",
     )
-
-
-@dataclass(kw_only=True)
-class Tally:
-    """What a balance loss is made of, N sum_e f_e P_e with f = hits / rows and P = probs / rows.
-
-    Attributes:
-        hits: (N,) rows, or their weights, that chose each of the N experts that are balanced.
-        rows: scalar, all rows that count, or their weights.
-        probs: (N,) sum over these rows of each expert's probability, differentiable.
-
-    Example:
-        >>> Tally(hits=torch.tensor([2.0, 2.0]), rows=torch.tensor(4), probs=torch.tensor([2.0, 2.0])).loss().item()
-        1.0
-    """
-
-    hits: Tensor
-    rows: Tensor
-    probs: Tensor
-
-    def loss(self) -> Tensor:
-        """The balance loss; 0 where no row counts."""
-        rows = self.rows.float().clamp(min=torch.finfo(torch.float32).tiny)
-        return len(self.hits) * ((self.hits / rows) * (self.probs / rows)).sum()
 
 
 @dataclass(kw_only=True)
@@ -261,24 +238,6 @@ def concatenate(routings: Sequence[Routing]) -> Routing:
     )
 
 
-def tally_of(counts: Tensor, chosen: Tensor, probs: Tensor) -> Tally:
-    """Adds rows up, in fp32 under autocast too, which does products in half precision.
-
-    Args:
-        counts: (T,) how much each row counts.
-        chosen: (T, N) which experts it chose.
-        probs: (T, N).
-    """
-    column = counts[:, None]
-    return Tally(hits=(column * chosen).sum(0), rows=counts.sum(), probs=(column * probs).sum(0))
-
-
-def add_tallies(tallies: Sequence[Tally]) -> Tally:
-    """The tally of all rows together; the same number of experts each."""
-    names = [f.name for f in fields(Tally)]
-    return Tally(**{name: torch.stack([getattr(one, name) for one in tallies]).sum(0) for name in names})
-
-
 def first_choice(routing: Routing) -> Tensor:
     """Expert with the largest weight of every row, (T,); E where none is used.
 
@@ -302,7 +261,9 @@ class Router(nn.Module):
         causal_safe: the route of a row does not depend on rows behind it in the sequence.
         batch_dependent: the route of a row depends on other rows.
         num_experts: E.
-        experts_per_token: experts that a row uses on average; makes the active parameter count.
+        experts_per_token: experts that a row uses on average, or at most; makes the active parameter count.
+        at_most: rows use as many experts as they need, up to `experts_per_token`.
+        num_shared: experts at the end that every row uses.
     """
 
     trainable: ClassVar[bool] = True
@@ -310,6 +271,8 @@ class Router(nn.Module):
     batch_dependent: ClassVar[bool] = False
     num_experts: int
     experts_per_token: float
+    at_most: bool = False
+    num_shared: int = 0
 
     def scores(self, x: Tensor) -> Tensor:
         """Raw scores in fp32: x (T, D) -> logits (T, E)."""

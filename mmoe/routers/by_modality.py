@@ -60,6 +60,7 @@ class ByModalityRouter(Router):
             raise BadOverride("by_modality inside by_modality", "one tells modalities apart already", "inner=topk")
         self.inner: Router = build_router(inner, dim=dim, num_experts=num_experts, top_k=top_k)
         self.num_experts, self.experts_per_token = num_experts, self.inner.experts_per_token
+        self.at_most, self.num_shared = self.inner.at_most, self.inner.num_shared
         self.trainable = self.inner.trainable  # type: ignore[misc]  # of this instance
         self.causal_safe, self.batch_dependent = self.inner.causal_safe, self.inner.batch_dependent  # type: ignore[misc]
         self.modality_weight = nn.Parameter(torch.eye(dim).repeat(modalities, 1, 1))

@@ -28,7 +28,8 @@ from mmoe.errors import BadOverride
 from mmoe.options import check_bool, check_choice, check_float, check_int
 from mmoe.registry import routers
 from mmoe.routers.capacity import groups_of, places, rank_in_group
-from mmoe.routing import Context, LinearRouter, Routing, Tally, tally_of
+from mmoe.routing import Context, LinearRouter, Routing
+from mmoe.tally import Tally, tally_of
 
 Drop = Literal["probs", "position"]
 
@@ -103,7 +104,7 @@ class DynamicRouter(LinearRouter):
         num_null: how many experts behind the real ones are null.
         num_shared: S, how many at the end are shared.
         top_p: probability that the chosen dynamic experts have to hold; None always takes `top_k`.
-        top_k: dynamic experts of a token where `top_p` is None.
+        top_k: dynamic experts of a token where `top_p` is None; otherwise `experts_per_token` is all, the upper bound.
         eps: see `sparse_mixer`.
         explore: picks with noise in training; see `explore`.
         jitter: what the gate sees in training is multiplied by numbers from 1 - jitter to 1 + jitter.
@@ -159,7 +160,8 @@ class DynamicRouter(LinearRouter):
         self.eps, self.explore, self.jitter = eps, explore, jitter
         self.drop, self.capacity_factor, self.min_capacity = drop, capacity_factor, min_capacity
         self.padding_as_released = padding_as_released
-        self.experts_per_token = top_k + num_shared
+        self.experts_per_token = num_experts if top_p is not None else top_k + num_shared
+        self.at_most = top_p is not None
 
     def scores(self, x: Tensor) -> Tensor:
         """Raw scores (T, E) in fp32 of rows (T, D)."""

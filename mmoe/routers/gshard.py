@@ -20,7 +20,8 @@ from mmoe.errors import BadOverride
 from mmoe.options import check_bool, check_float, check_int
 from mmoe.registry import routers
 from mmoe.routers.capacity import groups_of, places, rank_in_group
-from mmoe.routing import Context, LinearRouter, Routing, Tally, finish_routing, tally_of
+from mmoe.routing import Context, LinearRouter, Routing, finish_routing
+from mmoe.tally import Tally, tally_of
 
 
 @routers.register("gshard")

@@ -177,6 +177,11 @@ def test_a_router_with_a_balance_loss_of_its_own_is_trained_with_it() -> None:
     assert routing[0].context.row_weights is not None, "rows weigh"
 
 
+def test_facts_say_where_active_parameters_are_an_upper_bound() -> None:
+    moe, few = build(router="dynamic").facts()["moe"], build(router="dynamic:top_p=none").facts()["moe"]
+    assert (moe["at_most"], moe["top_k"]) == (True, 3) and "at_most" not in few and few["top_k"] == 2
+
+
 def test_a_router_by_modality_has_a_layer_for_each(media: dict[str, Any]) -> None:
     model = build(router="by_modality")
     assert all(len(moe.router.modality_weight) == len(MODALITIES) for moe in mixtures_of(model.llm).values())
