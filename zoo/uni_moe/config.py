@@ -88,7 +88,8 @@ class UniMoEConfig:
             coefficient is this one divided by their number.
         modality_coef, modality_experts: of the loss that sends tokens of a modality to some experts, and which, by the
             modality's name; see `zoo.uni_moe.losses`.
-        divergence_coef: of the loss that sets the experts of two modalities apart.
+        divergence_coef: of the loss that sets the experts of each two modalities of a sample apart, but not those of
+            speech and sound.
         base: where the weights of parts come from that are not the model's own, as for `zoo.weights.locate`: those of
             "llm" (its experts begin as the base's feed-forward blocks), of the encoders "vision", "speech" and "sound",
             and of the "resampler" of speech, which begins as the decoder of a Whisper. See `zoo.uni_moe.parts`.
