@@ -224,7 +224,8 @@ def weights_chip(card: Card) -> tuple[str, str]:
 def sizes(card: Card) -> str:
     """Active and total parameters, in short; one number for a dense model."""
     active, total = (short(card.params.get(kind, 0)) for kind in ("active", "total"))
-    return f"{active} of {total} parameters active" if card.moe else f"{total} parameters, dense"
+    most = "at most " if card.moe.get("at_most") else ""
+    return f"{most}{active} of {total} parameters active" if card.moe else f"{total} parameters, dense"
 
 
 def head(card: Card) -> str:
@@ -232,7 +233,9 @@ def head(card: Card) -> str:
     moe = card.moe
     facts = [chip(*weights_chip(card)), chip(sizes(card))]
     if moe:
-        facts.append(chip(f"{moe['experts']} experts in each of {moe['layers']} layers, {moe['top_k']} per token"))
+        most = "at most " if moe.get("at_most") else ""
+        each = f"{most}{moe['top_k']} per token"
+        facts.append(chip(f"{moe['experts']} experts in each of {moe['layers']} layers, {each}"))
     facts.append(chip(f"licence {card.licence}"))
     others = {weights.licence for weights in card.weights.values()} - {card.licence}
     facts += [chip(f"weights: licence {licence}", "warn") for licence in sorted(others)]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mmoe.errors import BadInput
 from mmoe.routing import Routing, first_choice, over_processes
+from mmoe.tally import Tally, add_tallies
 
 Routings = Routing | Iterable[Routing]
 
@@ -59,6 +60,10 @@ def balance_loss(
 ) -> Tensor:
     """Load-balancing loss.
 
+    A router that counts in its own way has the last word: of a routing with a `tally` (such as that of "dynamic", which
+    counts its dynamic experts before any is dropped, and weighs rows by `Context.row_weights`) that is taken, whatever
+    `choices` says; of one that has only a scalar `losses["balance"]`, that scalar, of this process alone.
+
     Args:
         routings: one routing or those of several layers.
         choices: counts "all" K slots (Mixtral, DeepSeek) or the "first" only, the one with the largest weight
@@ -72,6 +77,9 @@ def balance_loss(
     Returns:
         Scalar; with uniform probabilities and balanced load it is K for all slots, 1 for the first or `per_slot`.
 
+    Raises:
+        BadInput: layers that cannot be pooled.
+
     Example:
         >>> uniform = Routing(
         ...     experts=torch.tensor([[0, 1], [2, 3]]),
@@ -82,34 +90,50 @@ def balance_loss(
         >>> balance_loss(uniform).item()
         2.0
     """
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for routing in _as_list(routings):
-        hits, rows = _hits(routing, choices)
-        if all_processes:
-            hits, rows = over_processes(hits), over_processes(rows)
-        parts.append((hits, rows, routing.used_probs().sum(0)))
+    layers = _as_list(routings)
+    own = [one.losses["balance"] for one in layers if one.tally is None and "balance" in one.losses]
+    counted = [_tally(one, choices) for one in layers if one.tally is not None or "balance" not in one.losses]
+    if all_processes:
+        counted = [replace(one, hits=over_processes(one.hits), rows=over_processes(one.rows)) for one in counted]
     if pool:
-        widths = sorted({len(hits) for hits, _, _ in parts})
-        if len(widths) > 1:
-            raise BadInput(
-                f"a pooled balance loss over layers with {' and '.join(map(str, widths))} experts",
-                "only layers with the same number of experts can be pooled",
-                "balance_loss(routings, pool=False)",
-            )
-        hits, rows, probs = (torch.stack(column).sum(0) for column in zip(*parts, strict=True))
-        parts = [(hits, rows, probs)]
+        counted = [_pooled(counted, scalars=len(own))]
     each = _processes() if all_processes else 1
-    return each * torch.stack([_balance(*part, per_slot=per_slot) for part in parts]).mean()
+    return torch.stack([*own, *(each * _balance(one, per_slot) for one in counted)]).mean()
 
 
 def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _balance(hits: Tensor, rows: Tensor, probs: Tensor, per_slot: bool) -> Tensor:
-    rows = rows.clamp(min=1)
-    share = hits / (hits.sum().clamp(min=1) if per_slot else rows)  # f (E,)
-    return len(hits) * (share * (probs / rows)).sum()
+def _tally(routing: Routing, choices: Literal["all", "first"]) -> Tally:
+    """The router's own, or what `_hits` counts."""
+    if routing.tally is not None:
+        return routing.tally
+    hits, rows = _hits(routing, choices)
+    return Tally(hits=hits, rows=rows, probs=routing.used_probs().sum(0))
+
+
+def _pooled(tallies: list[Tally], scalars: int) -> Tally:
+    fix = "balance_loss(routings, pool=False)"
+    if scalars:
+        asked = "a pooled balance loss of a router with a scalar of its own"
+        raise BadInput(asked, "only what routings count can be pooled, and this one has no tally", fix)
+    widths = sorted({len(one.hits) for one in tallies})
+    if len(widths) > 1:
+        raise BadInput(
+            f"a pooled balance loss over layers with {' and '.join(map(str, widths))} experts",
+            "only layers with the same number of experts can be pooled",
+            fix,
+        )
+    return add_tallies(tallies)
+
+
+def _balance(tally: Tally, per_slot: bool) -> Tensor:
+    if not per_slot:
+        return tally.loss()
+    tiny = torch.finfo(torch.float32).tiny
+    slots = tally.hits.sum() / tally.rows.float().clamp(min=tiny)  # of a row
+    return tally.loss() / torch.where(slots > 0, slots, 1.0)
 
 
 def z_loss(routings: Routings, *, all_processes: bool = False) -> Tensor:

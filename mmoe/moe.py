@@ -163,7 +163,7 @@ class MoE(nn.Module):
 
 
 def _checked(routing: Any, before: Routing) -> Routing:
-    """The routing of an override, which may have left slots unused, or chosen others than were `undropped`.
+    """The routing of an override, which may have left slots unused, or chosen others than were `undropped` or counted.
 
     Raises:
         BadOverride: it is none.
@@ -173,6 +173,9 @@ def _checked(routing: Any, before: Routing) -> Routing:
         raise BadOverride("an override that changes nothing", wrong, "return routing")
     if routing.experts is not before.experts and routing.undropped is before.undropped:
         routing = replace(routing, undropped=None)
+    if routing.experts is not before.experts and routing.tally is before.tally:
+        own = {name: value for name, value in routing.losses.items() if name != "balance"}
+        routing = replace(routing, tally=None, losses=own)
     if torch.compiler.is_compiling():  # the values are not known
         return routing
     if bool((routing.experts < 0).any()):

@@ -1,8 +1,10 @@
 """Counts parameters and floating-point operations of models with MoE layers.
 
 Active parameters are those that one token touches: all parameters outside the experts, and of the E experts of a layer
-the K that its router uses. FLOPs are counted while the model runs, so they follow the recorded routing (dropped slots,
-padding and variable K cost nothing), never the configuration.
+the K that its router uses. Experts that every row uses count whole, and of the others each as often as any, null ones
+included: so where they differ in size the number is a mean. Where a router takes as many experts as a row needs it is
+an upper bound, and `Params.at_most` says so. FLOPs are counted while the model runs, so they follow the recorded
+routing (dropped slots, padding and variable K cost nothing), never the configuration.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmoe.experts.base import Experts
-from mmoe.moe import moe_layers
+from mmoe.moe import MoE, moe_layers
 from mmoe.trace import Trace, trace
 
 
@@ -26,10 +28,11 @@ class Params:
 
     Attributes:
         total: all parameters, shared ones once.
-        active: parameters that one token touches.
+        active: parameters that one token touches, see above.
         trainable: parameters with `requires_grad`.
         routed: parameters inside routed experts.
         routers: parameters of the routers.
+        at_most: `active` is an upper bound, since a router takes as many experts as a row needs.
     """
 
     total: int
@@ -37,6 +40,7 @@ class Params:
     trainable: int
     routed: int
     routers: int
+    at_most: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +77,33 @@ def count_params(model: nn.Module) -> Params:
     routers = sum(p.numel() for p in nn.ModuleList(layer.router for layer in layers).parameters())
     used: dict[Experts, float] = {}  # layers may share their experts
     for layer in layers:
-        used[layer.experts] = used.get(layer.experts, 0.0) + layer.router.experts_per_token / layer.num_experts
-    routed = {experts: _routed_params(experts) for experts in used}
-    idle = sum(count - round(count * min(1.0, used[experts])) for experts, count in routed.items())
-    return Params(total=total, active=total - idle, trainable=trainable, routed=sum(routed.values()), routers=routers)
+        for part, share in _shares(layer).items():
+            used[part] = used.get(part, 0.0) + share
+    routed = {part: _routed_params(part) for part in used}
+    idle = sum(count - round(count * min(1.0, used[part])) for part, count in routed.items())
+    return Params(
+        total=total,
+        active=total - idle,
+        trainable=trainable,
+        routed=sum(routed.values()),
+        routers=routers,
+        at_most=any(layer.router.at_most for layer in layers),
+    )
+
+
+def _shares(layer: MoE) -> dict[Experts, float]:
+    """Share of each part of a layer's experts that a row uses."""
+    experts = next(module for module in layer.experts.modules() if isinstance(module, Experts))  # peft wraps them
+    fixed = layer.router.num_shared
+    some = layer.num_experts - fixed  # experts of which a row uses some
+    each = (layer.router.experts_per_token - fixed) / some
+    found, begin = {}, 0
+    for part, count in experts.routes():
+        free = min(max(some - begin, 0), count)
+        if part is not None:
+            found[part] = (free * each + count - free) / count
+        begin += count
+    return found
 
 
 def _routed_params(experts: Experts) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmoe.errors import BadInput
 from mmoe.options import check_bool, check_int
+from mmoe.tally import Tally, add_tallies
 
 
 @dataclass(kw_only=True)
@@ -110,6 +111,7 @@ class Routing:
         undropped: the decision before slots beyond a capacity were dropped, which is what losses and balancing count;
             None where nothing can be dropped.
         losses: unweighted scalar losses of this router.
+        tally: what its balance loss counts where that is not what `experts` and `probs` say, or None.
         state: what the router hands to the next layer, or None.
     """
 
@@ -122,6 +124,7 @@ class Routing:
     all_used: bool = False
     undropped: Routing | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    tally: Tally | None = None
     state: Any = None
 
     @property
@@ -195,7 +198,7 @@ class Routing:
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, Context | Routing):
+    if isinstance(value, Context | Routing | Tally):
         return replace(value, **{f.name: _detached(getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, dict):
         return {key: _detached(item) for key, item in value.items()}
@@ -224,13 +227,14 @@ def concatenate(routings: Sequence[Routing]) -> Routing:
         all_rows = [len(routing.experts) for routing in routings]
         full = [first.experts.new_ones(count, dtype=torch.bool) for count in all_rows]
         valid = torch.cat([whole if mask is None else mask for mask, whole in zip(masks, full, strict=True)])
-    before = [routing.undropped for routing in routings]
+    before, tallies = [routing.undropped for routing in routings], [routing.tally for routing in routings]
     return Routing(
         **{name: rows(name) for name in ("experts", "weights", "logits", "probs")},
         num_experts=first.num_experts,
         context=None if valid is None else Context(valid=valid),
         all_used=all(routing.all_used for routing in routings),
         undropped=None if None in before else concatenate([one for one in before if one is not None]),
+        tally=None if None in tallies else add_tallies([one for one in tallies if one is not None]),
     )
 
 
@@ -257,7 +261,9 @@ class Router(nn.Module):
         causal_safe: the route of a row does not depend on rows behind it in the sequence.
         batch_dependent: the route of a row depends on other rows.
         num_experts: E.
-        experts_per_token: experts that a row uses on average; makes the active parameter count.
+        experts_per_token: experts that a row uses on average, or at most; makes the active parameter count.
+        at_most: rows use as many experts as they need, up to `experts_per_token`.
+        num_shared: experts at the end that every row uses.
     """
 
     trainable: ClassVar[bool] = True
@@ -265,6 +271,8 @@ class Router(nn.Module):
     batch_dependent: ClassVar[bool] = False
     num_experts: int
     experts_per_token: float
+    at_most: bool = False
+    num_shared: int = 0
 
     def scores(self, x: Tensor) -> Tensor:
         """Raw scores in fp32: x (T, D) -> logits (T, E)."""

@@ -58,8 +58,8 @@ class Card:
         tasks: what it can do.
         modalities: what it takes.
         config: options of the family's config dataclass that make this model.
-        params: total and active parameter counts.
-        moe: layers, experts, top_k and router.
+        params: total and active parameter counts (see `mmoe.profile`).
+        moe: layers, experts, top_k and router; "at_most" where top_k and the active count are upper bounds.
         licence: SPDX name of our code and weights.
         components: licence and source of every frozen or foreign part.
         paper: title, authors, arxiv, venue.

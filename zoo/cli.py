@@ -106,7 +106,8 @@ def _check_known(what: str, values: Sequence[str], known: Iterable[str]) -> None
 
 def _row(found: Card) -> list[str]:
     moe = found.moe
-    experts = f"{moe['layers']} x {moe['experts']}, top {moe['top_k']}" if moe else "-"
+    top = "up to" if moe.get("at_most") else "top"
+    experts = f"{moe['layers']} x {moe['experts']}, {top} {moe['top_k']}" if moe else "-"
     return [
         found.name,
         f"{short(found.params['active'])} / {short(found.params['total'])}",
@@ -182,14 +183,16 @@ def _files(found: Card, folder: Path | None) -> dict[str, dict[str, Any] | None]
 
 def _facts(found: Card, files: Mapping[str, dict[str, Any] | None]) -> list[tuple[str, str]]:
     moe = found.moe
+    most = "at most " if moe.get("at_most") else ""
     facts = [
         ("family", found.family),
         ("tasks", ", ".join(found.tasks)),
         ("takes", ", ".join(found.modalities)),
-        ("parameters", f"{found.params['active']:,} active of {found.params['total']:,}"),
+        ("parameters", f"{most}{found.params['active']:,} active of {found.params['total']:,}"),
     ]
     if moe:
-        layers = f"{moe['experts']} in each of {moe['layers']} layers, {moe['top_k']} per token, router {moe['router']}"
+        layers = f"{moe['experts']} in each of {moe['layers']} layers, {most}{moe['top_k']} per token"
+        layers = f"{layers}, router {moe['router']}"
         facts.append(("experts", layers))
     facts.append(("licence", found.licence))
     facts += [("component", f"{c['name']}: {c['licence']} ({c['source']})") for c in found.components]

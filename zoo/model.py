@@ -172,7 +172,7 @@ class Model(nn.Module):
         return None
 
     def num_params(self) -> Params:
-        """Parameter counts, total and active."""
+        """Parameter counts, total and active; `at_most` where active is an upper bound (see `mmoe.profile`)."""
         return count_params(self)
 
     def facts(self, config: Any = None) -> dict[str, Any]:
@@ -183,6 +183,7 @@ class Model(nn.Module):
             router = layers[0].router
             moe = {"layers": len(layers), "experts": router.num_experts}
             moe |= {"top_k": router.experts_per_token, "router": routers.name_of(router)}
+            moe |= {"at_most": True} if params.at_most else {}
         values = config_values(self.config if config is None else config)
         return {"config": values, "params": {"total": params.total, "active": params.active}, "moe": moe}
 

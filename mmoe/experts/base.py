@@ -50,6 +50,10 @@ class Experts(nn.Module):
         asked = f"no shared experts beside {type(self).__name__}"
         raise Refused(asked, "they have no dense twin", "MoE(router, experts, shared=mmoe.FFN(dim, hidden_dim))")
 
+    def routes(self) -> list[tuple[Experts | None, int]]:
+        """Parts that experts of one size stand in, in the order of the experts, and how many; None costs nothing."""
+        return [(self, self.num_experts)]
+
     def packed_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that are divided among the experts, by name."""
         return {name: value for name in self.packed if (value := getattr(self, name)) is not None}

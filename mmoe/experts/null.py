@@ -82,6 +82,11 @@ class WithNullExperts(Experts):
         if self.side is not None:
             self.side.backend = backend
 
+    def routes(self) -> list[tuple[Experts | None, int]]:
+        """Real, null and shared experts."""
+        side: list[tuple[Experts | None, int]] = [] if self.side is None else [(self.side, self.side.num_experts)]
+        return [(self.real, self.real.num_experts), (None, self.num_null), *side]
+
     def shared(self, count: int) -> nn.Module:
         """A dense block as large as `count` of the real experts."""
         return self.real.shared(count)

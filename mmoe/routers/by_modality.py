@@ -3,7 +3,9 @@
     r = gate(W_m x + b_m)     m the modality of the token (`context.modality`); experts still get x
 
 Source: the option `use_fm_block` of Uni-MoE's 8-expert code (github.com/HITsz-TMG/Uni-MoE), a convolution of width 1
-per modality. Tokens of no known modality, and all where nobody tells any, count as the first one, text there.
+per modality. Tokens of no known modality (padding is -1; also M and above, so build with as many as there are), and all
+where nobody tells any, count as the first one, text there. W and b work in their own precision, outside autocast, as
+gates do, and each on the rows of its modality only.
 Shapes: T rows, D width, M modalities, E experts.
 """
 
@@ -15,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmoe.dispatch import grouped_linear
 from mmoe.errors import BadOverride
 from mmoe.options import check_int
 from mmoe.registry import build_router, parse_spec, routers
-from mmoe.routing import Context, Router, Routing
+from mmoe.routing import Context, Router, Routing, in_autocast
 
 
 @routers.register("by_modality")
@@ -28,9 +31,13 @@ class ByModalityRouter(Router):
     Args:
         dim: model width D.
         num_experts: E.
-        modalities: M.
+        modalities: M, one more than the largest number that `context.modality` may hold.
         inner: name or spec of the router.
         top_k: of the inner router, where it takes it.
+
+    Attributes:
+        modality_weight: (M, D, D).
+        modality_bias: (M, D).
 
     Example:
         >>> router = ByModalityRouter(8, 4, modalities=2)
@@ -53,17 +60,15 @@ class ByModalityRouter(Router):
             raise BadOverride("by_modality inside by_modality", "one tells modalities apart already", "inner=topk")
         self.inner: Router = build_router(inner, dim=dim, num_experts=num_experts, top_k=top_k)
         self.num_experts, self.experts_per_token = num_experts, self.inner.experts_per_token
+        self.at_most, self.num_shared = self.inner.at_most, self.inner.num_shared
         self.trainable = self.inner.trainable  # type: ignore[misc]  # of this instance
         self.causal_safe, self.batch_dependent = self.inner.causal_safe, self.inner.batch_dependent  # type: ignore[misc]
-        linear = [nn.Linear(dim, dim) for _ in range(modalities)]
-        for layer in linear:
-            nn.init.eye_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.layers = nn.ModuleList(linear)
+        self.modality_weight = nn.Parameter(torch.eye(dim).repeat(modalities, 1, 1))
+        self.modality_bias = nn.Parameter(torch.zeros(modalities, dim))
 
     def scores(self, x: Tensor) -> Tensor:
         """Raw scores (T, E) of rows (T, D) of the first modality."""
-        return self.inner.scores(self.layers[0](x))
+        return self.inner.scores(self._seen(x, None))
 
     def select(self, logits: Tensor, context: Context | None = None) -> Routing:
         """As the inner router does."""
@@ -72,12 +77,23 @@ class ByModalityRouter(Router):
     def forward(self, x: Tensor, context: Context | None = None, state: Any = None) -> Routing:
         """Routes rows, each by the layer of its modality."""
         features = x if context is None or context.features is None else context.features
-        if context is None or context.modality is None:
-            return self.select(self.scores(features), context)
-        known = (context.modality >= 0) & (context.modality < len(self.layers))
-        kinds = torch.where(known, context.modality, 0)
-        seen = sum(layer(features) * (kinds == number)[:, None] for number, layer in enumerate(self.layers))
-        return self.select(self.inner.scores(seen), context)
+        kinds = None if context is None else context.modality
+        return self.select(self.inner.scores(self._seen(features, kinds)), context)
+
+    def _seen(self, x: Tensor, kinds: Tensor | None) -> Tensor:
+        """Rows (T, D) through the layers of their modalities (T,), or through the first."""
+        if in_autocast(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._seen(x, kinds)
+        weight, bias = self.modality_weight, self.modality_bias
+        x = x.to(weight.dtype)
+        if kinds is None:
+            return nn.functional.linear(x, weight[0], bias[0])
+        kinds = torch.where((kinds >= 0) & (kinds < len(weight)), kinds, 0)
+        order = kinds.argsort(stable=True)
+        counts = kinds.new_zeros(len(weight), dtype=torch.long).index_add_(0, kinds, torch.ones_like(kinds).long())
+        seen = grouped_linear(x.index_select(0, order), weight, counts, bias)
+        return torch.zeros_like(seen).index_copy(0, order, seen)
 
     def update(self, routing: Routing) -> None:
         """As the inner router does."""

@@ -29,6 +29,7 @@ from mmoe.options import check_bool, check_choice, check_float, check_int
 from mmoe.registry import routers
 from mmoe.routers.capacity import groups_of, places, rank_in_group
 from mmoe.routing import Context, LinearRouter, Routing
+from mmoe.tally import Tally, tally_of
 
 Drop = Literal["probs", "position"]
 
@@ -103,7 +104,7 @@ class DynamicRouter(LinearRouter):
         num_null: how many experts behind the real ones are null.
         num_shared: S, how many at the end are shared.
         top_p: probability that the chosen dynamic experts have to hold; None always takes `top_k`.
-        top_k: dynamic experts of a token where `top_p` is None.
+        top_k: dynamic experts of a token where `top_p` is None; otherwise `experts_per_token` is all, the upper bound.
         eps: see `sparse_mixer`.
         explore: picks with noise in training; see `explore`.
         jitter: what the gate sees in training is multiplied by numbers from 1 - jitter to 1 + jitter.
@@ -159,12 +160,14 @@ class DynamicRouter(LinearRouter):
         self.eps, self.explore, self.jitter = eps, explore, jitter
         self.drop, self.capacity_factor, self.min_capacity = drop, capacity_factor, min_capacity
         self.padding_as_released = padding_as_released
-        self.experts_per_token = top_k + num_shared
+        self.experts_per_token = num_experts if top_p is not None else top_k + num_shared
+        self.at_most = top_p is not None
 
     def scores(self, x: Tensor) -> Tensor:
         """Raw scores (T, E) in fp32 of rows (T, D)."""
         if self.jitter and self.training:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            noise = torch.empty_like(x, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
+            x = x.float() * noise  # bf16 has only a few numbers near 1, unevenly spread
         return super().scores(x)
 
     def select(self, logits: Tensor, context: Context | None = None) -> Routing:
@@ -186,6 +189,7 @@ class DynamicRouter(LinearRouter):
         weights = torch.cat([own * mass[:, :count].sum(-1, keepdim=True), mass[:, count:]], -1)
         slots = torch.cat([experts, torch.arange(count, self.num_experts, device=logits.device).expand_as(shared)], -1)
         used = torch.cat([taken, shared], -1)
+        tally = self._tally(dynamic, before, context)
         return Routing(
             experts=torch.where(used, slots, self.num_experts),
             weights=weights,
@@ -193,7 +197,8 @@ class DynamicRouter(LinearRouter):
             logits=logits,
             probs=mass,
             context=context,
-            losses={"balance": self._balance(dynamic, before, context)},
+            losses={"balance": tally.loss()},
+            tally=tally,
         )
 
     def _ranked(self, dynamic: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,16 +232,15 @@ class DynamicRouter(LinearRouter):
         kept = _first(torch.cat([chosen, shared], -1), early, groups, limit)
         return kept[:, : self.num_dynamic], kept[:, self.num_dynamic :]
 
-    def _balance(self, dynamic: Tensor, chosen: Tensor, context: Context | None) -> Tensor:
-        """The loss of this router, before anything is dropped."""
+    def _tally(self, dynamic: Tensor, chosen: Tensor, context: Context | None) -> Tally:
+        """What the loss of this router counts: dynamic experts before anything is dropped, rows by their weights."""
         probs = dynamic.masked_fill(~chosen, torch.finfo(dynamic.dtype).min).softmax(-1)
         counts = probs.new_ones(len(probs))
         if context is not None and context.row_weights is not None:
             counts = counts * context.row_weights
         if context is not None and context.valid is not None and not self.padding_as_released:
             counts = counts * context.valid
-        share = counts / counts.sum().clamp(min=torch.finfo(counts.dtype).tiny)
-        return self.num_dynamic * ((share @ chosen.to(probs.dtype)) * (share @ probs)).sum()
+        return tally_of(counts, chosen, probs)
 
 
 def _masked_softmax(logits: Tensor, used: Tensor) -> Tensor:

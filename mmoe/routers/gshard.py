@@ -21,6 +21,7 @@ from mmoe.options import check_bool, check_float, check_int
 from mmoe.registry import routers
 from mmoe.routers.capacity import groups_of, places, rank_in_group
 from mmoe.routing import Context, LinearRouter, Routing, finish_routing
+from mmoe.tally import Tally, tally_of
 
 
 @routers.register("gshard")
@@ -73,6 +74,7 @@ class GShardRouter(LinearRouter):
         first = probs.argmax(-1, keepdim=True)
         others = (logits if noise is None else logits + noise).scatter(-1, first, -torch.inf)
         experts = torch.cat([first, others.argmax(-1, keepdim=True)], -1)  # (T, 2)
+        tally = self._tally(probs, first, context)
         routing = Routing(
             experts=experts,
             weights=_shares(probs.gather(-1, experts)),
@@ -80,16 +82,17 @@ class GShardRouter(LinearRouter):
             logits=logits,
             probs=probs,
             all_used=True,
-            losses={"balance": self._balance(probs, first, context)},
+            losses={"balance": tally.loss()},
+            tally=tally,
         )
         routing = finish_routing(routing, context)
         return routing if self.capacity_factor is None else self._dropped(routing, probs)
 
-    def _balance(self, probs: Tensor, first: Tensor, context: Context | None) -> Tensor:
+    def _tally(self, probs: Tensor, first: Tensor, context: Context | None) -> Tally:
+        """What the loss of this router counts: first choices, before anything is dropped."""
         rows = probs.new_ones(len(probs)) if context is None or context.valid is None else context.valid.to(probs.dtype)
-        share = rows / rows.sum().clamp(min=1)
         chosen = torch.zeros_like(probs).scatter(-1, first, 1.0)
-        return self.num_experts * ((share @ probs) * (share @ chosen)).sum()
+        return tally_of(rows, chosen, probs)
 
     def _dropped(self, routing: Routing, probs: Tensor) -> Routing:
         """Without the choices that found no place: first ones come before second ones, early rows before late ones."""
@@ -112,6 +115,7 @@ class GShardRouter(LinearRouter):
             context=routing.context,
             undropped=routing,
             losses=routing.losses,
+            tally=routing.tally,
         )
 
 

@@ -138,6 +138,17 @@ def test_jitter_changes_what_the_gate_sees_and_not_what_experts_do(x: Tensor) ->
     assert torch.equal(moe.eval().router(x).logits, moe.router(x).logits)
 
 
+@pytest.mark.parametrize("gate", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
+def test_jitter_is_even_and_without_bias(rows: torch.dtype, gate: torch.dtype) -> None:
+    router = DynamicRouter(1, 3, jitter=0.01).to(gate).train()
+    torch.nn.init.ones_(router.weight)
+    seen = router.scores(torch.ones(50_000, 1, dtype=rows))[:, 0]
+    assert seen.mean().item() == pytest.approx(1, abs=5e-4)
+    if gate == torch.float32:
+        assert seen.std().item() == pytest.approx(0.02 / 12**0.5, rel=0.05) and len(seen.unique()) > 1000
+
+
 def test_exploring_gives_the_gate_a_gradient_in_training(x: Tensor) -> None:
     router = DynamicRouter(D, 6, top_p=None, top_k=2, explore=True, eps=0.5)
     (router(x).weights * torch.randn(T, 6)).sum().backward()

@@ -6,14 +6,30 @@ Shapes: T rows, E experts, K slots, L layers.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from mmoe import Context, DenseRouter, ExpertChoiceRouter, FixedRouter, Router, Routing, TopKRouter
+from mmoe import (
+    Context,
+    DenseRouter,
+    DynamicRouter,
+    ExpertChoiceRouter,
+    FFNExperts,
+    FixedRouter,
+    GShardRouter,
+    MoE,
+    Router,
+    Routing,
+    TopKRouter,
+    override,
+    trace,
+)
 from mmoe.errors import BadInput
 from mmoe.losses import balance_loss, entropy_loss, importance_loss, z_loss
+from mmoe.routing import concatenate
 
 T, D, E, K = 24, 16, 4, 2
 LOSSES = [balance_loss, z_loss, entropy_loss, importance_loss]
@@ -147,6 +163,53 @@ class TestEntropy:
         torch.testing.assert_close(
             entropy_loss(routing_of([[0]] * T, probs)), entropy_loss(routing_of([[0]] * T, probs / probs.sum(-1, True)))
         )
+
+
+class TestOwnBalance:
+    """Routers that count in their own way are balanced that way."""
+
+    @pytest.mark.parametrize("options", [{}, {"choices": "first"}, {"pool": True}, {"all_processes": True}])
+    @pytest.mark.parametrize(
+        "router", [DynamicRouter(D, 6, num_null=1, num_shared=2, drop="probs"), GShardRouter(D, E, capacity_factor=0.5)]
+    )
+    def test_it_is_the_routers_own(self, router: Router, options: dict[str, object]) -> None:
+        routing = router(torch.randn(T, D), Context(valid=torch.arange(T) < 20))
+        torch.testing.assert_close(balance_loss(routing, **options), routing.losses["balance"])
+
+    def test_layers_are_averaged_and_rows_weigh(self) -> None:
+        router, x, weights = DynamicRouter(D, 5, num_shared=1), torch.randn(T, D), (torch.arange(T) < 10) * 0.03
+        layers = [router(x, Context(row_weights=weights)), router(2 * x, Context(row_weights=weights))]
+        expected = [router(some[:10]).losses["balance"] for some in (x, 2 * x)]
+        torch.testing.assert_close(balance_loss(layers), torch.stack(expected).mean())
+
+    @pytest.mark.parametrize("router", [DynamicRouter(D, 6, num_shared=2), GShardRouter(D, E)])
+    def test_it_is_as_exact_under_autocast(self, router: Router) -> None:
+        x = torch.randn(T, D)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = balance_loss(router(x))
+        torch.testing.assert_close(found, balance_loss(router(x)))
+
+    def test_runs_of_a_layer_that_are_put_together_count_as_one(self) -> None:
+        router, x = DynamicRouter(D, 5, num_shared=1), torch.randn(T, D)
+        whole = balance_loss(concatenate([router(x[:7]), router(x[7:])]))
+        torch.testing.assert_close(whole, router(x).losses["balance"])
+
+    def test_a_decision_that_is_overridden_counts_as_any(self) -> None:
+        router, x = GShardRouter(D, E), torch.randn(T, D)
+        moe = MoE(router, FFNExperts(D, 8, E))
+
+        def first(x: Tensor, router: Router, routing: Routing) -> Routing:
+            return replace(routing, experts=routing.experts * 0)
+
+        with override(moe, first), trace(moe) as runs:
+            moe(x)
+        assert balance_loss(runs, choices="first").item() == pytest.approx(E * router(x).probs[:, 0].mean().item())
+
+    def test_a_scalar_alone_is_taken_as_it_is(self) -> None:
+        routing = replace(EVEN, losses={"balance": torch.tensor(3.0)})
+        assert balance_loss([routing, EVEN]).item() == pytest.approx(2.5)
+        with pytest.raises(BadInput, match="a pooled balance loss of a router with a scalar of its own"):
+            balance_loss([routing, EVEN], pool=True)
 
 
 class TestImportance:

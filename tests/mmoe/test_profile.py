@@ -77,6 +77,22 @@ class TestParams:
         moe = MoE(router, FFNExperts(D, HIDDEN, E, bias=False))
         assert count_params(moe).active == GATE + share * E * EXPERT
 
+    @pytest.mark.parametrize("router", ["dynamic", "by_modality"])
+    def test_shared_experts_count_whole_and_top_p_gives_an_upper_bound(self, router: str) -> None:
+        sizes = {"num_null": 1, "num_shared": 2, "top_k": 2}
+        experts = WithNullExperts(D, HIDDEN, 7, num_null=1, num_shared=2, shared_dim=4, real="gated_ffn")
+        real, side = (3 * D * width for width in (HIDDEN, 4))
+
+        def params(top_p: float | None) -> mmoe.profile.Params:  # type: ignore[name-defined]
+            spec = {"name": "dynamic", "top_p": top_p, **sizes}
+            spec = spec if router == "dynamic" else {"name": router, "inner": spec}
+            return count_params(MoE(mmoe.build_router(spec, dim=D, num_experts=7), experts))
+
+        few, most = params(None), params(0.7)
+        assert few.active == few.routers + 2 * side + round(4 * real * 2 / 5), "2 of 4 real and 1 null"
+        assert most.active == most.routers + 2 * side + 4 * real == most.total
+        assert most.at_most and not few.at_most and few.routed == 4 * real + 2 * side
+
     def test_null_experts_make_real_ones_rarer(self) -> None:
         moe = MoE(TopKRouter(D, E, top_k=1), WithNullExperts(D, HIDDEN, E, num_null=2, real="ffn:bias=false"))
         params = count_params(moe)

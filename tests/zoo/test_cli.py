@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,14 @@ def test_an_output_that_is_full(words: list[str]) -> None:
 
 
 # ---- info ----
+
+
+def test_an_upper_bound_is_told_as_one() -> None:
+    card = zoo.card(NAME)
+    most = replace(card, moe={**card.moe, "at_most": True})
+    assert f", up to {card.moe['top_k']}" in cli._row(most)[2] and f", top {card.moe['top_k']}" in cli._row(card)[2]
+    facts, plain = dict(cli._facts(most, {})), dict(cli._facts(card, {}))
+    assert facts["parameters"] == f"at most {plain['parameters']}" and ", at most " in facts["experts"]
 
 
 def test_info(run: Any) -> None:

@@ -165,6 +165,39 @@ def test_the_balance_loss_counts_where_its_coefficient_is_above_0(media: dict[st
     torch.testing.assert_close(b.loss, a.loss + 0.5 * b.losses["balance"])
 
 
+def test_a_router_with_a_balance_loss_of_its_own_is_trained_with_it() -> None:
+    router = {"name": "dynamic", "num_null": 1, "num_shared": 1, "drop": "probs", "min_capacity": 1}
+    experts = {"name": "with_null", "num_null": 1, "num_shared": 1, "real": "gated_ffn"}
+    model = build(balance_coef=0.5, num_experts=5, router=router, experts=experts)
+    ids, weights = torch.randint(0, 60, (2, 9)), torch.rand(2, 9)
+    for context in (mmoe.Context(), mmoe.Context(row_weights=weights)):
+        with mmoe.with_context(model.llm, context), mmoe.trace(model) as routing:
+            found = model(ids, labels=ids).losses["balance"]
+        torch.testing.assert_close(found, torch.stack([one.losses["balance"] for one in routing]).mean())
+    assert routing[0].context.row_weights is not None, "rows weigh"
+
+
+def test_facts_say_where_active_parameters_are_an_upper_bound() -> None:
+    moe, few = build(router="dynamic").facts()["moe"], build(router="dynamic:top_p=none").facts()["moe"]
+    assert (moe["at_most"], moe["top_k"]) == (True, 3) and "at_most" not in few and few["top_k"] == 2
+
+
+def test_a_router_by_modality_has_a_layer_for_each(media: dict[str, Any]) -> None:
+    model = build(router="by_modality")
+    assert all(len(moe.router.modality_weight) == len(MODALITIES) for moe in mixtures_of(model.llm).values())
+    with mmoe.trace(model) as before:
+        kinds = model(IDS, **media).spliced.modality.flatten()
+    with torch.no_grad():
+        mixtures_of(model.llm)[0].router.modality_weight[4].neg_()
+    with mmoe.trace(model) as after:
+        model(IDS, **media)
+    moved = (before[0].logits != after[0].logits).any(-1)
+    assert moved[kinds == 4].all() and not moved[kinds != 4].any(), "sounds do not share the layer of text"
+    assert build(router="by_modality:modalities=4", sound=None).config.gate["modalities"] == 4
+    with pytest.raises(BadOverride, match=r"modalities=4\n  sound is modality 4 \(from 0\) and would share"):
+        build(router="by_modality:modalities=4")
+
+
 def test_losses_of_modalities(media: dict[str, Any]) -> None:
     plain = build()
     options = {"modality_coef": 0.5, "modality_experts": {"image": [0]}, "divergence_coef": 0.25}
@@ -482,7 +515,8 @@ def test_blocks_without_experts_keep_their_names() -> None:
 
 @pytest.mark.parametrize("layers", [False, True])
 def test_a_model_of_8_experts(layers: bool) -> None:
-    router = {"name": "by_modality", "inner": "topk:weights=softmax_topk"} if layers else "topk:weights=softmax_topk"
+    plain = "topk:weights=softmax_topk"
+    router = {"name": "by_modality", "inner": plain, "modalities": 4} if layers else plain
     model = build(num_experts=8, experts="lora_gated_ffn:rank=2", router=router, moe_layers="even", sound=None)
     for value in model.parameters():
         torch.nn.init.normal_(value)
@@ -493,8 +527,8 @@ def test_a_model_of_8_experts(layers: bool) -> None:
         gate = moe.router.inner if layers else moe.router
         names[f"{place}.gate.wg.weight"] = gate.weight
         for number, kind in enumerate(("text", "image", "audio", "video") if layers else ()):
-            names[f"{place}.fm_{kind}.weight"] = moe.router.layers[number].weight[..., None]
-            names[f"{place}.fm_{kind}.bias"] = moe.router.layers[number].bias
+            names[f"{place}.fm_{kind}.weight"] = moe.router.modality_weight[number][..., None]
+            names[f"{place}.fm_{kind}.bias"] = moe.router.modality_bias[number]
         for number in range(8):
             expert = f"{place}.experts.deepspeed_experts.{number}"
             for kind, matrix, a, b in (
@@ -507,6 +541,14 @@ def test_a_model_of_8_experts(layers: bool) -> None:
     found = convert_names(names)
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    config, state = from_original(names, like=model.config)
+    again = UniMoE(config).eval()
+    again.load_state_dict(state)
+    torch.testing.assert_close(again(torch.tensor([[5, 6]])).logits, model(torch.tensor([[5, 6]])).logits)
+    if layers:
+        less = {name: value for name, value in names.items() if not name.endswith("fm_audio.bias")}
+        with pytest.raises(LoadMismatch, match=r"layers\.0\.mlp has no bias of fm_audio"):
+            convert_names(less)
     del names["model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts.3.up_proj_lora_B.weight"]
     with pytest.raises(LoadMismatch, match=r"experts\.3 has no up_proj_lora_B"):
         convert_names(names)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from mmoe.errors import BadOverride, did_you_mean
 from mmoe.options import check_choice, check_float, check_int
+from mmoe.registry import parse_spec
 from zoo.base import check_parts
 from zoo.config import check_types
 from zoo.hosts.chat import TEMPLATES
@@ -62,7 +63,8 @@ class UniMoEConfig:
         top_k: K.
         moe_layers: "all" blocks have experts (the released speech model), "even" ones (the released audio model), every
             n-th, or a list of them.
-        router, experts: registered ones.
+        router, experts: registered ones. A router "by_modality" has a layer for each of `MODALITIES`, or for as many
+            "modalities" as its spec says, at least those that the model's branches need.
         vision: sizes of the image encoder, a CLIP, with "activation" quick_gelu (OpenAI's, the default) or gelu; or
             {"timm": NAME, "image_size": 224}, one of timm's image models, whose features are read before pooling.
             "mean" and "std" are those of its preprocessing where CLIP's or timm's own are not meant. None leaves images
@@ -81,11 +83,13 @@ class UniMoEConfig:
         template: how conversations are written; see `zoo.hosts.chat`.
         frames: of a video that are looked at.
         parts: at most so many times 30 seconds of a recording are heard.
-        balance_coef: of the balance loss, the mean over blocks, which counts first choices; 0 in the first version. The
-            released one with 8 experts adds blocks up, so its coefficient is this one divided by their number.
+        balance_coef: of the balance loss, the mean over blocks, which counts first choices, or what a router such as
+            "dynamic" counts itself; 0 in the first version. The released one with 8 experts adds blocks up, so its
+            coefficient is this one divided by their number.
         modality_coef, modality_experts: of the loss that sends tokens of a modality to some experts, and which, by the
             modality's name; see `zoo.uni_moe.losses`.
-        divergence_coef: of the loss that sets the experts of two modalities apart.
+        divergence_coef: of the loss that sets the experts of each two modalities of a sample apart, but not those of
+            speech and sound.
         base: where the weights of parts come from that are not the model's own, as for `zoo.weights.locate`: those of
             "llm" (its experts begin as the base's feed-forward blocks), of the encoders "vision", "speech" and "sound",
             and of the "resampler" of speech, which begins as the decoder of a Whisper. See `zoo.uni_moe.parts`.
@@ -142,6 +146,7 @@ class UniMoEConfig:
         for name in ("balance_coef", "modality_coef", "divergence_coef"):
             check_float(name, getattr(self, name), low=0)
         self._check_modalities()
+        self._check_gate()
         chosen_layers(self.moe_layers, self.layers)
         for branch in self.known:
             self._check_branch(branch)
@@ -161,6 +166,22 @@ class UniMoEConfig:
         if self.modality_coef and not self.modality_experts:
             wrong, fix = "no modality has experts of its own", "modality_experts={image: [0, 1]}"
             raise BadOverride(f"modality_coef={self.modality_coef}", wrong, fix)
+
+    def _check_gate(self) -> None:
+        """Tokens of a modality without a layer would silently go through that of text."""
+        told = self.gate.get("modalities") if isinstance(self.gate, Mapping) else None
+        heard = {"video": self.vision, "speech": self.speech, "sound": self.sound}
+        last = max((MODALITIES.index(name) for name, branch in heard.items() if branch is not None), default=0)
+        if isinstance(told, int) and 0 < told <= last:
+            wrong = f"{MODALITIES[last]} is modality {last} (from 0) and would share the layer of text"
+            fix = f"router={{name: by_modality, modalities: {len(MODALITIES)}}}"
+            raise BadOverride(f"a router by_modality with modalities={told}", wrong, fix)
+
+    @property
+    def gate(self) -> str | Mapping[str, Any]:
+        """The router's spec; one by modality knows those of the family."""
+        spec = parse_spec(self.router)
+        return {"modalities": len(MODALITIES), **spec} if spec["name"] == "by_modality" else self.router
 
     def _check_branch(self, branch: str) -> None:
         given = getattr(self, branch)

@@ -138,10 +138,19 @@ def _packed(place: str, ffns: Mapping[int, Mapping[str, Tensor]]) -> State:
 
 
 def _by_modality(state: State) -> State:
-    """Routers of blocks that have a layer per modality stand inside another router."""
+    """Routers of blocks that have a layer per modality stand inside another router, which holds the layers packed."""
     behind = {name.partition(".router.")[0] for name in state if ".router.layers." in name}
     inside = {f"{place}.router.weight": f"{place}.router.inner.weight" for place in behind}
-    return {inside.get(name, name): value for name, value in state.items()}
+    found = {inside.get(name, name): value for name, value in state.items() if ".router.layers." not in name}
+    for place in sorted(behind):
+        for part in ("weight", "bias"):
+            names = [f"{place}.router.layers.{number}.{part}" for number in range(len(_MODALITIES))]
+            lost = [kind for kind, name in zip(_MODALITIES, names, strict=True) if name not in state]
+            if lost:
+                wrong = f"{place} has no {part} of fm_{' and fm_'.join(lost)}"
+                raise LoadMismatch("convert this checkpoint to uni_moe", wrong, "a whole state dict")
+            found[f"{place}.router.modality_{part}"] = torch.stack([state[name] for name in names])
+    return found
 
 
 def from_original(state: Mapping[str, Tensor], like: UniMoEConfig | None = None) -> tuple[UniMoEConfig, State]:
@@ -220,8 +229,9 @@ def _infer(state: State, like: UniMoEConfig) -> UniMoEConfig:
             shown["queries"] = len(state[f"{branch}.resampler.queries"])
     if f"{first}.experts.gate_up_a" in state:
         shown["experts"] = f"lora_gated_ffn:rank={state[f'{first}.experts.down_a'].shape[1]}"
-    if any(".router.layers." in name for name in state):
-        shown["router"] = {"name": "by_modality", "inner": UniMoEConfig.router}
+    if f"{first}.router.modality_bias" in state:
+        kinds = len(state[f"{first}.router.modality_bias"])
+        shown["router"] = {"name": "by_modality", "inner": UniMoEConfig.router, "modalities": kinds}
     return replace(like, **shown)
 
 

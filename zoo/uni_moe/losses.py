@@ -6,7 +6,8 @@
 
 p is the softmax of a token's scores. Source: the 8-expert code of github.com/HITsz-TMG/Uni-MoE; its balance loss is
 `mmoe.losses.balance_loss(routings, choices="first")`, summed over layers. There padding counts as text; here that is an
-option. Shapes: B samples, L positions, T = B L rows, E experts.
+option. It has one kind of audio, which is speech; here sound is set apart from the others in the same way, and speech
+and sound not from each other. Shapes: B samples, L positions, T = B L rows, E experts, M modalities, P pairs.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mmoe.routing import Routing
+from mmoe.errors import BadInput
+from mmoe.routing import Routing, in_autocast
 from zoo.hosts.splice import PADDING, TEXT
 
 IMAGE, SPEECH, VIDEO, SOUND = 1, 2, 3, 4  # numbers of the modalities beside `TEXT`
-PAIRS = ((IMAGE, SPEECH), (IMAGE, TEXT), (SPEECH, TEXT), (SPEECH, VIDEO), (VIDEO, TEXT))  # as released
+_RELEASED = ((IMAGE, SPEECH), (IMAGE, TEXT), (SPEECH, TEXT), (SPEECH, VIDEO), (VIDEO, TEXT))
+PAIRS = (*_RELEASED, (IMAGE, SOUND), (SOUND, TEXT), (SOUND, VIDEO))
 
 
 def modality_loss(routings: Iterable[Routing], modality: Tensor, experts: Mapping[int, Sequence[int]]) -> Tensor:
@@ -33,12 +36,16 @@ def modality_loss(routings: Iterable[Routing], modality: Tensor, experts: Mappin
 
     Returns:
         Scalar; it is not normalised by layers and samples, as released.
+
+    Raises:
+        BadInput: a router has no logits.
     """
     total = torch.zeros((), device=modality.device)
     for probs in _probs(routings, modality):
         for kind, own in experts.items():
             target = torch.zeros(probs.shape[-1], device=probs.device)
-            target[list(own)] = 1.0
+            for expert in own:
+                target[expert] = 1.0
             there = modality == kind  # (B, L)
             total = total + ((probs - target).abs().mean(-1) * there).sum() / modality.shape[1]
     return total
@@ -61,21 +68,37 @@ def divergence_loss(
 
     Returns:
         Scalar; it is not normalised by layers and samples, as released.
+
+    Raises:
+        BadInput: a router has no logits.
     """
     modality = modality.masked_fill(modality == PADDING, TEXT) if padding_is_text else modality
     total = torch.zeros((), device=modality.device)
+    if in_autocast(total):
+        with torch.autocast(modality.device.type, enabled=False):
+            return divergence_loss(routings, modality, pairs)
+    kinds = torch.arange(1 + max(max(pair) for pair in pairs), device=modality.device)
+    ours = (modality[:, None] == kinds[:, None]).float()  # (B, M, L)
+    counts = ours.sum(-1)
+    shares = ours / counts.clamp(min=1)[..., None]
+    there = torch.stack([(counts[:, a] > 0) & (counts[:, b] > 0) for a, b in pairs], 1)  # (B, P)
+    parts = there / there.sum(1, keepdim=True).clamp(min=1)
     for probs in _probs(routings, modality):
-        for sample, kinds in zip(probs, modality, strict=True):
-            means = {kind: sample[kinds == kind].mean(0).log_softmax(-1) for kind in kinds.unique().tolist()}
-            there = [(means[a], means[b]) for a, b in pairs if a in means and b in means]
-            if there:
-                likeness = [1 - (b.exp() * (b - a)).mean() for a, b in there]
-                total = total + torch.stack(likeness).mean()
+        means = torch.einsum("bml,ble->bme", shares.to(probs.dtype), probs).log_softmax(-1)
+        first = torch.stack([means[:, a] for a, _ in pairs], 1)  # (B, P, E)
+        second = torch.stack([means[:, b] for _, b in pairs], 1)
+        likeness = 1 - (second.exp() * (second - first)).mean(-1)  # (B, P)
+        total = total + (likeness * parts).sum()
     return total
 
 
 def _probs(routings: Iterable[Routing], modality: Tensor) -> list[Tensor]:
     """Probabilities (B, L, E) of every layer."""
-    return [
-        routing.logits.softmax(-1).unflatten(0, modality.shape) for routing in routings if routing.logits is not None
-    ]
+    found = []
+    for routing in routings:
+        if routing.logits is None:
+            asked = "a loss of modalities over routers of which one has no logits"
+            fix = "router=topk, or modality_coef=0 divergence_coef=0"
+            raise BadInput(asked, "there are no probabilities to send or set apart", fix)
+        found.append(routing.logits.softmax(-1).unflatten(0, modality.shape))
+    return found

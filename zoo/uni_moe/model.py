@@ -117,7 +117,7 @@ class UniMoE(Model):
         )
         self.llm = LlamaForCausalLM(host)
         self.llm.model.rotary_emb = SteadyRotaryEmbedding(host)
-        options: dict[str, Any] = {"top_k": config.top_k, "router": config.router, "experts": config.experts}
+        options: dict[str, Any] = {"top_k": config.top_k, "router": config.gate, "experts": config.experts}
         add_mixtures(self.llm, config.mixed, config.num_experts, **options)
         dim, queries = config.width, config.queries
         self.vision = config.vision and Vision(config.vision, config.vision_layer, config.projector, dim)
