@@ -5,9 +5,10 @@ Shapes: L positions of the prompt, n replies, R tokens of the longest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from mmoe.errors import BadInput, BadOverride, did_you_mean
 from mmoe.moe import with_context
 from mmoe.routing import Context
 from zoo.hosts.splice import IGNORED, PADDING, TEXT, Spliced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_OWN = ("max_new_tokens", "do_sample", "streamer")  # options of writing that are there without being asked for
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,45 @@ def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
         writing.join()
     if failed:
         raise failed[0]
+
+
+def check_names(llm: PreTrainedModel, given: Mapping[str, Any], media: Sequence[str]) -> None:
+    """Makes sure that options of writing are some.
+
+    Args:
+        llm: a causal language model.
+        given: options of its `generate`.
+        media: what could have been meant as well.
+
+    Raises:
+        BadInput: there is no such option.
+    """
+    from transformers import GenerationConfig
+
+    takes = [name for name in signature(llm.generate).parameters if name not in ("inputs", "kwargs")]
+    known = [*media, *takes, *(name for name in vars(GenerationConfig()) if not name.startswith("_"))]
+    for name in given:
+        if name not in known:
+            wrong = did_you_mean(name, known)
+            raise BadInput(f"write a reply with {name!r}", wrong, "model.predict('Hi', max_new_tokens=20)")
+
+
+@contextmanager
+def in_words(options: Mapping[str, Any]) -> Iterator[None]:
+    """Says what the library finds wrong with options of writing.
+
+    Raises:
+        BadOverride: something.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        given = {name: value for name, value in options.items() if name not in _OWN}
+        if not given:
+            raise
+        told = ", ".join(f"{name}={value}" for name, value in given.items())
+        wrong = str(error).strip().partition("\n")[0]
+        raise BadOverride(f"cannot write a reply with {told}", wrong, "max_new_tokens=20") from error
 
 
 @contextmanager
