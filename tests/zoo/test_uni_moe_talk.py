@@ -194,6 +194,28 @@ def test_positions_stay_exact_in_bf16(model: UniMoE) -> None:
     assert load(dtype="bf16").to("meta").llm.model.rotary_emb.inv_freq.is_meta
 
 
+def test_replies_alone_are_scored(model: UniMoE) -> None:
+    read = []
+    hook = model.llm.lm_head.register_forward_hook(lambda module, args, out: read.append(out.shape[1]))
+    _, tokens = model.reply_likelihoods(["a fox", "a red square"], image=picture())
+    hook.remove()
+    assert max(tokens) <= read[0] <= max(tokens) + 3, "not those of the prompt"
+
+
+def test_a_stream_is_what_is_predicted_under_autocast(model: UniMoE) -> None:
+    types = []
+    hook = model.llm.lm_head.register_forward_hook(lambda module, args, out: types.append(out.dtype))
+    exact = model.preprocess("Hi", speech=noise(1), sound=noise(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.preprocess("Hi", speech=noise(1), sound=noise(1))
+        said = model.predict("Hi", image=picture(), sound=noise(1), max_new_tokens=8).text
+        written = "".join(model.stream("Hi", image=picture(), sound=noise(1), max_new_tokens=8))
+    hook.remove()
+    assert written.strip() == said and set(types) == {torch.bfloat16}
+    assert found["speech"].equal(exact["speech"]) and found["sounds"].equal(exact["sounds"])
+    assert not torch.is_autocast_enabled("cpu")
+
+
 # ---- assembling ----
 
 

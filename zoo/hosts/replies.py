@@ -68,6 +68,7 @@ def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
 
     words = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
     dropped, put, failed = Event(), words.put, list[BaseException]()
+    casts = _autocasts()  # a thread begins without those of its maker
 
     def put_or_stop(tokens: Tensor) -> None:
         if dropped.is_set():
@@ -76,7 +77,10 @@ def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
 
     def run() -> None:
         try:
-            write(words)
+            with ExitStack() as around:
+                for cast in casts:
+                    around.enter_context(cast)
+                write(words)
         except BaseException as error:
             failed.append(error)
             words.end()
@@ -91,6 +95,12 @@ def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
         writing.join()
     if failed:
         raise failed[0]
+
+
+def _autocasts() -> list[torch.autocast]:
+    """What turns on in another thread the autocast that is on in this one."""
+    kinds = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(kind)]
+    return [torch.autocast(kind, dtype=torch.get_autocast_dtype(kind)) for kind in kinds]
 
 
 def check_names(llm: PreTrainedModel, given: Mapping[str, Any], media: Sequence[str]) -> None:
@@ -182,7 +192,7 @@ def likelihoods(
     Returns:
         Logarithms of the probabilities in nats (n,), and numbers of tokens that count (n,), both on the CPU.
     """
-    count, begin, device = len(replies), prompt.embeds.shape[1], prompt.embeds.device
+    count, device = len(replies), prompt.embeds.device
     ids = pad_sequence([torch.tensor(own) for own, _ in replies], batch_first=True).to(device)  # (n, R)
     labels = pad_sequence([torch.tensor(own) for _, own in replies], batch_first=True, padding_value=IGNORED)
     there = torch.arange(ids.shape[1]) < torch.tensor([len(own) for own, _ in replies])[:, None]
@@ -191,7 +201,7 @@ def likelihoods(
     mask = torch.cat([prompt.mask.expand(count, -1), there], 1)
     modality = torch.cat([prompt.modality.expand(count, -1), torch.where(there, TEXT, PADDING)], 1)
     with with_context(llm, Context(valid=None if route_padding else mask, modality=modality)):
-        logits = llm(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).logits
-    scores = logits[:, begin - 1 : -1].float().transpose(1, 2)  # (n, vocabulary, R)
+        told = llm(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False, logits_to_keep=ids.shape[1] + 1)
+    scores = told.logits[:, :-1].float().transpose(1, 2)  # (n, vocabulary, R)
     losses = cross_entropy(scores, labels.to(device), ignore_index=IGNORED, reduction="none")
     return -losses.sum(1).cpu(), (labels != IGNORED).sum(1)

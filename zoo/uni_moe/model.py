@@ -224,6 +224,7 @@ class UniMoE(Model):
             turns[0] = "".join(f"{word}\n" for word in lacking) + turns[0]
         return encode(self.tokenizer, self.template.parts(turns, reply), PLACEHOLDERS)
 
+    @torch.autocast("cpu", enabled=False)  # spectra are exact whatever the model runs in
     def _media(self, given: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         frames, parts = self._preprocessing["frames"], self._preprocessing["parts"]
