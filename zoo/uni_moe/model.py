@@ -480,7 +480,8 @@ class UniMoE(Model):
             "<video>": videos is not None and [self.vision_of(video) for video in videos],
             "<sound>": sounds is not None and _recordings(self._branch("sound")(sounds, sound_padding), sound_chunks),
         }
-        features = {PLACEHOLDERS[word]: _dealt(input_ids, word, blocks or []) for word, blocks in given.items()}
+        ids = input_ids.tolist()
+        features = {PLACEHOLDERS[word]: _dealt(ids, word, blocks or []) for word, blocks in given.items()}
         found = splice(input_ids, self.llm.get_input_embeddings(), features, attention_mask, labels)
         if found.embeds.shape[1] > self.config.positions:
             wrong = f"the model has {self.config.positions:,} positions"
@@ -571,9 +572,9 @@ def _recordings(tokens: Tensor, chunks: Sequence[int] | None) -> list[Tensor]:
     return [part.flatten(0, 1) for part in parts]
 
 
-def _dealt(ids: Tensor, word: str, blocks: Sequence[Tensor]) -> list[list[Tensor]]:
+def _dealt(ids: Sequence[Sequence[int]], word: str, blocks: Sequence[Tensor]) -> list[list[Tensor]]:
     """Blocks in the order of a batch, for each of its samples."""
-    counts = (ids == PLACEHOLDERS[word]).sum(-1).tolist()
+    counts = [row.count(PLACEHOLDERS[word]) for row in ids]
     if sum(counts) != len(blocks):
         wrong = f"the texts have {sum(counts)} of {word}, and there are {len(blocks)} to put there"
         raise BadInput(f"splice a batch with {word}", wrong, "one for each placeholder, in order")
