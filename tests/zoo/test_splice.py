@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmoe.errors import BadInput
 from zoo.hosts.chat import CHATML, VICUNA, encode
@@ -65,6 +68,23 @@ def test_gradients_reach_features_and_embeddings(table: nn.Embedding) -> None:
 def test_what_does_not_fit_is_told(table: nn.Embedding, ids: list[int], features: dict, told: str) -> None:
     with pytest.raises(BadInput, match=told):
         splice(torch.tensor([ids]), table, features)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_waits_for_no_placeholder(table: nn.Embedding) -> None:
+    ids = torch.tensor([[1, IMAGE, 2, IMAGE], [IMAGE, IMAGE, 2, 3]])
+    with Waits() as waits:
+        splice(ids, table, {IMAGE: [[block(2, 1.0)] * 2] * 2})
+    assert waits.count <= 1
 
 
 def test_clips_of_padding_chunks_alone() -> None:

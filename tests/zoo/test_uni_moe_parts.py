@@ -125,8 +125,8 @@ def test_language_models_that_do_not_fit(options: dict[str, Any], change: dict[s
 
 
 def test_heads_that_do_not_divide_llama_cpps_rows() -> None:
-    with pytest.raises(LoadMismatch, match="has 32 rows for 32 heads\n  try: heads and kv_heads as the base has them"):
-        build(heads=32, kv_heads=1).from_base(as_llama_cpp(llama().state_dict()), "llm")
+    with pytest.raises(LoadMismatch, match="has 32 rows for 6 heads\n  try: heads and kv_heads as the base has them"):
+        build(width=48, heads=6, kv_heads=1).from_base(as_llama_cpp(llama().state_dict()), "llm")
 
 
 # ---- images ----

@@ -15,7 +15,7 @@ from PIL import Image
 
 import mmoe
 import zoo
-from mmoe.errors import Refused
+from mmoe.errors import BadInput, BadOverride, MmoeError, Refused
 from zoo.hosts.decoder import mixtures_of
 from zoo.uni_moe.model import UniMoE
 
@@ -194,6 +194,28 @@ def test_positions_stay_exact_in_bf16(model: UniMoE) -> None:
     assert load(dtype="bf16").to("meta").llm.model.rotary_emb.inv_freq.is_meta
 
 
+def test_replies_alone_are_scored(model: UniMoE) -> None:
+    read = []
+    hook = model.llm.lm_head.register_forward_hook(lambda module, args, out: read.append(out.shape[1]))
+    _, tokens = model.reply_likelihoods(["a fox", "a red square"], image=picture())
+    hook.remove()
+    assert max(tokens) <= read[0] <= max(tokens) + 3, "not those of the prompt"
+
+
+def test_a_stream_is_what_is_predicted_under_autocast(model: UniMoE) -> None:
+    types = []
+    hook = model.llm.lm_head.register_forward_hook(lambda module, args, out: types.append(out.dtype))
+    exact = model.preprocess("Hi", speech=noise(1), sound=noise(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.preprocess("Hi", speech=noise(1), sound=noise(1))
+        said = model.predict("Hi", image=picture(), sound=noise(1), max_new_tokens=8).text
+        written = "".join(model.stream("Hi", image=picture(), sound=noise(1), max_new_tokens=8))
+    hook.remove()
+    assert written.strip() == said and set(types) == {torch.bfloat16}
+    assert found["speech"].equal(exact["speech"]) and found["sounds"].equal(exact["sounds"])
+    assert not torch.is_autocast_enabled("cpu")
+
+
 # ---- assembling ----
 
 
@@ -223,3 +245,66 @@ def test_models_of_other_sizes_are_not_assembled() -> None:
         UniMoE.assemble([one, one], {"num_experts": 2, "ffn_dim": 64})
     with pytest.raises(Refused, match=r"they have no llm\.model"):
         UniMoE.assemble([one, one], {"num_experts": 2, "experts": "ffn"})
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"imgae": 1}, "write a reply with 'imgae'\n  did you mean: image"),
+        ({"max_tokens": 1}, "write a reply with 'max_tokens'\n  did you mean: "),
+        ({"speech_chunks": [2]}, "write a reply with 'speech_chunks'"),
+        ({"num_beams": "x"}, "cannot write a reply with num_beams=x"),
+        ({"num_beams": 0}, "cannot write a reply with num_beams=0"),
+        ({"return_dict_in_generate": True}, "predict with return_dict_in_generate\n  a reply is a text"),
+        ({"text": 5}, "read a text from int"),
+        ({"text": ["Hi", 5, "Ho"]}, "read a text from list"),
+        ({"text": b"Hi"}, "read a text from bytes"),
+        ({"text": picture()}, "read a text from Image"),
+        ({"audio": noise(1), "speech": noise(1)}, "hear audio beside speech\n  audio is speech to this model"),
+    ],
+)
+def test_mistakes_in_what_is_asked(model: UniMoE, given: dict[str, Any], told: str) -> None:
+    given = {"text": "Hi", **given}
+    for ask in (model.predict, lambda text, **rest: list(model.stream(text, **rest))):
+        with pytest.raises(MmoeError) as error:
+            ask(given["text"], **{name: value for name, value in given.items() if name != "text"})
+        assert told in str(error.value)
+
+
+@pytest.mark.parametrize("chunks", [[2], [2, 2], [-1, 4], []])
+def test_recordings_of_other_chunks_than_there_are(model: UniMoE, chunks: list[int]) -> None:
+    batch = model.preprocess("Hi", speech=noise(15))
+    assert batch.pop("speech_chunks") == [3]
+    with pytest.raises(BadInput, match="they are of 3 chunks"):
+        model(**batch, speech_chunks=chunks)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"vision": {"width": 10, "heads": 4}}, "vision.heads=4 in a width of 10"),
+        ({"speech": {"width": 10, "heads": 4}}, "speech.heads=4 in a width of 10"),
+        ({"sound": {"width": 10, "heads": 4}}, "sound.heads=4 in a width of 10"),
+        ({"sound": {"resampler_width": 10, "resampler_heads": 4}}, "sound.resampler_heads=4 in a width of 10"),
+        ({"vision": {"patch_size": 20, "image_size": 10}}, "vision.patch_size=20"),
+        ({"vision": {"timm": "test_efficientnet", "activation": "gelu"}}, "vision with 'activation'"),
+        ({"vision_layer": -30}, "vision_layer=-30"),
+        ({"vision_layer": 0}, "vision_layer=0"),
+        ({"speech": {"stack": 3}}, "speech.stack=3\n  only the connector stack has it"),
+        ({"width": 12}, "4 heads in a width of 12\n  rotary positions take heads of even width"),
+        ({"modality_experts": {"image": 0}}, "modality_experts of image 0\n  it is a list of experts"),
+        ({"projector": "mlp0x_gelu"}, "projector='mlp0x_gelu'"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(BadOverride) as error:
+        zoo.load("uni_moe_tiny", weights=False, device="meta", **options)
+    assert told in str(error.value)
+
+
+def test_without_a_cache(model: UniMoE) -> None:
+    one = model.preprocess("What is this?", image=picture())
+    assert model.generate(**one, **WRITING, use_cache=False).equal(model.generate(**one, **WRITING))

@@ -37,7 +37,7 @@ def projector(kind: str, inputs: int, outputs: int) -> nn.Module:
     """
     if kind == "identity":
         return nn.Identity()
-    layers = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    layers = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if kind != "linear" and layers is None:
         raise BadOverride(f"projector={kind!r}", "it is linear, identity, or mlp2x_gelu and the like", "mlp2x_gelu")
     parts: list[nn.Module] = [nn.Linear(inputs, outputs)]

@@ -5,9 +5,10 @@ Shapes: L positions of the prompt, n replies, R tokens of the longest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from mmoe.errors import BadInput, BadOverride, did_you_mean
 from mmoe.moe import with_context
 from mmoe.routing import Context
 from zoo.hosts.splice import IGNORED, PADDING, TEXT, Spliced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_OWN = ("max_new_tokens", "do_sample", "streamer")  # options of writing that are there without being asked for
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
 
     words = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
     dropped, put, failed = Event(), words.put, list[BaseException]()
+    casts = _autocasts()  # a thread begins without those of its maker
 
     def put_or_stop(tokens: Tensor) -> None:
         if dropped.is_set():
@@ -71,7 +77,10 @@ def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
 
     def run() -> None:
         try:
-            write(words)
+            with ExitStack() as around:
+                for cast in casts:
+                    around.enter_context(cast)
+                write(words)
         except BaseException as error:
             failed.append(error)
             words.end()
@@ -86,6 +95,51 @@ def streamed(tokenizer: Any, write: Callable[[Any], object]) -> Iterator[str]:
         writing.join()
     if failed:
         raise failed[0]
+
+
+def _autocasts() -> list[torch.autocast]:
+    """What turns on in another thread the autocast that is on in this one."""
+    kinds = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.is_autocast_enabled(kind)]
+    return [torch.autocast(kind, dtype=torch.get_autocast_dtype(kind)) for kind in kinds]
+
+
+def check_names(llm: PreTrainedModel, given: Mapping[str, Any], media: Sequence[str]) -> None:
+    """Makes sure that options of writing are some.
+
+    Args:
+        llm: a causal language model.
+        given: options of its `generate`.
+        media: what could have been meant as well.
+
+    Raises:
+        BadInput: there is no such option.
+    """
+    from transformers import GenerationConfig
+
+    takes = [name for name in signature(llm.generate).parameters if name not in ("inputs", "kwargs")]
+    known = [*media, *takes, *(name for name in vars(GenerationConfig()) if not name.startswith("_"))]
+    for name in given:
+        if name not in known:
+            wrong = did_you_mean(name, known)
+            raise BadInput(f"write a reply with {name!r}", wrong, "model.predict('Hi', max_new_tokens=20)")
+
+
+@contextmanager
+def in_words(options: Mapping[str, Any]) -> Iterator[None]:
+    """Says what the library finds wrong with options of writing.
+
+    Raises:
+        BadOverride: something.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        given = {name: value for name, value in options.items() if name not in _OWN}
+        if not given:
+            raise
+        told = ", ".join(f"{name}={value}" for name, value in given.items())
+        wrong = str(error).strip().partition("\n")[0]
+        raise BadOverride(f"cannot write a reply with {told}", wrong, "max_new_tokens=20") from error
 
 
 @contextmanager
@@ -138,7 +192,7 @@ def likelihoods(
     Returns:
         Logarithms of the probabilities in nats (n,), and numbers of tokens that count (n,), both on the CPU.
     """
-    count, begin, device = len(replies), prompt.embeds.shape[1], prompt.embeds.device
+    count, device = len(replies), prompt.embeds.device
     ids = pad_sequence([torch.tensor(own) for own, _ in replies], batch_first=True).to(device)  # (n, R)
     labels = pad_sequence([torch.tensor(own) for _, own in replies], batch_first=True, padding_value=IGNORED)
     there = torch.arange(ids.shape[1]) < torch.tensor([len(own) for own, _ in replies])[:, None]
@@ -147,7 +201,7 @@ def likelihoods(
     mask = torch.cat([prompt.mask.expand(count, -1), there], 1)
     modality = torch.cat([prompt.modality.expand(count, -1), torch.where(there, TEXT, PADDING)], 1)
     with with_context(llm, Context(valid=None if route_padding else mask, modality=modality)):
-        logits = llm(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).logits
-    scores = logits[:, begin - 1 : -1].float().transpose(1, 2)  # (n, vocabulary, R)
+        told = llm(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False, logits_to_keep=ids.shape[1] + 1)
+    scores = told.logits[:, :-1].float().transpose(1, 2)  # (n, vocabulary, R)
     losses = cross_entropy(scores, labels.to(device), ignore_index=IGNORED, reduction="none")
     return -losses.sum(1).cpu(), (labels != IGNORED).sum(1)

@@ -67,11 +67,11 @@ def splice(
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     left = pads_left(mask)
     rows = []
-    for sample, row in enumerate(ids):
+    for sample, read in enumerate(ids.tolist()):  # which waits for a GPU once
         blocks = {placeholder: list(of_samples[sample]) for placeholder, of_samples in features.items()}
-        _check_counts(sample, row, blocks)
+        _check_counts(sample, read, blocks)
         own = None if labels is None else labels[sample]
-        rows.append(_spliced_row(row, embed, blocks, mask[sample], own))
+        rows.append(_spliced_row(ids[sample], read, embed, blocks, mask[sample], own))
     longest = max(len(embeds) for embeds, _, _ in rows)
 
     def fill(tensors: Sequence[Tensor], value: int | float | bool) -> Tensor:
@@ -124,13 +124,13 @@ def clips(chunks: Tensor, numbers: Tensor) -> list[Tensor]:
     return [part.flatten(0, 1) for number, part in zip(found.tolist(), parts, strict=True) if number]
 
 
-def _check_counts(sample: int, ids: Tensor, blocks: Mapping[int, Sequence[Tensor]]) -> None:
+def _check_counts(sample: int, ids: Sequence[int], blocks: Mapping[int, Sequence[Tensor]]) -> None:
     for placeholder, given in blocks.items():
-        count = int((ids == placeholder).sum())
+        count = ids.count(placeholder)
         if count != len(given):
             wrong = f"sample {sample} has {count} of its places and {len(given)} blocks"
             raise BadInput(f"splice features of placeholder {placeholder}", wrong, "one block per placeholder")
-    unknown = sorted({int(one) for one in ids[ids < 0]} - blocks.keys())
+    unknown = sorted({one for one in ids if one < 0} - blocks.keys())
     if unknown:
         wrong = f"sample {sample} has placeholders {', '.join(map(str, unknown))} without features"
         raise BadInput("splice a text", wrong, f"features={{{unknown[0]}: [[block], ...]}}")
@@ -138,14 +138,15 @@ def _check_counts(sample: int, ids: Tensor, blocks: Mapping[int, Sequence[Tensor
 
 def _spliced_row(
     ids: Tensor,
+    read: Sequence[int],
     embed: Callable[[Tensor], Tensor],
     blocks: Mapping[int, list[Tensor]],
     mask: Tensor,
     labels: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (L, D), modality (L,) and labels (L,) of one sample."""
+    """Embeddings (L, D), modality (L,) and labels (L,) of one sample, whose ids were read."""
     kinds = {placeholder: number for number, placeholder in enumerate(blocks, 1)}
-    found = [(int(place), kinds[int(ids[place])]) for place in (ids < 0).nonzero().flatten()]
+    found = [(place, kinds[one]) for place, one in enumerate(read) if one < 0]
     embeds, modality, told, begin = [], [], [], 0
     waiting = {kinds[placeholder]: iter(given) for placeholder, given in blocks.items()}
     text = torch.where(mask, TEXT, PADDING)

@@ -155,12 +155,18 @@ class UniMoEConfig:
         if self.width % self.heads or self.heads % (self.kv_heads or self.heads):
             asked = f"{self.heads} heads, {self.kv_heads or self.heads} for keys, in a width of {self.width}"
             raise BadOverride(asked, "heads must share the width evenly, and those for keys the heads", "heads=1")
+        if self.width // self.heads % 2:
+            asked, wrong = f"{self.heads} heads in a width of {self.width}", "rotary positions take heads of even width"
+            raise BadOverride(asked, wrong, f"width={2 * self.width}")
 
     def _check_modalities(self) -> None:
         for name, experts in self.modality_experts.items():
             if name not in MODALITIES[1:]:
                 wrong, fix = did_you_mean(name, MODALITIES[1:]), "modality_experts={image: [0, 1]}"
                 raise BadOverride(f"modality_experts of {name!r}", wrong, fix)
+            if not isinstance(experts, list | tuple):
+                wrong = "it is a list of experts"
+                raise BadOverride(f"modality_experts of {name} {experts!r}", wrong, f"modality_experts={{{name}: [0]}}")
             for expert in experts:
                 check_int(f"an expert of {name}", expert, 0, self.num_experts - 1)
         if self.modality_coef and not self.modality_experts:
@@ -187,8 +193,15 @@ class UniMoEConfig:
         given = getattr(self, branch)
         if given is None:
             return
-        known = TIMM if branch == "vision" and "timm" in given else self.known[branch]
-        options = [*known, *_MORE[branch], *(["timm"] if known is TIMM else [])]
+        known, more = self.known[branch], _MORE[branch]
+        if branch == "vision" and "timm" in given:
+            known, more = TIMM, ("timm", "mean", "std")
+        elif given.get("connector") == "stack":
+            known = {**known, "stack": 5}
+        elif "stack" in given:
+            wrong, fix = "only the connector stack has it", f"{branch}.connector=stack"
+            raise BadOverride(f"{branch}.stack={given['stack']!r}", wrong, fix)
+        options = [*known, *more]
         for name, value in given.items():
             place = f"{branch}.{name}"
             if name not in options:
@@ -201,9 +214,14 @@ class UniMoEConfig:
                 check_choice(f"the type of {place}", type(value).__name__, ("str",))
             else:
                 check_int(place, value, 1)
-        if given.get("connector") == "stack":
-            known = {**known, "stack": 5}
-        object.__setattr__(self, branch, {**known, **given})
+        whole = {**known, **given}
+        object.__setattr__(self, branch, whole)
+        for prefix in ("", "resampler_"):
+            _check_heads(branch, prefix, whole)
+        if "patch_size" in whole and "image_size" in whole:
+            check_int(f"{branch}.patch_size", whole["patch_size"], 1, whole["image_size"])
+        if branch == "vision" and "layers" in whole:
+            check_int("vision_layer", self.vision_layer, -whole["layers"] - 1, -1)
 
     def _parts(self) -> list[str]:
         """Parts that the model has."""
@@ -215,6 +233,14 @@ class UniMoEConfig:
     def mixed(self) -> list[int]:
         """Blocks that have experts."""
         return chosen_layers(self.moe_layers, self.layers) if self.num_experts else []
+
+
+def _check_heads(branch: str, prefix: str, sizes: Mapping[str, Any]) -> None:
+    """Heads share a width evenly, where both are options."""
+    width, heads = (sizes.get(f"{prefix}{name}") for name in ("width", "heads"))
+    if width and heads and width % heads:
+        asked, wrong = f"{branch}.{prefix}heads={heads} in a width of {width}", "heads must share the width evenly"
+        raise BadOverride(asked, wrong, f"{branch}.{prefix}heads=1")
 
 
 def _check_colours(name: str, values: Any, low: float) -> None:

@@ -39,7 +39,7 @@ from zoo.base import checksum_of
 from zoo.config import make_config
 from zoo.hosts.chat import TEMPLATES, Template, as_words, encode, read_tokenizer, tokenizer_text
 from zoo.hosts.decoder import add_mixtures
-from zoo.hosts.replies import Reply, likelihoods, streamed, told_of_prompt
+from zoo.hosts.replies import Reply, check_names, in_words, likelihoods, streamed, told_of_prompt
 from zoo.hosts.rotary import SteadyRotaryEmbedding
 from zoo.hosts.splice import IGNORED, Spliced, filled_on_the_left, splice
 from zoo.images import as_seen
@@ -215,12 +215,16 @@ class UniMoE(Model):
         if text is None:
             text = QUESTIONS[next((word.strip("<>") for word, many in given.items() if many), "text")]
         said = [text] if isinstance(text, str) else text
+        if not isinstance(said, list | tuple) or not all(isinstance(turn, str) for turn in said):
+            asked, wrong = f"read a text from {type(text).__name__}", "it is a text, or turns that are texts"
+            raise BadInput(asked, wrong, "model.predict('What is this?', image='fox.png')")
         turns = [as_words(turn, self.tokenizer, [*PLACEHOLDERS] * (place % 2)) for place, turn in enumerate(said)]
         lacking = [word for word, many in given.items() for _ in many[sum(turn.count(word) for turn in turns) :]]
         if turns and lacking:
             turns[0] = "".join(f"{word}\n" for word in lacking) + turns[0]
         return encode(self.tokenizer, self.template.parts(turns, reply), PLACEHOLDERS)
 
+    @torch.autocast("cpu", enabled=False)  # spectra are exact whatever the model runs in
     def _media(self, given: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         frames, parts = self._preprocessing["frames"], self._preprocessing["parts"]
@@ -314,6 +318,9 @@ class UniMoE(Model):
     def _parted(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Media as `preprocess` takes them, and the rest; "audio" is speech where the model has that branch."""
         heard = "speech" if self.speech is not None else "sound"
+        if given.get("audio") is not None and given.get(heard) is not None:
+            asked, wrong = f"hear audio beside {heard}", f"audio is {heard} to this model"
+            raise BadInput(asked, wrong, f"{heard}=[FIRST, SECOND]")
         named = {heard if name == "audio" else name: value for name, value in given.items()}
         media = {name: named.pop(name) for name in MODALITIES[1:] if name in named}
         return {name: value for name, value in media.items() if value is not None}, named
@@ -352,6 +359,10 @@ class UniMoE(Model):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """A batch for `generate`, and its options."""
         media, told = self._parted(given)
+        check_names(self.llm, told, [*MODALITIES[1:], "audio"])
+        if told.get("return_dict_in_generate"):
+            wrong, fix = "a reply is a text", "model.generate(**model.preprocess('Hi'), return_dict_in_generate=True)"
+            raise BadInput("predict with return_dict_in_generate", wrong, fix)
         batch = self.preprocess(text, **media)
         del batch["labels"]
         ids = batch.pop("input_ids")
@@ -469,7 +480,8 @@ class UniMoE(Model):
             "<video>": videos is not None and [self.vision_of(video) for video in videos],
             "<sound>": sounds is not None and _recordings(self._branch("sound")(sounds, sound_padding), sound_chunks),
         }
-        features = {PLACEHOLDERS[word]: _dealt(input_ids, word, blocks or []) for word, blocks in given.items()}
+        ids = input_ids.tolist()
+        features = {PLACEHOLDERS[word]: _dealt(ids, word, blocks or []) for word, blocks in given.items()}
         found = splice(input_ids, self.llm.get_input_embeddings(), features, attention_mask, labels)
         if found.embeds.shape[1] > self.config.positions:
             wrong = f"the model has {self.config.positions:,} positions"
@@ -517,7 +529,8 @@ class UniMoE(Model):
             wrong = f"all {self.config.positions:,} positions are taken"
             raise BadInput("write a reply", wrong, "a shorter text, or fewer media")
         options["max_new_tokens"] = min(left, options.get("max_new_tokens") or left)
-        with told_of_prompt(self.llm, spliced, route_padding=self.config.route_padding):
+        telling = told_of_prompt(self.llm, spliced, route_padding=self.config.route_padding)
+        with in_words(options), telling:
             found: Tensor = self.llm.generate(
                 inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), **options
             )
@@ -552,13 +565,16 @@ def _listed(value: Any, videos: bool) -> list[Any]:
 
 def _recordings(tokens: Tensor, chunks: Sequence[int] | None) -> list[Tensor]:
     """Tokens (C, Q, D) of chunks as one block per recording."""
+    if chunks is not None and (min(chunks, default=1) < 1 or sum(chunks) != len(tokens)):
+        wrong = f"they are of {len(tokens)} chunks"
+        raise BadInput(f"read recordings of {list(chunks)} chunks", wrong, "numbers that add up to the chunks")
     parts = tokens.split(list(chunks)) if chunks is not None else tokens.split(1)
     return [part.flatten(0, 1) for part in parts]
 
 
-def _dealt(ids: Tensor, word: str, blocks: Sequence[Tensor]) -> list[list[Tensor]]:
+def _dealt(ids: Sequence[Sequence[int]], word: str, blocks: Sequence[Tensor]) -> list[list[Tensor]]:
     """Blocks in the order of a batch, for each of its samples."""
-    counts = (ids == PLACEHOLDERS[word]).sum(-1).tolist()
+    counts = [row.count(PLACEHOLDERS[word]) for row in ids]
     if sum(counts) != len(blocks):
         wrong = f"the texts have {sum(counts)} of {word}, and there are {len(blocks)} to put there"
         raise BadInput(f"splice a batch with {word}", wrong, "one for each placeholder, in order")
