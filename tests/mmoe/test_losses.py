@@ -194,6 +194,17 @@ class TestOwnBalance:
         whole = balance_loss(concatenate([router(x[:7]), router(x[7:])]))
         torch.testing.assert_close(whole, router(x).losses["balance"])
 
+    def test_processes_together_count_as_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        router, x = DynamicRouter(D, 5, num_shared=1), torch.randn(T, D)
+        parts, whole = [router(x[:7]), router(x[7:])], router(x)
+        expected = torch.autograd.grad(balance_loss(whole), router.weight)
+        sums = {1: whole.tally.hits, 0: whole.tally.rows}  # what an all-reduce of hits (N,) and of rows gives
+        monkeypatch.setattr("mmoe.losses.over_processes", lambda counts: sums[counts.ndim])
+        monkeypatch.setattr("mmoe.losses._processes", lambda: 2)
+        mean = torch.stack([balance_loss(part, all_processes=True) for part in parts]).mean()
+        torch.testing.assert_close(mean, whole.losses["balance"])
+        torch.testing.assert_close(torch.autograd.grad(mean, router.weight), expected)
+
     def test_a_decision_that_is_overridden_counts_as_any(self) -> None:
         router, x = GShardRouter(D, E), torch.randn(T, D)
         moe = MoE(router, FFNExperts(D, 8, E))
