@@ -510,6 +510,8 @@ class UniMoE(Model):
     ) -> Tensor:
         """New tokens (B, at most max_new_tokens): media are spliced once, then the host goes on with its cache.
 
+        As in `forward`, mixtures are told of the batch, so a model runs one call at a time; threads take turns.
+
         Args:
             input_ids: (B, N).
             attention_mask: (B, N), 0 for padding on either side.
