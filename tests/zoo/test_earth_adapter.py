@@ -201,7 +201,7 @@ def test_windows_are_averaged(model: EarthAdapter, size: tuple[int, int]) -> Non
     tall, wide = (min(32, -(-side // 8) * 8) for side in size)
     padded = np.pad(pixels, ((0, max(0, tall - height)), (0, max(0, wide - width)), (0, 0)), mode="edge")
     total, count = torch.zeros(3, *padded.shape[:2]), torch.zeros(padded.shape[:2])
-    stride = model.config.stride
+    stride = model.config.window_stride
     for top in sorted({min(y, padded.shape[0] - tall) for y in range(0, padded.shape[0], stride)}):
         for left in sorted({min(x, padded.shape[1] - wide) for x in range(0, padded.shape[1], stride)}):
             window = model._pixels(padded[top : top + tall, left : left + wide])[None]
@@ -218,7 +218,7 @@ def test_windows_of_a_narrow_picture_are_run_together(model: EarthAdapter, monke
     sizes = []
     scores = model._scores
     monkeypatch.setattr(model, "_scores", lambda image: sizes.append(len(image)) or scores(image))
-    model.predict(picture(32 + 6 * model.config.stride, 20), batch_size=4)
+    model.predict(picture(32 + 6 * model.config.window_stride, 20), batch_size=4)
     assert sizes == [4, 3]
 
 
