@@ -42,7 +42,7 @@ def as_input(model: Model, image: Tensor) -> Tensor:
     if image.shape[-1] != told["image_size"]:
         image = F.interpolate(image, (told["image_size"], told["image_size"]), mode="bicubic", antialias=True)
     mean, std = (torch.tensor(told[key]).view(3, 1, 1) for key in ("mean", "std"))
-    return ((image - mean) / std).to(model.device, model.dtype)
+    return ((image - mean) / std).to(model.input_device, model.dtype)
 
 
 def augment(pixels: Tensor, seeds: Sequence[int], strength: float = 1.0) -> Tensor:

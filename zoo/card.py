@@ -10,12 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmoe.errors import CorruptFile, UnknownWeights, nearest
-
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
+from zoo.cache import kept
 
 _MOE = {"layers", "experts", "top_k", "router"}
 _METRIC = {"data", "provenance"}
@@ -162,7 +158,13 @@ class Card:
 
 def read_cards(path: Path) -> list[Card]:
     """Cards of one family from its `card.yaml`."""
-    with path.open(encoding="utf-8") as file:
-        shared = yaml.load(file, Loader=_Loader)  # a safe loader: plain data only
+    shared = kept("cards", path.read_bytes(), _parsed)
     models = shared.pop("models")
     return [Card.from_dict({**shared, **own, "name": name}, str(path)) for name, own in models.items()]
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    import yaml
+
+    found: dict[str, Any] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return found

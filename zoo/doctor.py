@@ -134,7 +134,7 @@ def _network() -> Iterator[Check]:
 def _caches() -> Iterator[Check]:
     from huggingface_hub import constants
 
-    from zoo.packages import home
+    from zoo.cache import home
 
     for name, folder in (("files cache", home()), ("hub cache", Path(constants.HF_HUB_CACHE))):
         detail = f"{folder} ({_size(folder) / 1e6:,.1f} MB)" if folder.is_dir() else f"{folder} (not there yet)"

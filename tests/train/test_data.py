@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 from scipy.io import wavfile
 
 import zoo
 from mmoe.errors import BadInput, BadOverride, MissingExtra, UnknownName
 from train.data import build
-from train.data.base import data_sets
+from train.data.base import DataSet, Sample, data_sets
 from train.data.loader import Steps, seed_of
 from train.sections import DataSection
 from zoo.sounds import ENDINGS
@@ -260,6 +261,32 @@ def test_workers_prepare_the_same_batches(tmp_path):
     steps = Steps(data, model, 4, (seed_of(1), "stage"))
     for alone, ahead in zip(steps.from_step(1, 4), steps.from_step(1, 4, workers=1), strict=True):
         assert (alone[0][0]["image"] == ahead[0][0]["image"]).all()
+
+
+class Everything(DataSet):
+    """What each family trains on, and more."""
+
+    fields, task = ("image", "text", "mask", "score", "audio"), "naming"
+
+    def __len__(self) -> int:
+        return 2
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def read(self, index: int) -> Sample:
+        image, audio = np.zeros((64, 64, 3), np.uint8), np.zeros(16_000, np.float32)
+        return {"image": image, "text": "a fox", "mask": image[..., 0], "score": 0.5, "audio": audio}
+
+
+@pytest.mark.parametrize("name", [card.name for card in zoo.list_models("*_tiny")])
+def test_workers_leave_the_device_to_the_main_process(name):
+    model = zoo.load(name, device="meta")
+    steps = Steps(Everything(), model, 2, (seed_of(1), "stage"))
+    [(parts, _)] = steps.from_step(0, 1, workers=1)
+    tensors = {key: value for key, value in parts[0].items() if isinstance(value, torch.Tensor)}
+    assert tensors and {value.device.type for value in tensors.values()} == {"cpu"}
+    assert model.input_device.type == "meta", "outside of a worker"
 
 
 def test_data_of_the_hub_from_disk(tmp_path):

@@ -27,9 +27,10 @@ from train.data.distorted_photos import (
 from train.data.distortions import GROUPS
 from train.data.photos import SCENES, open_photo, photos
 from train.sections import DataSection
+from zoo.cache import home
 from zoo.gamma.config import GammaConfig
 from zoo.gamma.model import Gamma
-from zoo.packages import find_local, home
+from zoo.packages import find_local
 
 SIZE = 32
 UNCHANGED = [("gaussian_blur", 1), ("motion_blur", 1), ("color_saturation_lab", 1)]

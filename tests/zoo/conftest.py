@@ -14,7 +14,8 @@ import torch
 import zoo
 from mmoe.cli import main
 from zoo import registry
-from zoo.packages import PackagedFile, find_local, home
+from zoo.cache import home
+from zoo.packages import PackagedFile, find_local
 from zoo.weights import online
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import zoo
+import zoo.cache
 from mmoe.errors import CorruptFile, UnknownWeights
 from mmoe.moe import moe_layers
 from mmoe.registry import routers
@@ -190,3 +191,46 @@ def test_the_nearest_tag_comes_first(shared: Any) -> None:
     (card,) = shared({"weights": weights})
     with pytest.raises(UnknownWeights, match="it has: sharegpt4v, recap"):
         card.find_weights("sharegpt4")
+
+
+class TestCardsThatAreKept:
+    """Parsed once for each text of a file."""
+
+    @pytest.fixture(autouse=True)
+    def _home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MMOE_HOME", str(tmp_path / "home"))
+
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        copy = tmp_path / "card.yaml"
+        copy.write_bytes((Path(zoo.__file__).parent / "clip_moe" / "card.yaml").read_bytes())
+        return copy
+
+    @pytest.fixture
+    def parsed(self, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+        texts, load = list[bytes](), yaml.load
+        monkeypatch.setattr(yaml, "load", lambda text, Loader: (texts.append(text), load(text, Loader))[1])
+        return texts
+
+    def test_they_are_parsed_once(self, file: Path, parsed: list[bytes]) -> None:
+        first = read_cards(file)
+        assert read_cards(file) == first and len(parsed) == 1
+
+    def test_another_text_is_parsed(self, file: Path, parsed: list[bytes]) -> None:
+        before = read_cards(file)
+        file.write_text(file.read_text().replace("clip_moe_tiny:", "clip_moe_small:"))
+        assert [one.name for one in read_cards(file)] != [one.name for one in before] and len(parsed) == 2
+
+    def test_a_damaged_copy_is_made_again(self, file: Path, parsed: list[bytes]) -> None:
+        first = read_cards(file)
+        (copy,) = zoo.cache.home().rglob("*.json")
+        copy.write_text("{")
+        assert read_cards(file) == first == read_cards(file) and len(parsed) == 2
+
+    def test_without_a_folder_to_write_to(self, file: Path, parsed: list[bytes]) -> None:
+        zoo.cache.home().write_text("a file is there")
+        assert read_cards(file) == read_cards(file) and len(parsed) == 2
+
+    def test_what_json_would_change_is_not_kept(self) -> None:
+        made = [zoo.cache.kept("numbers", b"", lambda _: {1: (2,)}) for _ in range(2)]
+        assert made == [{1: (2,)}] * 2 and not list(zoo.cache.home().rglob("*.json"))

@@ -41,18 +41,25 @@ def test_they_start_without_torch(words: list[str]) -> None:
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 
+PEER = "import typer; typer.run(lambda: typer.echo('hello'))"  # the smallest program with the same library
+
+
+def processor_seconds(*words: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *words], capture_output=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize("words", [["list"], ["info", NAME], ["predict", "clip_moe_tin", "a.png", "b"]])
 def test_they_start_in_less_than_04_seconds(words: list[str]) -> None:
-    """Processor time, since other programs may run beside; the best of three."""
-    best = 9.0
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "mmoe", *words], capture_output=True, timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        if best < 0.4:
+    """Or, where a machine is slow, in half as much again as the smallest program; the best of several in turn."""
+    best = peer = 9.0
+    for _ in range(6):
+        best, peer = min(best, processor_seconds("-m", "mmoe", *words)), min(peer, processor_seconds("-c", PEER))
+        if best < max(0.4, 1.5 * peer):
             return
-    pytest.fail(f"{best:.2f} s")
+    pytest.fail(f"{best:.2f} s; the smallest program {peer:.2f} s")
 
 
 # ---- list ----

@@ -31,7 +31,8 @@ from train.data.loader import seed_of
 from train.data.photos import Photo, open_photo, photos
 from train.progress import Progress
 from zoo.assets import asset
-from zoo.packages import PackagedFile, home
+from zoo.cache import home
+from zoo.packages import PackagedFile
 
 FOLDS = 5
 PRISTINE = "pristine"

@@ -22,6 +22,7 @@ from mmoe.errors import BadInput, BadOverride, did_you_mean
 from mmoe.options import check_float, check_int
 from train.augment import as_input, augment
 from train.data.base import DataSet, Sample, Split, data_sets
+from train.data.dialogues import Exchanges
 from zoo.assets import asset
 from zoo.model import Model
 
@@ -311,7 +312,7 @@ class EmojiNames(DataSet):
 
 
 @data_sets.register("emoji_words")
-class EmojiWords(DataSet):
+class EmojiWords(Exchanges):
     """The words of the bundled emoji as short dialogues: keywords for a name, and a name for keywords.
 
     Args:
@@ -319,26 +320,19 @@ class EmojiWords(DataSet):
         limit: uses so many.
     """
 
-    fields = ("turns",)
-    task = "perplexity"
-    needs_path = False
-
-    def __init__(self, split: Split, *, limit: int | None = None) -> None:
-        super().__init__()
+    def find(self, split: Split) -> Sequence[Concept]:
+        """Concepts that have keywords."""
         emoji = load_emoji()
         chosen = emoji.seen if split == "train" else emoji.held_out
-        self.concepts = [emoji.concepts[index] for index in chosen if emoji.concepts[index].keywords][:limit]
-
-    def __len__(self) -> int:
-        return len(self.concepts)
+        return [emoji.concepts[index] for index in chosen if emoji.concepts[index].keywords]
 
     def name(self, index: int) -> str:
         """The name of the emoji."""
-        return self.concepts[index].name
+        return str(self.records[index].name)
 
     def read(self, index: int) -> Sample:
         """A dialogue, and the concept that it is of."""
-        return {"turns": self.concepts[index].dialogue(random.Random(index)), "concept": self.concepts[index]}
+        return {"turns": self.records[index].dialogue(random.Random(index)), "concept": self.records[index]}
 
     def vary(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Sample]:
         """Other dialogues of the same concepts."""

@@ -186,9 +186,9 @@ class ClipMoE(Model):
             many = check_pictures(images, _PREDICT)
             background = tuple(self._preprocessing["background"])
             pictures = [self.image_transform(read_image(image, background)) for image in many]
-            batch["image"] = torch.stack(pictures).to(self.device, self.dtype)
+            batch["image"] = torch.stack(pictures).to(self.input_device, self.dtype)
         if texts is not None:
-            batch["text"] = self.tokenizer(check_texts(texts, _PREDICT)).to(self.device)
+            batch["text"] = self.tokenizer(check_texts(texts, _PREDICT)).to(self.input_device)
         return batch
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:

@@ -177,8 +177,8 @@ class EarthAdapter(Model):
 
     def _pixels(self, picture: Image.Image | np.ndarray) -> Tensor:
         """Colours of 0 to 255 -> (3, H, W), normed."""
-        values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.device, torch.float32) / 255
-        mean, std = (torch.tensor(self._preprocessing[key], device=self.device) for key in ("mean", "std"))
+        values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(self.input_device, torch.float32) / 255
+        mean, std = (torch.tensor(self._preprocessing[key], device=values.device) for key in ("mean", "std"))
         return ((values - mean[:, None, None]) / std[:, None, None]).to(self.dtype)
 
     def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -201,10 +201,10 @@ class EarthAdapter(Model):
         image = self._middles(pictures)
         if wanted == "label":
             labels = [self._label(_whole("label", sample["label"])) for sample in samples]
-            return {"image": image, "label": torch.tensor(labels, device=self.device)}
+            return {"image": image, "label": torch.tensor(labels, device=self.input_device)}
         pairs = zip(pictures, samples, strict=True)
         masks = [self._mask(_whole("mask", sample["mask"]), picture) for picture, sample in pairs]
-        batch = {"image": image, "mask": torch.stack(masks).to(self.device)}
+        batch = {"image": image, "mask": torch.stack(masks).to(self.input_device)}
         return {**batch, "target": self._middles([self._read(one["target"]) for one in samples])} if adapts else batch
 
     def _middles(self, pictures: Sequence[Image.Image]) -> Tensor:

@@ -234,7 +234,7 @@ class Gamma(Model):
         for name in names:
             if not isinstance(name, str) or name not in known:
                 raise UnknownName(f"no scene {name!r}", did_you_mean(str(name), known), f"scene={self.scenes[0]!r}")
-        return torch.tensor([known[name] for name in names], device=self.device)
+        return torch.tensor([known[name] for name in names], device=self.input_device)
 
     def preprocess(self, image: Any, scene: str | Sequence[str] = "auto") -> dict[str, Tensor]:
         """Pictures to a batch on the model's device.
@@ -285,7 +285,7 @@ class Gamma(Model):
         """Crops of one size -> (V, 3, S, S) as the model takes them."""
         pixels = torch.stack([pictures.to_tensor(crop) for crop in crops])
         told = self._preprocessing
-        return pictures.normalize(pixels, told["mean"], told["std"]).to(self.device, self.dtype)
+        return pictures.normalize(pixels, told["mean"], told["std"]).to(self.input_device, self.dtype)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Pixels (B, 3, H, W) -> features (B, C) before the adapter."""
@@ -482,11 +482,11 @@ class Gamma(Model):
         check_samples(samples, wanted, self.family, "model.overrides.caption_coef=0")
         read, _ = self._read([sample["image"] for sample in samples])
         crops = [self._random_crop(picture, sample.get("seed")) for picture, sample in zip(read, samples, strict=True)]
-        scores = torch.tensor([_label(sample["score"]) for sample in samples], device=self.device)
+        scores = torch.tensor([_label(sample["score"]) for sample in samples], device=self.input_device)
         scenes = self.scene_ids([sample.get("scene") or "auto" for sample in samples], len(samples))
         batch = {"image": self._pixels(crops), "scene": scenes, "score": scores}
         if self.config.caption_coef:
-            batch["text"] = self.tokenizer([sample["text"] for sample in samples]).to(self.device)
+            batch["text"] = self.tokenizer([sample["text"] for sample in samples]).to(self.input_device)
         return batch
 
     def _random_crop(self, picture: Image.Image, seed: int | None) -> Image.Image:

@@ -251,7 +251,8 @@ class UniMoE(Model):
             return [self._here(one) for one in value]
         if not isinstance(value, Tensor):
             return value
-        return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+        device = self.input_device
+        return value.to(device, self.dtype) if value.is_floating_point() else value.to(device)
 
     def collate(self, batches: Sequence[Mapping[str, Any]], *, left: bool = False) -> dict[str, Any]:
         """Batches of `preprocess` as one, filled up on the right, or on the left for generation.

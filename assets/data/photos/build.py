@@ -37,7 +37,8 @@ from train.data.distorted_photos import FETCH, kinds_of, spoil
 from train.data.distortions import KINDS, LEVELS
 from train.data.photos import open_photo, photos
 from train.progress import Progress
-from zoo.packages import PackagedFile, fetch, find, home
+from zoo.cache import home
+from zoo.packages import PackagedFile, fetch, find
 
 HERE = Path(__file__).resolve().parent
 SIZE = 192

@@ -1,0 +1,48 @@
+"""The folder of what is kept on a machine: files of packages, and plain data that took time to work out.
+
+No torch here, and nothing that is slow to import: the command line begins with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from mmoe.errors import MmoeError
+
+T = TypeVar("T")
+
+
+def home() -> Path:
+    """The folder: $MMOE_HOME, or ~/.cache/mmoe."""
+    return Path(os.environ.get("MMOE_HOME", Path.home() / ".cache" / "mmoe")).expanduser()
+
+
+def kept(kind: str, source: bytes, make: Callable[[bytes], T]) -> T:
+    """Plain data made from some bytes, from a file of an earlier time where there is one.
+
+    Data that JSON would change is made every time, and so is all where the folder cannot be written to.
+
+    Args:
+        kind: what it is, a name for a folder.
+        source: that the data depends on alone.
+        make: source -> data.
+    """
+    file = home() / "kept" / kind / f"{hashlib.sha256(source).hexdigest()}.json"
+    with suppress(OSError, ValueError):
+        found: T = json.loads(file.read_bytes())
+        return found
+    made = make(source)
+    with suppress(OSError, TypeError, MmoeError):
+        text = json.dumps(made)
+        if json.loads(text) == made:
+            from mmoe.atomic import open_atomic
+
+            with open_atomic(file) as written:
+                written.write(text.encode())
+    return made
