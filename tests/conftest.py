@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-THREADS = 2
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # of each process; several share the cores
 
 # Read by torch and by the numeric libraries when they are imported, in this process and in those the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
