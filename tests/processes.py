@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -23,6 +26,45 @@ def start(job: Callable[..., Any], *args: Any) -> int | None:
     process.join(SECONDS)
     process.kill()
     return process.exitcode
+
+
+def command(words: Sequence[str], folder: Path) -> CompletedProcess[str]:
+    """Runs `mmoe` with these words in a folder, in a new process."""
+    return _captured(folder, _mmoe, list(words))
+
+
+def script(code: str, folder: Path) -> CompletedProcess[str]:
+    """Runs Python code in a folder, in a new process."""
+    return _captured(folder, exec, code, {"__name__": "__main__"})
+
+
+def _captured(folder: Path, job: Callable[..., Any], *args: Any) -> CompletedProcess[str]:
+    streams = [folder / f".{name}_{time.monotonic_ns()}" for name in ("stdout", "stderr")]
+    code = start(_there, folder, streams, dict(os.environ), job, args)
+    texts = [stream.read_text(encoding="utf-8") for stream in streams]
+    for stream in streams:
+        stream.unlink()
+    return CompletedProcess(args, -1 if code is None else code, *texts)
+
+
+def _there(
+    folder: Path, streams: Sequence[Path], environment: dict[str, str], job: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    with ExitStack() as stack:
+        for number, (own, stream) in enumerate(zip((sys.stdout, sys.stderr), streams, strict=True), 1):
+            os.dup2(stack.enter_context(stream.open("wb")).fileno(), number)
+            stack.callback(own.flush)
+        job(*args)
+
+
+def _mmoe(words: list[str]) -> None:
+    from mmoe.cli import main
+
+    sys.argv = ["mmoe", *words]
+    sys.exit(main())
 
 
 def run(world: int, job: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import zoo
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,9 +26,7 @@ HEAVY = "open_clip:ViT-B-32"  # 300 million parameters; tests/zoo converts a sma
 @pytest.mark.parametrize("index", range(len(PYTHON)))
 def test_python_examples_run(index, tmp_path):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    done = subprocess.run(
-        [sys.executable, "-c", PYTHON[index]], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    done = processes.script(PYTHON[index], tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -50,8 +49,7 @@ def test_the_parallel_example_runs(launcher, tmp_path):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if HEAVY not in c])
 def test_commands_run(command, tmp_path):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    words = [sys.executable, "-m", "mmoe", *shlex.split(command)[1:]]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = processes.command(shlex.split(command)[1:], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -63,8 +61,7 @@ def test_a_folder_of_pictures_trains(tmp_path):
         (tmp_path / "photos" / f"{number}.txt").write_text(f"colour number {number}")
     examples = [text for language, text in BLOCKS if language == "sh photos"]
     for command in "".join(examples).splitlines():
-        words = [sys.executable, "-m", "mmoe", *shlex.split(command, comments=True)[1:]]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        done = processes.command(shlex.split(command, comments=True)[1:], tmp_path)
         assert done.returncode == 0, f"{command}: {done.stderr}"
     assert (tmp_path / "runs" / "mine" / "model" / "model.safetensors").exists()
 

@@ -23,11 +23,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # which imports its parts on first use
 import torch
 from PIL import Image
-from scipy.interpolate import PchipInterpolator
-from scipy.ndimage import gaussian_filter, uniform_filter
-from scipy.signal import fftconvolve
 
 from mmoe.options import check_choice, check_int
 from train.data.lab import from_lab, to_lab
@@ -100,14 +98,14 @@ def _kind(group: str, *values: float) -> Callable[[Callable[..., np.ndarray]], C
 
 
 def _blurred(pixels: np.ndarray, sigma: float) -> np.ndarray:
-    return gaussian_filter(pixels, sigma, axes=(0, 1), truncate=3)
+    return scipy.ndimage.gaussian_filter(pixels, sigma, axes=(0, 1), truncate=3)
 
 
 def _convolved(pixels: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """With the edges repeated outwards."""
     rows, columns = (side // 2 for side in kernel.shape)
     wide = np.pad(pixels, ((rows, rows), (columns, columns), (0, 0)), "edge")
-    return fftconvolve(wide, (kernel / kernel.sum())[:, :, None].astype(np.float32), "valid", axes=(0, 1))
+    return scipy.signal.fftconvolve(wide, (kernel / kernel.sum())[:, :, None].astype(np.float32), "valid", axes=(0, 1))
 
 
 @_kind("blur", 0.1, 0.5, 1, 2, 5)
@@ -154,7 +152,7 @@ def color_shift(pixels: np.ndarray, distance: float, draw: Draw) -> np.ndarray:
     rows, columns = round(distance * float(np.sin(angle))), round(distance * float(np.cos(angle)))
     grey = np.pad(pixels.mean(2), 1, "edge")
     slopes = np.hypot(grey[2:, 1:-1] - grey[:-2, 1:-1], grey[1:-1, 2:] - grey[1:-1, :-2])
-    edges = gaussian_filter(slopes, 4)
+    edges = scipy.ndimage.gaussian_filter(slopes, 4)
     edges /= max(float(edges.max()), 1e-6)
     moved = _moved(pixels[..., 1], rows, columns)
     green = pixels[..., 1] + edges * (moved - pixels[..., 1])
@@ -245,8 +243,8 @@ def denoise(pixels: np.ndarray, variance: float, draw: Draw) -> np.ndarray:
     m + max(0, 1 - n / v) (x - m) with mean m and variance v of the window, and n of the noise.
     """
     noisy = pixels + _noise(pixels, variance, draw)
-    mean = uniform_filter(noisy, 5, axes=(0, 1))
-    spread = uniform_filter(noisy**2, 5, axes=(0, 1)) - mean**2
+    mean = scipy.ndimage.uniform_filter(noisy, 5, axes=(0, 1))
+    spread = scipy.ndimage.uniform_filter(noisy**2, 5, axes=(0, 1)) - mean**2
     kept = 1 - 2 * variance / np.maximum(spread, 2 * variance)
     return mean + kept * (noisy - mean)
 
@@ -254,7 +252,7 @@ def denoise(pixels: np.ndarray, variance: float, draw: Draw) -> np.ndarray:
 def _curve(values: np.ndarray, *points: tuple[float, float]) -> np.ndarray:
     """A smooth curve through (0, 0), the points and (1, 1), read from a table."""
     given, wanted = zip((0, 0), *points, (1, 1), strict=True)
-    table = PchipInterpolator(given, wanted)(np.linspace(0, 1, 1024)).astype(np.float32)
+    table = scipy.interpolate.PchipInterpolator(given, wanted)(np.linspace(0, 1, 1024)).astype(np.float32)
     return table[(values.clip(0, 1) * 1023).round().astype(np.intp)]
 
 
@@ -352,7 +350,7 @@ def color_block(pixels: np.ndarray, count: float, draw: Draw) -> np.ndarray:
 def high_sharpen(pixels: np.ndarray, amount: float, draw: Draw) -> np.ndarray:
     """Lightness of Lab plus so many times what a Gaussian of 3 pixels takes away."""
     lab = to_lab(pixels)
-    lab[..., 0] += amount * (lab[..., 0] - gaussian_filter(lab[..., 0], 3))
+    lab[..., 0] += amount * (lab[..., 0] - scipy.ndimage.gaussian_filter(lab[..., 0], 3))
     return from_lab(lab)
 
 
