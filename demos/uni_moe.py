@@ -19,7 +19,7 @@ from demos.examples import bundled, chooser, photographs
 from demos.family import Family, Shell, Words, as_sent, keep, message_area, picture_input, read_picture, shown
 from demos.recordings import recordings
 from demos.store import ModelStore, Note
-from mmoe.errors import BadInput, MmoeError
+from mmoe.errors import BadInput
 from mmoe.options import check_choice
 from zoo.card import Card
 from zoo.sounds import FILES, read_sound
@@ -331,7 +331,7 @@ class Page(Family):
                     reply += word
                     yield messages([*turns, reply or "…"]), gr.skip(), gr.skip(), gr.skip()
                 seconds = time.perf_counter() - begun
-        except MmoeError:
+        except Exception:
             yield messages(before), gr.skip(), said, look.hint(HINT)
             raise
         whole = [*turns, reply.strip()]

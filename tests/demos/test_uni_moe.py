@@ -294,6 +294,22 @@ def test_an_error_while_a_reply_is_written_keeps_the_conversation(page: uni_moe.
         next(steps)
 
 
+def test_an_unexpected_error_keeps_the_conversation_too(
+    page: uni_moe.Page, model: UniMoE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "stream", lambda *_, **__: iter([1 / 0 for _ in range(1)]))
+    *_, last = shown_before(page.chat(quiet, MODEL, "Hi", None, None, "speech", ["a", "b"]), ZeroDivisionError)
+    assert [one["content"] for one in last[0]] == ["a", "b"] and last[2] == "Hi"
+
+
+def shown_before(steps: Iterator[Any], error: type[Exception]) -> list[Any]:
+    """Steps up to an error."""
+    shown: list[Any] = []
+    with pytest.raises(error):
+        shown.extend(steps)
+    return shown
+
+
 def test_steps_are_made_by_one_thread_and_closed() -> None:
     import threading
 

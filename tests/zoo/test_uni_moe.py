@@ -482,7 +482,7 @@ def test_copies_of_one_model_compute_what_it_does(media: dict[str, Any]) -> None
 
 def test_what_cannot_be_assembled() -> None:
     for models in ([build(num_experts=0)] * 2, [build()] * 3):
-        with pytest.raises(Refused, match="it takes 3 dense models of this family"):
+        with pytest.raises(Refused, match="it takes 3 models of this family"):
             UniMoE.assemble(models, {"num_experts": 3})
 
 

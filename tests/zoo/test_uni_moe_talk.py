@@ -237,6 +237,28 @@ def test_mixtures_of_all_kinds_begin_as_their_models(options: dict[str, Any]) ->
         torch.testing.assert_close(mixed(**batch).logits, dense[0](**batch).logits, atol=1e-4, rtol=1e-3)
 
 
+def test_experts_with_factors_inside_are_put_side_by_side() -> None:
+    """As the small model trains them: a model with one expert for each modality, on one frozen base."""
+    ones = [load(num_experts=1, top_k=1, experts="lora_gated_ffn:rank=2") for _ in range(2)]
+    for number, one in enumerate(ones):
+        for block in one.llm.model.layers:
+            torch.nn.init.normal_(block.mlp.experts.down_b, generator=torch.Generator().manual_seed(number))
+    options = {"num_experts": 2, "top_k": 2, "experts": "lora_gated_ffn:rank=2"}
+    mixed = UniMoE.assemble(ones, options)
+    for number, one in enumerate(ones):
+        for block, own in zip(mixed.llm.model.layers, one.llm.model.layers, strict=True):
+            pairs = zip(block.mlp.experts.parameters(), own.mlp.experts.parameters(), strict=True)
+            assert all(torch.equal(value[number], alone[0]) for value, alone in pairs)
+    batch, twice = ones[1].preprocess("What is this?", image=picture()), UniMoE.assemble(ones[1:] * 2, options)
+    torch.testing.assert_close(twice.eval()(**batch).logits, ones[1](**batch).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_models_of_two_kinds_are_not_assembled() -> None:
+    dense, one = load(num_experts=0), load(num_experts=1, top_k=1)
+    with pytest.raises(Refused, match=r"gate_proj is in the first one, and not in model 1"):
+        UniMoE.assemble([dense, one], {"num_experts": 2})
+
+
 def test_models_of_other_sizes_are_not_assembled() -> None:
     one, other = load(num_experts=0), load(num_experts=0, ffn_dim=128)
     with pytest.raises(Refused, match=r"gate_proj of model 1 is of \(128, 128\), and its place is of \(256, 128\)"):

@@ -1,8 +1,8 @@
-"""One mixture of several dense models: the third stage of Uni-MoE's training, whose models know a modality each.
+"""One mixture of several models: the third stage of Uni-MoE's training, whose models know a modality each.
 
-    expert e of a block = the feed-forward block of model e;  all else is the first model's, and routers are new
+    expert e of a block = the feed-forward layer of model e;  all else is the first model's, and routers are new
 
-Shapes: E models and experts, F inner width, D width.
+Models are dense, or mixtures with one expert each, such as one with low-rank factors inside. Shapes: E models and experts, F inner width, D width.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mmoe.errors import Refused
@@ -24,7 +25,7 @@ _FIX = "start: {assemble: [base, ...]} of models that were trained from one"
 
 
 def assembled_config(models: Sequence[UniMoE], count: int, options: Mapping[str, Any]) -> UniMoEConfig:
-    """The config of a mixture of dense models.
+    """The config of a mixture of models that have one feed-forward layer a block.
 
     Args:
         models: the first is the host.
@@ -32,43 +33,62 @@ def assembled_config(models: Sequence[UniMoE], count: int, options: Mapping[str,
         options: that differ from the host's.
 
     Raises:
-        Refused: they are not as many dense models.
+        Refused: they are not as many such models.
     """
-    dense = all(isinstance(getattr(one, "config", None), UniMoEConfig) and not one.config.mixed for one in models)
-    if not dense or len(models) != count:
-        wrong = f"it takes {count} dense models of this family, one for each expert"
+    if len(models) != count or not all(map(_is_one, models)):
+        wrong = f"it takes {count} models of this family, one for each expert, dense or with one expert each"
         raise Refused(f"assemble {len(models)} models", wrong, "start: {assemble: [base, ...]}")
     values = {**vars(models[0].config), "num_experts": count, **options}
     config: UniMoEConfig = make_config(UniMoEConfig, values, "uni_moe")
     return config
 
 
+def _is_one(model: UniMoE) -> bool:
+    config = getattr(model, "config", None)
+    return isinstance(config, UniMoEConfig) and (not config.mixed or config.num_experts == 1)
+
+
 def assembled_state(
-    own: Mapping[str, Tensor], dense: Sequence[Mapping[str, Tensor]], layers: Sequence[int]
+    own: Mapping[str, Tensor], models: Sequence[Mapping[str, Tensor]], layers: Sequence[int]
 ) -> dict[str, Tensor]:
-    """The state dict of a mixture, with what comes from dense models in the place of its own.
+    """The state dict of a mixture, with what comes from models in the place of its own.
 
     Args:
         own: of the mixture, fresh.
-        dense: of each dense model; the first is the host's.
+        models: of each model; the first is the host's.
         layers: blocks that have experts.
 
     Raises:
-        Refused: a tensor of a dense model has another shape than its place, or none.
+        Refused: a tensor of a model has another shape than its place, or none.
     """
-    found = {name: value for name, value in dense[0].items() if name in own}
-    for layer in layers:
-        place = f"llm.model.layers.{layer}.mlp"
-        ffns = [{name: one[f"{place}.{name}.weight"] for name in PROJECTIONS} for one in dense]
-        for number, ffn in enumerate(ffns):
-            for name, value in ffn.items():
-                _check_shape(f"{place}.{name} of model {number}", value, ffns[0][name])
-        found |= {f"{place}.experts.{name}": value for name, value in pack_ffns(ffns).items()}
+    places = tuple(f"llm.model.layers.{layer}.mlp." for layer in layers)
+    found = {name: value for name, value in models[0].items() if name in own and not name.startswith(places)}
+    for place in places:
+        layers_of = [_feed_forward(one, place) for one in models]
+        for number, layer in enumerate(layers_of):
+            for name, value in layers_of[0].items():
+                if name not in layer:
+                    wrong = f"{place}{name} is in the first one, and not in model {number}"
+                    raise Refused("assemble models of two kinds", wrong, _FIX)
+                _check_shape(f"{place}{name} of model {number}", layer[name], value)
+        dense = set(layers_of[0]) == set(PROJECTIONS)
+        packed = pack_ffns(layers_of) if dense else _joined(layers_of)
+        found |= {f"{place}experts.{name}": value for name, value in packed.items()}
     for name, value in found.items():
         if name not in own:
             raise Refused("assemble experts of this kind", f"they have no {name}", "experts: gated_ffn")
         _check_shape(name, value, own[name])
     return {**own, **found}
+
+
+def _feed_forward(state: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
+    """Weights of the one feed-forward layer of a block: of its projections, or of its only expert, packed (1, ...)."""
+    expert = {name.removeprefix(f"{place}experts."): v for name, v in state.items() if f"{place}experts." in name}
+    return expert or {name: state[f"{place}{name}.weight"] for name in PROJECTIONS}
+
+
+def _joined(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([layer[name] for layer in layers]) for name in layers[0]}
 
 
 def _check_shape(name: str, value: Tensor, like: Tensor) -> None:
