@@ -2,7 +2,8 @@
 
     expert e of a block = the feed-forward layer of model e;  all else is the first model's, and routers are new
 
-Models are dense, or mixtures with one expert each, such as one with low-rank factors inside. Shapes: E models and experts, F inner width, D width.
+Models are dense, or mixtures with one expert each, such as one with low-rank factors inside.
+Shapes: E models and experts, F inner width, D width.
 """
 
 from __future__ import annotations
