@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -147,8 +147,9 @@ class EmojiSet:
         return Image.fromarray(self.pixels(style)[index].permute(1, 2, 0).numpy(), "RGBA")
 
 
+@cache
 def load_emoji() -> EmojiSet:
-    """The bundled emoji.
+    """The bundled emoji, read once.
 
     Example:
         >>> emoji = load_emoji()

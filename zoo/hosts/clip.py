@@ -11,6 +11,7 @@ import codecs
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -363,8 +364,11 @@ def sample_ids(samples: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(samples, device=device)[:, None].expand(samples, length)
 
 
+@cache
 def make_tokenizer(vocab_size: int, context_length: int) -> SimpleTokenizer:
     """OpenAI's byte-pair tokenizer with only the most frequent merges, so that small models need few embeddings.
+
+    Made once for each two numbers; its tables take time.
 
     Args:
         vocab_size: entries with the 512 byte tokens and the two special ones; 49408 is the whole vocabulary.
