@@ -21,9 +21,11 @@ MEDIA = ("image", "video", "audio", "speech", "sound")
 
 
 def asked(sample: Sample) -> dict[str, Any]:
-    """What of a sample a model is shown: its media, and the turns before the last one."""
+    """What of a sample a model is shown: its media, and its question or the turns before the last one."""
     given = {name: sample[name] for name in MEDIA if sample.get(name) is not None}
-    return {**given, "text": list(sample["turns"][:-1])} if "turns" in sample else given
+    if "turns" in sample:
+        return {**given, "text": list(sample["turns"][:-1])}
+    return {**given, "text": sample["question"]} if "question" in sample else given
 
 
 class _Replies(Task):

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import zoo
 from mmoe.errors import BadInput, BadOverride, UnknownName
 from tests.train.test_data import load, pairs
 from train.data import build, files_of
 from train.data.loader import Steps
-from train.data.recordings import read_sheet
+from train.data.recordings import SOUND_QUESTION, read_sheet
+from train.replies import asked
 from train.sections import DataSection
 
 PARTS = {"sounds": {"name": "sounds"}, "words": {"name": "dialogues"}}
@@ -65,6 +67,22 @@ def test_training_varies_a_recording_and_evaluation_does_not() -> None:
     assert still.vary([sample], [1])[0]["audio"] is sample["audio"]
     (wild,) = load("prompts", None, options={"strength": 4.9}).vary([sample], [3])
     assert np.isfinite(wild["audio"]).all()
+
+
+def test_sounds_through_the_branch_that_hears_speech() -> None:
+    """Where a model has one branch for both, the question tells what is meant."""
+    data = load("sounds", None, options={"heard_as": "speech"})
+    sample, usual = data.read(0), load("sounds", None).read(0)
+    assert sample["speech"] is not None and set(usual) == {"sound", "text"} and sample["text"] == usual["text"]
+    assert asked(sample) == {"speech": sample["speech"], "text": SOUND_QUESTION}
+    (varied,) = data.vary([sample], [0])
+    assert varied["question"] == SOUND_QUESTION and len(varied["speech"]) != len(sample["speech"])
+    model: Any = zoo.load("uni_moe_tiny", weights=False, device="cpu", sound=None)
+    batch = model.training_batch([varied, {"audio": sample["speech"], "text": "hello"}])
+    said = [model.tokenizer.decode([one for one in row if one >= 0]) for row in batch["input_ids"].tolist()]
+    assert SOUND_QUESTION in said[0] and SOUND_QUESTION not in said[1]
+    with pytest.raises(BadOverride, match="heard_as='text'"):
+        load("sounds", None, options={"heard_as": "text"})
 
 
 def test_a_sample_varies_by_its_seed_alone_whatever_else_is_in_the_batch() -> None:

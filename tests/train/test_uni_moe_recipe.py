@@ -1,7 +1,9 @@
-"""The three stages of Uni-MoE's training as one recipe."""
+"""The three stages of Uni-MoE's training as one recipe, from scratch and on pretrained parts."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,22 @@ import torch
 
 import train
 import zoo
+from train.engine import StageRun
 from train.recipe import Recipe
 from zoo.assets import asset
 from zoo.hosts.decoder import PROJECTIONS, pack_ffns
 
 EXPERTS = ("seer", "listener", "hearer", "talker")
 CHAIN = ("base", "connectors", *EXPERTS, "uni_moe")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _evaluated_once() -> Iterator[None]:
+    """The mixture alone is evaluated: models that are not trained write until there is no place left."""
+    inner = StageRun._evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageRun, "_evaluate", lambda self: inner(self) if self.stage.name == "uni_moe" else {})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     short = [f"stages.{name}.run.steps=2" for name in names]
     recipe = Recipe.load("uni_moe_tiny", *short, "data.limit=4", "data.batch_size=4", "log=[]")
     results = train.run(recipe, out, stages=CHAIN, progress=False)
-    assert list(results) == list(CHAIN)
+    assert list(results) == list(CHAIN) and "pictures/new concept/choice" in results["uni_moe"]["metrics"]
     return out
 
 
@@ -81,3 +93,60 @@ def test_the_twin_sees_as_many_samples() -> None:
     steps = {stage.name: stage.run.steps for stage in Recipe.load("uni_moe_tiny").stages}
     assert steps["base"] == steps["twin_base"] and steps["connectors"] == steps["twin_connectors"]
     assert sum(steps[name] or 0 for name in EXPERTS) == steps["twin_ffn"] and steps["uni_moe"] == steps["twin"]
+
+
+# ---- the small one ----
+
+SMALL = {"vocab_size": 2048, "width": 32, "layers": 3, "heads": 2, "kv_heads": 1, "ffn_dim": 48, "positions": 512}
+SMALL |= {"tokenizer": "bundled:tokenizers/uni_moe_tiny.json", "base": None, "base_sha256": None}
+SMALL |= {"vision": {"timm": "test_efficientnet", "image_size": 64}}
+SPEECH = {"width": 16, "layers": 1, "heads": 2, "ffn_dim": 24, "mels": 80, "positions": 300}
+SMALL |= {"speech": {**SPEECH, "connector": "stack", "stack": 5}}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its stages at tiny width, without what is pretrained, and without the program that reads aloud."""
+    out, stages = tmp_path_factory.mktemp("uni_moe_small") / "run", Recipe.load("uni_moe_small").stages
+    options = [f"model.overrides.{name}={json.dumps(value)}" for name, value in SMALL.items()]
+    options += [f"stages.{stage.name}.run.steps=2" for stage in stages]
+    for stage in stages:
+        if "aloud" in stage.data.options["parts"]:
+            options.append(f"stages.{stage.name}.data.options.parts.aloud.name=prompts")
+    recipe = Recipe.load(
+        "uni_moe_small", "model.weights=false", *options, "data.limit=4", "data.batch_size=4", "log=[]"
+    )
+    train.run(recipe, out, stages=[stage.name for stage in stages], progress=False)
+    return out
+
+
+def test_small_experts_are_factors_on_one_frozen_model(small: Path) -> None:
+    first = weights(small, "connectors")
+    for expert in EXPERTS:
+        own = weights(small, expert)
+        moved = {name for name in first if not torch.equal(first[name], own[name])}
+        assert moved and all(".experts." in name and name.endswith(("_a", "_b")) for name in moved), expert
+    mixed = weights(small, "uni_moe")
+    kept = {name for name in first if name in mixed and ".mlp." not in name and "projector" not in name}
+    assert all(torch.equal(mixed[name], first[name]) for name in kept)
+    for layer in (0, 2):
+        place = f"llm.model.layers.{layer}.mlp.experts"
+        frozen = first[f"{place}.gate_up_proj"]
+        assert torch.equal(mixed[f"{place}.gate_up_proj"], frozen.expand(4, -1, -1)), (
+            "the feed-forward layer, four times"
+        )
+        for number, expert in enumerate(EXPERTS):
+            (alone,) = weights(small, expert)[f"{place}.gate_up_a"]
+            assert (mixed[f"{place}.gate_up_a"][number] - alone).abs().max() < 5e-3, "up to what two steps change"
+    assert "llm.model.layers.1.mlp.up_proj.weight" in mixed, "every second block is dense"
+
+
+def test_the_small_twin_has_as_many_active_parameters() -> None:
+    stages = {stage.name: stage for stage in Recipe.load("uni_moe_small").stages}
+    models = [
+        zoo.load("uni_moe_small", device="meta", **stages[name].model.overrides).num_params()
+        for name in ("uni_moe", "twin")
+    ]
+    assert len({one.active - one.routers for one in models}) == 1
+    steps = {name: stage.run.steps or 0 for name, stage in stages.items()}
+    assert sum(steps[name] for name in EXPERTS) == steps["twin_factors"] and steps["uni_moe"] == steps["twin"]

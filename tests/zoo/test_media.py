@@ -67,14 +67,15 @@ def test_what_is_no_video(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.1, 29.9, 30.0, 30.1, 61.0])
 def test_speech_is_what_whisper_hears(seconds: float) -> None:
-    found = speech_tensor(voice(seconds), 80, 1500, most=20)
+    found, filled = speech_tensor(voice(seconds), 80, 1500, most=20)
+    assert filled == -(-round(seconds * RATE) // 320)
     assert found.shape == (-(-round(seconds * 10) // 300), 80, 3000)
     heard = WhisperFeatureExtractor()(voice(seconds)[: 30 * RATE], sampling_rate=RATE)["input_features"]
     torch.testing.assert_close(found[:1], torch.as_tensor(np.asarray(heard)), atol=1e-4, rtol=1e-4)
 
 
 def test_an_encoder_that_hears_less_at_once() -> None:
-    assert speech_tensor(voice(4.5), 80, 100, most=20).shape == (3, 80, 200)
+    assert speech_tensor(voice(4.5), 80, 100, most=20)[0].shape == (3, 80, 200)
 
 
 def test_a_sound_is_filled_up_with_its_last_sample() -> None:

@@ -684,7 +684,7 @@ def test_views_of_other_encoders(talking: UniMoE) -> None:
     for name, (view,) in views.items():
         assert set(view.of_sample(rows, 0).tolist()) == {MODALITIES.index(name)}
     assert sum(len(view.places[0]) for (view,) in views.values()) == len(rows)
-    assert views["image"][0].grid == (3, 3) and len(views["speech"][0].places[0]) == 2 * 13
+    assert views["image"][0].grid == (3, 3) and batch["speech_tokens"] == [len(views["speech"][0].places[0])] == [17]
     assert views["speech"][0].about == "13 tokens per 1 s, in the order of time"
     assert views["sound"][0].about.startswith("4 tokens per 3 s, each made from the whole of it")
 

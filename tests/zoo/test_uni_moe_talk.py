@@ -17,6 +17,7 @@ import mmoe
 import zoo
 from mmoe.errors import BadInput, BadOverride, MmoeError, Refused
 from zoo.hosts.decoder import mixtures_of
+from zoo.uni_moe.config import MODALITIES
 from zoo.uni_moe.model import UniMoE
 
 RATE = 16_000
@@ -214,6 +215,41 @@ def test_a_stream_is_what_is_predicted_under_autocast(model: UniMoE) -> None:
     assert written.strip() == said and set(types) == {torch.bfloat16}
     assert found["speech"].equal(exact["speech"]) and found["sounds"].equal(exact["sounds"])
     assert not torch.is_autocast_enabled("cpu")
+
+
+# ---- recordings in the order of time ----
+
+
+@pytest.fixture
+def hearing() -> UniMoE:
+    """50 positions of 20 ms at once, 4 of them a token."""
+    return load(speech={**zoo.card("uni_moe_tiny").config["speech"], "positions": 50, "connector": "stack", "stack": 4})
+
+
+@pytest.mark.parametrize(("seconds", "tokens"), [(0.01, 1), (0.3, 4), (0.321, 5), (1.0, 13), (1.3, 17), (2.0, 26)])
+def test_silence_behind_a_recording_has_no_tokens(hearing: UniMoE, seconds: float, tokens: int) -> None:
+    batch = hearing.preprocess("What is said?", speech=noise(seconds))
+    assert batch["speech_tokens"] == [tokens]
+    spliced = hearing.splice(**batch)
+    assert (spliced.modality == MODALITIES.index("speech")).sum() == tokens
+    whole = hearing.speech(batch["speech"]).flatten(0, 1)
+    assert torch.equal(spliced.embeds[0][spliced.modality[0] == MODALITIES.index("speech")], whole[:tokens])
+
+
+def test_recordings_of_other_lengths_are_read_together(hearing: UniMoE) -> None:
+    samples = [{"speech": noise(seconds), "text": "a tone"} for seconds in (1.3, 0.3)]
+    both = hearing(**hearing.training_batch(samples))
+    for row, sample in enumerate(samples):
+        alone = hearing(**hearing.training_batch([sample]))
+        length = alone.logits.shape[1]
+        torch.testing.assert_close(both.logits[row, :length], alone.logits[0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("counts", [[0], [14], [3, 3]])
+def test_recordings_of_other_tokens_than_there_are(hearing: UniMoE, counts: list[int]) -> None:
+    batch = {**hearing.preprocess("What is said?", speech=noise(1.0)), "speech_tokens": counts}
+    with pytest.raises(BadInput, match=r"read recordings of \[.*\] tokens\n  they have \[13\]"):
+        hearing(**batch)
 
 
 # ---- assembling ----

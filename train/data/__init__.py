@@ -8,6 +8,7 @@ from typing import Any
 
 from mmoe.errors import BadInput, BadOverride, did_you_mean
 from train.data import (  # noqa: F401  # they register themselves
+    aloud,
     blue_marble,
     dialogues,
     distorted_photos,

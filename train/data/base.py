@@ -1,7 +1,8 @@
 """What every data set is: numbered samples, the batches of a pass in an order that a seed gives, tensors for a model.
 
 A sample is a mapping with plain values: "image" (RGB picture), "text", "label" (number of a class), "mask" (picture of
-class numbers), "audio" ((n,) floats at 16 kHz), "turns" (question, answer, ...), "score" (opinion in [0, 1]). Which of
+class numbers), "audio" ((n,) floats at 16 kHz), "turns" (question, answer, ...), "question" (what is
+asked about the media, where a model's usual question is not meant), "score" (opinion in [0, 1]). Which of
 them a data set has is said by `fields`, and a model turns those that it trains on into tensors
 (`Model.training_batch`); it is given a "seed" with each, of random crops and the like. Samples may have a "group",
 which is measured by itself too.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
@@ -98,6 +99,10 @@ class DataSet(ABC):
             BadInput: it cannot be read.
         """
 
+    def raw(self, index: int) -> Sample:
+        """A sample as `vary` takes it: as `read` gives it, unless a data set makes something only then."""
+        return self.read(index)
+
     def size(self, index: int) -> float:
         """How much there is to do for a sample, such as its words or seconds, where samples differ."""
         return 1.0
@@ -149,19 +154,19 @@ class DataSet(ABC):
         Raises:
             BadInput: more are broken than may be.
         """
-        found = ((index, self._try(index)) for index in indices)
+        found = ((index, self._try(self.read, index)) for index in indices)
         return [(index, sample) for index, sample in found if sample is not None]
 
     def _standing_in(self, index: int) -> Sample:
         for number in range(len(self)):
-            sample = self._try((index + number) % len(self))
+            sample = self._try(self.raw, (index + number) % len(self))
             if sample is not None:
                 return sample
         raise self._too_many_broken()  # all of them, though their names may be fewer
 
-    def _try(self, index: int) -> Sample | None:
+    def _try(self, read: Callable[[int], Sample], index: int) -> Sample | None:
         try:
-            return self.read(index)
+            return read(index)
         except BadInput as error:
             self.note_broken({self.name(index): error.wrong})
             return None

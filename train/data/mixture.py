@@ -110,6 +110,11 @@ class Mixture(DataSet):
         name, part, own = self._part(index)
         return {**part.read(own), "part": name}
 
+    def raw(self, index: int) -> Sample:
+        """As its part gives it."""
+        name, part, own = self._part(index)
+        return {**part.raw(own), "part": name}
+
     def vary(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Sample]:
         """As their parts do."""
         found: dict[int, Sample] = {}

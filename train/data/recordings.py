@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mmoe.options import check_float
+from mmoe.options import check_choice, check_float
 from train.data.base import DataSet, Sample, Split, data_sets
 from zoo.assets import asset
 from zoo.sounds import RATE, read_sound
@@ -24,6 +24,7 @@ SLOWEST = 0.25  # speed and loudness, at any strength
 SPEEDS = 0.85, 1.2  # of recordings that are trained on, against the original
 LOUDNESS = 0.3, 1.5
 NOISE = 0.0, 0.02  # standard deviation, against a full swing of 1
+SOUND_QUESTION = "What makes this sound?"
 SHIFT = 0.2  # seconds of silence in front, at most
 
 
@@ -60,7 +61,7 @@ class _Recordings(DataSet):
     """
 
     sheet: ClassVar[str]
-    field: ClassVar[str]
+    field = "audio"
     needs_path = False
 
     def __init__(self, split: Split, *, strength: float = 1.0, limit: int | None = None) -> None:
@@ -120,15 +121,34 @@ def varied(samples: np.ndarray, seed: int, strength: float = 1.0) -> np.ndarray:
 class Prompts(_Recordings):
     """The bundled prompts of a telephone exchange: one voice, English, what is said as text."""
 
-    sheet, field = "speech", "audio"
+    sheet = "speech"
     fields = ("audio", "text")
     task = "transcription"
 
 
 @data_sets.register("sounds")
 class Sounds(_Recordings):
-    """The bundled sounds: drums, strings, machines, each with the name of what is heard."""
+    """The bundled sounds: drums, strings, machines, each with the name of what is heard.
 
-    sheet, field = "sounds", "sound"
+    Args:
+        split: "train" has all that are not held out.
+        heard_as: the branch that hears them: "sound", or "speech" in models that have one for both.
+        strength: as of prompts.
+        limit: uses so many.
+    """
+
+    sheet = "sounds"
     fields = ("sound", "text")
     task = "naming"
+
+    def __init__(
+        self, split: Split, *, heard_as: str = "sound", strength: float = 1.0, limit: int | None = None
+    ) -> None:
+        check_choice("heard_as", heard_as, ("sound", "speech"))
+        super().__init__(split, strength=strength, limit=limit)
+        self.field = heard_as
+
+    def read(self, index: int) -> Sample:
+        """As of all recordings; with the question where it is not told by the branch that hears."""
+        sample = super().read(index)
+        return sample if self.field == "sound" else {**sample, "question": SOUND_QUESTION}

@@ -111,8 +111,8 @@ def _frames_of(source: Any) -> Sequence[Any]:
         return [frame.convert("RGB") for frame in ImageSequence.Iterator(animation)]
 
 
-def speech_tensor(source: Any, mels: int, positions: int, most: int) -> Tensor:
-    """Log-mels of speech as (C, M, T), a part for all that the encoder hears at once.
+def speech_tensor(source: Any, mels: int, positions: int, most: int) -> tuple[Tensor, int]:
+    """Log-mels of speech as (C, M, T), a part for all that the encoder hears at once, and how many positions it fills.
 
     Args:
         source: as for `zoo.sounds.read_sound`.
@@ -121,9 +121,10 @@ def speech_tensor(source: Any, mels: int, positions: int, most: int) -> Tensor:
         most: parts.
     """
     size = positions * RATE // 50
-    parts = chunks(read_sound(source, most * size / RATE), most, size=size)
+    samples = read_sound(source, most * size / RATE)
+    parts = chunks(samples, most, size=size)
     heard = _whisper(mels)(parts, sampling_rate=RATE, padding="max_length", max_length=size)
-    return torch.from_numpy(np.asarray(heard["input_features"]))
+    return torch.from_numpy(np.asarray(heard["input_features"])), -(-len(samples) * 50 // RATE)
 
 
 @cache

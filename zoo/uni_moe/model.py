@@ -51,13 +51,22 @@ from zoo.uni_moe.config import MODALITIES, UniMoEConfig
 from zoo.uni_moe.losses import divergence_loss, modality_loss
 from zoo.uni_moe.media import image_tensor, sound_tensor, speech_tensor, video_tensor, videos_of
 from zoo.uni_moe.parts import TENSORS, added_to, part_state
-from zoo.uni_moe.towers import Sound, Speech, Vision
+from zoo.uni_moe.towers import Sound, Speech, Vision, recordings
 from zoo.uni_moe.views import batch_views
 from zoo.views import TokenView
 from zoo.weights import locate
 
 PLACEHOLDERS = {"<image>": -200, "<speech>": -300, "<video>": -400, "<sound>": -500}
-BATCHED = ("images", "videos", "speech", "speech_chunks", "sounds", "sound_padding", "sound_chunks")  # of `splice`
+BATCHED = (
+    "images",
+    "videos",
+    "speech",
+    "speech_chunks",
+    "speech_tokens",
+    "sounds",
+    "sound_padding",
+    "sound_chunks",
+)  # of `splice`
 QUESTIONS = {
     "text": "Say something.",
     "image": "What is this?",
@@ -236,9 +245,11 @@ class UniMoE(Model):
             if given["<video>"]:
                 found["videos"] = [video_tensor(one, eye.size, frames, **norm) for one in given["<video>"]]
         if given["<speech>"]:
-            sizes = self._branch("speech").sizes
-            heard = [speech_tensor(one, sizes["mels"], sizes["positions"], parts) for one in given["<speech>"]]
+            ear = self._branch("speech")
+            sizes = ear.sizes["mels"], ear.sizes["positions"]
+            heard, filled = zip(*(speech_tensor(one, *sizes, parts) for one in given["<speech>"]), strict=True)
             found |= {"speech": torch.cat(heard), "speech_chunks": [len(one) for one in heard]}
+            found |= {} if ear.tokens_of(0) is None else {"speech_tokens": [ear.tokens_of(one) for one in filled]}
         if given["<sound>"]:
             seconds = self._branch("sound").seconds
             mels, padding = zip(*(sound_tensor(one, parts, seconds) for one in given["<sound>"]), strict=True)
@@ -278,7 +289,7 @@ class UniMoE(Model):
         return {name: self._here(value) for name, value in filled.items()}
 
     def training_batch(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Samples with "turns", or with a "text" that is the answer to a usual question about what they show.
+        """Samples with "turns", or with a "text" that is the answer to their "question" or the usual one.
 
         Media are "image", "video", "speech" and "sound", as `preprocess` takes them; "audio" is speech where the model
         has that branch, and sound where it has not.
@@ -310,7 +321,7 @@ class UniMoE(Model):
         if "turns" in given:
             turns = [turn["value"] if isinstance(turn, Mapping) else turn for turn in given["turns"]]
         elif "text" in given:
-            turns = [QUESTIONS[next(iter(media), "text")], given["text"]]
+            turns = [given.get("question") or QUESTIONS[next(iter(media), "text")], given["text"]]
         else:
             known = ", ".join(name for name in sample if name not in ("seed", "part"))
             raise Refused(f"train {self.family} on {known}", "there is nothing to say", "data with turns or a text")
@@ -454,6 +465,7 @@ class UniMoE(Model):
         videos: Tensor | Sequence[Tensor] | None = None,
         speech: Tensor | None = None,
         speech_chunks: Sequence[int] | None = None,
+        speech_tokens: Sequence[int] | None = None,
         sounds: Tensor | None = None,
         sound_padding: Tensor | None = None,
         sound_chunks: Sequence[int] | None = None,
@@ -468,6 +480,7 @@ class UniMoE(Model):
             videos: (V, F, 3, S, S), or V of (F, 3, S, S) with numbers of frames of their own.
             speech: (C, M, T) log-mels of chunks of 30 seconds.
             speech_chunks: chunks of each recording, one each when None.
+            speech_tokens: tokens of each recording that count, of those in the order of time; all when None.
             sounds: (C, T, 128) filter banks of chunks.
             sound_padding: (C, S) samples that are padding.
             sound_chunks: chunks of each recording, one each when None.
@@ -477,9 +490,9 @@ class UniMoE(Model):
         """
         given = {
             "<image>": images is not None and list(self._branch("vision")(images)),
-            "<speech>": speech is not None and _recordings(self._branch("speech")(speech), speech_chunks),
+            "<speech>": speech is not None and recordings(self._branch("speech")(speech), speech_chunks, speech_tokens),
             "<video>": videos is not None and [self.vision_of(video) for video in videos],
-            "<sound>": sounds is not None and _recordings(self._branch("sound")(sounds, sound_padding), sound_chunks),
+            "<sound>": sounds is not None and recordings(self._branch("sound")(sounds, sound_padding), sound_chunks),
         }
         ids = input_ids.tolist()
         features = {PLACEHOLDERS[word]: _dealt(ids, word, blocks or []) for word, blocks in given.items()}
@@ -564,15 +577,6 @@ def _listed(value: Any, videos: bool) -> list[Any]:
     if value is None:
         return []
     return videos_of(value) if videos else list(value) if isinstance(value, list) else [value]
-
-
-def _recordings(tokens: Tensor, chunks: Sequence[int] | None) -> list[Tensor]:
-    """Tokens (C, Q, D) of chunks as one block per recording."""
-    if chunks is not None and (min(chunks, default=1) < 1 or sum(chunks) != len(tokens)):
-        wrong = f"they are of {len(tokens)} chunks"
-        raise BadInput(f"read recordings of {list(chunks)} chunks", wrong, "numbers that add up to the chunks")
-    parts = tokens.split(list(chunks)) if chunks is not None else tokens.split(1)
-    return [part.flatten(0, 1) for part in parts]
 
 
 def _dealt(ids: Sequence[Sequence[int]], word: str, blocks: Sequence[Tensor]) -> list[list[Tensor]]:

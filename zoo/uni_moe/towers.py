@@ -9,7 +9,7 @@ Shapes: B samples, F frames, S side, M mel bands, T time, Q queries, C width of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Blip2QFormerConfig, CLIPVisionConfig, CLIPVisionModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from mmoe.errors import BadOverride, did_you_mean
+from mmoe.errors import BadInput, BadOverride, did_you_mean
 from zoo.hosts.beats import BEATs, BEATsConfig
 from zoo.hosts.connectors import FrameStack, QFormerResampler, WhisperResampler, projector
 from zoo.uni_moe.media import MEAN, STD
@@ -171,6 +171,17 @@ class Speech(_Tower):
         )
         self.sizes = dict(sizes)
 
+    def tokens_of(self, positions: int) -> int | None:
+        """Tokens of a recording that fills so many positions, without those of the silence behind it.
+
+        None where queries read all parts alike.
+        """
+        if not isinstance(self.resampler, FrameStack):
+            return None
+        parts, rest = divmod(positions, self.sizes["positions"])
+        of_part, of_rest = (-(-count // self.resampler.count) for count in (self.sizes["positions"], rest))
+        return parts * of_part + of_rest
+
     def read(self, mels: Tensor) -> Tensor:
         """Log-mels (B, M, T) -> features (B, T / 2, C)."""
         return self.encoder(mels).last_hidden_state
@@ -211,3 +222,18 @@ class Sound(_Tower):
         """Filter banks (B, T, 128) and samples that are padding (B, S) -> tokens (B, Q, D)."""
         tokens: Tensor = self.resampler(self.features(mels, padding))
         return tokens
+
+
+def recordings(tokens: Tensor, chunks: Sequence[int] | None, counts: Sequence[int] | None = None) -> list[Tensor]:
+    """Tokens (C, Q, D) of chunks as one block per recording, the first ones where it is told how many."""
+    if chunks is not None and (min(chunks, default=1) < 1 or sum(chunks) != len(tokens)):
+        wrong = f"they are of {len(tokens)} chunks"
+        raise BadInput(f"read recordings of {list(chunks)} chunks", wrong, "numbers that add up to the chunks")
+    parts = tokens.split(list(chunks)) if chunks is not None else tokens.split(1)
+    blocks = [part.flatten(0, 1) for part in parts]
+    if counts is None:
+        return blocks
+    if len(counts) != len(blocks) or not all(1 <= own <= len(one) for own, one in zip(counts, blocks, strict=True)):
+        wrong = f"they have {[len(one) for one in blocks]}"
+        raise BadInput(f"read recordings of {list(counts)} tokens", wrong, "as many of each, or fewer")
+    return [block[:count] for block, count in zip(blocks, counts, strict=True)]

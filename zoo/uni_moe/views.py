@@ -96,8 +96,9 @@ def _sizes(config: UniMoEConfig, batch: Mapping[str, Any], patches: int) -> dict
     """Tokens of each medium of a batch in order, by its kind."""
     found: dict[str, Iterator[int]] = {"image": repeat(patches), "video": repeat(patches)}
     for kind in ("speech", "sound"):
-        tokens, chunks = _heard(config, kind)[0], batch.get(f"{kind}_chunks")
-        found[kind] = repeat(tokens) if chunks is None else iter([tokens * count for count in chunks])
+        tokens, chunks, counts = _heard(config, kind)[0], batch.get(f"{kind}_chunks"), batch.get(f"{kind}_tokens")
+        told = counts if counts is not None else [tokens * count for count in chunks or ()]
+        found[kind] = iter(told) if told else repeat(tokens)
     return found
 
 
