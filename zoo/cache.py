@@ -19,21 +19,28 @@ T = TypeVar("T")
 
 
 def home() -> Path:
-    """The folder: $MMOE_HOME, or ~/.cache/mmoe."""
-    return Path(os.environ.get("MMOE_HOME", Path.home() / ".cache" / "mmoe")).expanduser()
+    """The folder: $MMOE_HOME, or ~/.cache/mmoe.
+
+    Raises:
+        RuntimeError: there is neither that variable nor a home, as for a number without a name in a container.
+    """
+    return Path(os.environ.get("MMOE_HOME") or "~/.cache/mmoe").expanduser()
 
 
 def kept(kind: str, source: bytes, make: Callable[[bytes], T]) -> T:
     """Plain data made from some bytes, from a file of an earlier time where there is one.
 
-    Data that JSON would change is made every time, and so is all where the folder cannot be written to.
+    Data that JSON would change are made every time, and so are all where there is no folder that can be written to.
 
     Args:
         kind: what it is, a name for a folder.
         source: that the data depends on alone.
         make: source -> data.
     """
-    file = home() / "kept" / kind / f"{hashlib.sha256(source).hexdigest()}.json"
+    try:
+        file = home() / "kept" / kind / f"{hashlib.sha256(source).hexdigest()}.json"
+    except RuntimeError:
+        return make(source)
     with suppress(OSError, ValueError):
         found: T = json.loads(file.read_bytes())
         return found

@@ -231,6 +231,16 @@ class TestCardsThatAreKept:
         zoo.cache.home().write_text("a file is there")
         assert read_cards(file) == read_cards(file) and len(parsed) == 2
 
+    def test_without_a_home(self, file: Path, parsed: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A number without a name, as containers run programs."""
+        monkeypatch.delenv("MMOE_HOME")
+        monkeypatch.setattr(Path, "expanduser", lambda self: raise_no_home())
+        assert read_cards(file) == read_cards(file) and len(parsed) == 2
+
     def test_what_json_would_change_is_not_kept(self) -> None:
         made = [zoo.cache.kept("numbers", b"", lambda _: {1: (2,)}) for _ in range(2)]
         assert made == [{1: (2,)}] * 2 and not list(zoo.cache.home().rglob("*.json"))
+
+
+def raise_no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
