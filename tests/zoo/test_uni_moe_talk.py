@@ -291,8 +291,11 @@ def test_experts_with_factors_inside_are_put_side_by_side() -> None:
 
 def test_models_of_two_kinds_are_not_assembled() -> None:
     dense, one = load(num_experts=0), load(num_experts=1, top_k=1)
-    with pytest.raises(Refused, match=r"gate_proj is in the first one, and not in model 1"):
+    with pytest.raises(Refused, match=r"is in the first one, and not in model 1|is in model 1, and not in the first"):
         UniMoE.assemble([dense, one], {"num_experts": 2})
+    factors = load(num_experts=1, top_k=1, experts="lora_gated_ffn:rank=2")
+    with pytest.raises(Refused, match=r"is in model 1, and not in the first one"):
+        UniMoE.assemble([one, factors], {"num_experts": 2})
 
 
 def test_models_of_other_sizes_are_not_assembled() -> None:

@@ -67,10 +67,12 @@ def assembled_state(
     for place in places:
         layers_of = [_feed_forward(one, place) for one in models]
         for number, layer in enumerate(layers_of):
+            for name in sorted(set(layer) ^ set(layers_of[0])):
+                pair = ("the first one", f"model {number}")
+                there, lacks = pair if name in layers_of[0] else pair[::-1]
+                wrong = f"{place}{name} is in {there}, and not in {lacks}"
+                raise Refused("assemble models of two kinds", wrong, _FIX)
             for name, value in layers_of[0].items():
-                if name not in layer:
-                    wrong = f"{place}{name} is in the first one, and not in model {number}"
-                    raise Refused("assemble models of two kinds", wrong, _FIX)
                 _check_shape(f"{place}{name} of model {number}", layer[name], value)
         dense = set(layers_of[0]) == set(PROJECTIONS)
         packed = pack_ffns(layers_of) if dense else _joined(layers_of)
