@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export GRADIO_ANALYTICS_ENABLED ?= False
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo tour bench test lint browser constraints clean distclean
+.PHONY: help install demo tour bench test lint programs constraints clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,12 +31,15 @@ lint: $(STAMP)  ## check format, style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-browser:  ## install Debian's chromium for the browser tests, where there is none
-	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
-	command -v apt-get >/dev/null || { echo "error: no chromium and no apt-get; install chromium by hand" >&2; exit 1; }; \
+programs:  ## install Debian's chromium and espeak-ng, which tests need, where they are missing
+	@missing=; \
+	for name in chromium chromium-browser google-chrome; do command -v $$name && break; done >/dev/null || missing=chromium; \
+	command -v espeak-ng >/dev/null || missing="$$missing espeak-ng"; \
+	[ -n "$$missing" ] || exit 0; \
+	command -v apt-get >/dev/null || { echo "error: no apt-get; install by hand: $$missing" >&2; exit 1; }; \
 	sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	$$sudo apt-get update -qq && \
-	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing
 
 install: $(STAMP)  ## install everything into .venv
 

@@ -28,7 +28,7 @@ def find_chromium() -> str | None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("browser") is None or find_chromium() is not None:
         return
-    reason = f"no browser found ({', '.join(BROWSERS)}); run: make browser"
+    reason = f"no browser found ({', '.join(BROWSERS)}); run: make programs"
     if os.environ.get("CI", "").lower() in ("1", "true", "yes"):
         pytest.fail(f"CI has to run the browser tests: {reason}", pytrace=False)
     pytest.skip(reason)

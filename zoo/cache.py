@@ -28,28 +28,30 @@ def home() -> Path:
 
 
 def kept(kind: str, source: bytes, make: Callable[[bytes], T]) -> T:
-    """Plain data made from some bytes, from a file of an earlier time where there is one.
+    """Plain data made from some bytes, from a file of an earlier time where there is a whole one.
 
     Data that JSON would change are made every time, and so are all where there is no folder that can be written to.
 
     Args:
-        kind: what it is, a name for a folder.
+        kind: what it is, a name for a folder; another one when `make` changes what it makes.
         source: that the data depends on alone.
         make: source -> data.
     """
     try:
-        file = home() / "kept" / kind / f"{hashlib.sha256(source).hexdigest()}.json"
+        file = home() / "kept" / kind / f"{hashlib.sha256(source).hexdigest()}.kept"
     except RuntimeError:
         return make(source)
     with suppress(OSError, ValueError):
-        found: T = json.loads(file.read_bytes())
-        return found
+        checksum, text = file.read_bytes().split(b"\n", 1)
+        if hashlib.sha256(text).hexdigest().encode() == checksum:
+            found: T = json.loads(text)
+            return found
     made = make(source)
     with suppress(OSError, TypeError, MmoeError):
-        text = json.dumps(made)
+        text = json.dumps(made).encode()
         if json.loads(text) == made:
             from mmoe.atomic import open_atomic
 
             with open_atomic(file) as written:
-                written.write(text.encode())
+                written.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
     return made

@@ -221,10 +221,11 @@ class TestCardsThatAreKept:
         file.write_text(file.read_text().replace("clip_moe_tiny:", "clip_moe_small:"))
         assert [one.name for one in read_cards(file)] != [one.name for one in before] and len(parsed) == 2
 
-    def test_a_damaged_copy_is_made_again(self, file: Path, parsed: list[bytes]) -> None:
+    @pytest.mark.parametrize("damaged", [b"", b"{", b"null", b"{}", b"0" * 64 + b"\n{}"])
+    def test_a_damaged_copy_is_made_again(self, damaged: bytes, file: Path, parsed: list[bytes]) -> None:
         first = read_cards(file)
-        (copy,) = zoo.cache.home().rglob("*.json")
-        copy.write_text("{")
+        (copy,) = zoo.cache.home().rglob("*.kept")
+        copy.write_bytes(damaged)
         assert read_cards(file) == first == read_cards(file) and len(parsed) == 2
 
     def test_without_a_folder_to_write_to(self, file: Path, parsed: list[bytes]) -> None:
@@ -239,7 +240,8 @@ class TestCardsThatAreKept:
 
     def test_what_json_would_change_is_not_kept(self) -> None:
         made = [zoo.cache.kept("numbers", b"", lambda _: {1: (2,)}) for _ in range(2)]
-        assert made == [{1: (2,)}] * 2 and not list(zoo.cache.home().rglob("*.json"))
+        assert zoo.cache.kept("words", b"", lambda _: {"1": [2]}) == {"1": [2]}
+        assert made == [{1: (2,)}] * 2 and [file.parent.name for file in zoo.cache.home().rglob("*.kept")] == ["words"]
 
 
 def raise_no_home() -> Path:

@@ -298,6 +298,16 @@ def test_models_of_two_kinds_are_not_assembled() -> None:
         UniMoE.assemble([one, factors], {"num_experts": 2})
 
 
+def test_a_mixture_of_parts_that_the_first_model_has_not_is_not_assembled() -> None:
+    """They would be random."""
+    ones = [load(num_experts=1, top_k=1) for _ in range(2)]
+    with pytest.raises(Refused, match=r"the first model has no llm\.model\.layers\.0\.mlp\.gate_proj"):
+        UniMoE.assemble(ones, {"num_experts": 2, "moe_layers": [1]})
+    deaf = [load(num_experts=0, sound=None) for _ in range(2)]
+    with pytest.raises(Refused, match=r"the first model has no sound\."):
+        UniMoE.assemble(deaf, {"num_experts": 2, "sound": load().config.sound})
+
+
 def test_models_of_other_sizes_are_not_assembled() -> None:
     one, other = load(num_experts=0), load(num_experts=0, ffn_dim=128)
     with pytest.raises(Refused, match=r"gate_proj of model 1 is of \(128, 128\), and its place is of \(256, 128\)"):

@@ -1,7 +1,8 @@
 """Bundled texts that the program espeak-ng reads aloud in many voices: more speech to train on than was recorded.
 
 Nothing is stored: a text is read when it is its turn, and in each pass by another voice. What is read is what is
-trained on elsewhere: transcripts of prompts, turns of dialogues, names of emoji; nothing that is held out there.
+trained on elsewhere: transcripts of prompts, turns of dialogues, names of emoji; no text that is held out in one of
+them, whatever its case, spaces and signs.
 Shapes: S samples at 16 kHz.
 """
 
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmoe.errors import BadInput, BadOverride, CorruptFile, MissingExtra
+from mmoe.errors import BadInput, BadOverride, MissingExtra
 from mmoe.options import check_choice, check_float, check_int
-from train.data.base import DataSet, Sample, Split, data_sets
+from train.data.base import SPLITS, DataSet, Sample, Split, data_sets
 from train.data.dialogues import Dialogues
 from train.data.emoji import load_emoji
 from train.data.recordings import Prompts, varied
@@ -57,7 +58,7 @@ def read_aloud(text: str, voice: Voice) -> np.ndarray:
     """A text as speech, (S,) at 16 kHz.
 
     Raises:
-        MissingExtra: espeak-ng is not installed. BadInput: it says nothing for this text. CorruptFile: it failed.
+        MissingExtra: espeak-ng is not installed, or cannot be started. BadInput: it cannot read this text.
     """
     asked = f"read {text[:40]!r} aloud"
     command = [PROGRAM, "-v", voice.name, "-s", str(voice.speed), "-p", str(voice.pitch), "--stdin", "--stdout"]
@@ -65,23 +66,34 @@ def read_aloud(text: str, voice: Voice) -> np.ndarray:
         done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=_SECONDS, check=False)
     except FileNotFoundError as error:
         raise MissingExtra(asked, f"the program {PROGRAM} is not installed", f"apt install {PROGRAM}") from error
+    except OSError as error:
+        raise MissingExtra(asked, f"cannot start {PROGRAM}: {error.strerror}", f"{PROGRAM} --version") from error
     except subprocess.TimeoutExpired as error:
-        raise CorruptFile(asked, f"{PROGRAM} took more than {_SECONDS} s", f"{PROGRAM} --version") from error
+        raise BadInput(asked, f"{PROGRAM} took more than {_SECONDS} s", f"{PROGRAM} --version") from error
     if done.returncode:
         wrong = done.stderr.decode(errors="replace").strip() or f"{PROGRAM} ended with {done.returncode}"
-        raise CorruptFile(asked, wrong, f"{PROGRAM} --voices=en")
-    rate, samples = _wave(done.stdout) if done.stdout else (0, np.zeros(0))
-    if not len(samples):
-        raise BadInput(asked, f"{PROGRAM} says nothing for it", "a text with words")
-    return read_sound((rate, samples))
+        raise BadInput(asked, wrong, f"{PROGRAM} --voices=en")
+    return read_sound(_wave(asked, done.stdout))
 
 
-def _wave(written: bytes) -> tuple[int, np.ndarray]:
-    """Rate and samples of what the program writes to a pipe, whose header does not know the length."""
+def _wave(asked: str, written: bytes) -> tuple[int, np.ndarray]:
+    """Rate and samples of what the program writes to a pipe, whose header does not know the length.
+
+    Raises:
+        BadInput: there are none.
+    """
     import soundfile
 
-    with soundfile.SoundFile(io.BytesIO(written)) as file:
-        return file.samplerate, file.read(dtype="int16")
+    try:
+        with soundfile.SoundFile(io.BytesIO(written)) as file:
+            rate, samples = file.samplerate, file.read(dtype="int16")
+    except soundfile.LibsndfileError as error:
+        if written:
+            raise BadInput(asked, f"{PROGRAM} writes no sound: {error.error_string}", f"{PROGRAM} --version") from error
+        rate, samples = 0, np.zeros(0)
+    if not len(samples):
+        raise BadInput(asked, f"{PROGRAM} says nothing for it", "a text with words")
+    return rate, samples
 
 
 @data_sets.register("aloud")
@@ -137,30 +149,35 @@ class Aloud(DataSet):
         """A text, and itself read by the first voice."""
         return {"audio": read_aloud(self.texts[index], Voice()), "text": self.texts[index]}
 
-    def raw(self, index: int) -> Sample:
-        """A text alone, for `vary` to read."""
-        return {"text": self.texts[index]}
-
-    def vary(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Sample]:
-        """Texts, each read by a voice that is drawn."""
-        drawn = zip(samples, seeds, strict=True)
-        return [{**one, "audio": self._heard(one["text"], seed)} for one, seed in drawn]
-
-    def _heard(self, text: str, seed: int) -> np.ndarray:
-        return varied(read_aloud(text, Voice.drawn(random.Random(seed))), seed, self.strength)
+    def drawn(self, index: int, seed: int) -> Sample:
+        """A text, and itself read by a voice that is drawn."""
+        heard = read_aloud(self.texts[index], Voice.drawn(random.Random(seed)))
+        return {"audio": varied(heard, seed, self.strength), "text": self.texts[index]}
 
 
 def _texts(sources: Sequence[str], longest: int) -> list[str]:
-    """Texts of some sources that are trained on there, without those that are read in several ways."""
-    found: list[str] = []
-    if "prompts" in sources:
-        found += [str(record["text"]) for record in Prompts("train").records]
-    if "dialogues" in sources:
-        found += [turn for record in Dialogues("train").records for turn in record["turns"]]
-    if "emoji" in sources:
+    """Texts of some sources that are held out in none, without those that are read in several ways."""
+    of_split = {source: _of(source) for source in SOURCES}
+    held_out = {_letters(text) for _, texts in of_split.values() for text in texts}
+    found = [text for source in sources for text in of_split[source][0]]
+    return [text for text in found if len(text) <= longest and _is_plain(text) and _letters(text) not in held_out]
+
+
+def _of(source: str) -> tuple[list[str], list[str]]:
+    """Texts that are trained on, and texts that are held out."""
+    if source == "emoji":
         emoji = load_emoji()
-        found += [emoji.concepts[index].name for index in emoji.seen]
-    return [text for text in found if len(text) <= longest and _is_plain(text)]
+        names = [concept.name for concept in emoji.concepts]
+        return [names[index] for index in emoji.seen], [names[index] for index in emoji.held_out]
+    if source == "prompts":
+        train, held_out = ([str(record["text"]) for record in Prompts(split).records] for split in SPLITS)
+    else:
+        train, held_out = ([turn for one in Dialogues(split).records for turn in one["turns"]] for split in SPLITS)
+    return train, held_out
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalpha, text.casefold()))
 
 
 def _is_plain(text: str) -> bool:

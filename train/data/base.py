@@ -14,6 +14,7 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
@@ -99,8 +100,8 @@ class DataSet(ABC):
             BadInput: it cannot be read.
         """
 
-    def raw(self, index: int) -> Sample:
-        """A sample as `vary` takes it: as `read` gives it, unless a data set makes something only then."""
+    def drawn(self, index: int, seed: int) -> Sample:
+        """A sample to train on, before `vary`: as `read` gives it, unless the seed decides what there is to read."""
         return self.read(index)
 
     def size(self, index: int) -> float:
@@ -133,20 +134,27 @@ class DataSet(ABC):
             model: that takes them.
             seeds: one per sample, of random crops and the like.
         """
-        varied = zip(self.vary(self.samples(indices), seeds), seeds, strict=True)
+        varied = zip(self.vary(self.samples(indices, seeds), seeds), seeds, strict=True)
         return model.training_batch([{**sample, "seed": seed} for sample, seed in varied])
 
     def vary(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Sample]:
         """Samples as they are trained on: as they are, unless a data set changes each at random, by its seed."""
         return list(samples)
 
-    def samples(self, indices: Sequence[int]) -> list[Sample]:
+    def samples(self, indices: Sequence[int], seeds: Sequence[int] | None = None) -> list[Sample]:
         """Samples; the next one that can be read stands in for one that cannot, so that batches keep their size.
+
+        Args:
+            indices: of samples.
+            seeds: one per sample that is trained on.
 
         Raises:
             BadInput: more are broken than may be.
         """
-        return [self._standing_in(index) for index in indices]
+        if seeds is None:
+            return [self._standing_in(index, self.read) for index in indices]
+        pairs = zip(indices, seeds, strict=True)
+        return [self._standing_in(index, partial(self.drawn, seed=seed)) for index, seed in pairs]
 
     def readable(self, indices: Sequence[int]) -> list[tuple[int, Sample]]:
         """Samples with their numbers, without those that cannot be read.
@@ -157,9 +165,9 @@ class DataSet(ABC):
         found = ((index, self._try(self.read, index)) for index in indices)
         return [(index, sample) for index, sample in found if sample is not None]
 
-    def _standing_in(self, index: int) -> Sample:
+    def _standing_in(self, index: int, read: Callable[[int], Sample]) -> Sample:
         for number in range(len(self)):
-            sample = self._try(self.raw, (index + number) % len(self))
+            sample = self._try(read, (index + number) % len(self))
             if sample is not None:
                 return sample
         raise self._too_many_broken()  # all of them, though their names may be fewer

@@ -110,10 +110,10 @@ class Mixture(DataSet):
         name, part, own = self._part(index)
         return {**part.read(own), "part": name}
 
-    def raw(self, index: int) -> Sample:
+    def drawn(self, index: int, seed: int) -> Sample:
         """As its part gives it."""
         name, part, own = self._part(index)
-        return {**part.raw(own), "part": name}
+        return {**part.drawn(own, seed), "part": name}
 
     def vary(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Sample]:
         """As their parts do."""

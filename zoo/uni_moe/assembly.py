@@ -60,9 +60,13 @@ def assembled_state(
         layers: blocks that have experts.
 
     Raises:
-        Refused: a tensor of a model has another shape than its place, or none.
+        Refused: a tensor of a model has another shape than its place, or none; or the first model lacks one.
     """
     places = tuple(f"llm.model.layers.{layer}.mlp." for layer in layers)
+    for name in own:
+        if name not in models[0] and not name.startswith(places):
+            wrong = f"the first model has no {name}, so that it would be random"
+            raise Refused("assemble a mixture of other parts", wrong, "the media and moe_layers of the models")
     found = {name: value for name, value in models[0].items() if name in own and not name.startswith(places)}
     for place in places:
         layers_of = [_feed_forward(one, place) for one in models]
