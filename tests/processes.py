@@ -1,4 +1,8 @@
-"""New processes for tests, forked from a server that has the libraries in memory, so that each starts in a moment."""
+"""New processes for tests, forked from a server that has the libraries in memory, so that each starts in a moment.
+
+They are not quite a user's: modules are there before they are imported, and atexit is not run. What depends on that,
+and how long a start takes, is tested with `python -m mmoe`.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,18 @@ CONTEXT.set_forkserver_preload(["mmoe.parallel", "zoo.clip_moe.model", "train.st
 SECONDS = 240
 
 
-def start(job: Callable[..., Any], *args: Any) -> int | None:
-    """Runs job(*args) in a new process; returns its exit code, or the number of the signal that killed it, negative."""
+def start(job: Callable[..., Any], *args: Any) -> int:
+    """Runs job(*args) in a new process; returns its exit code, or the number of the signal that killed it, negative.
+
+    Raises:
+        TimeoutError: it hangs.
+    """
     process = CONTEXT.Process(target=job, args=args)
     process.start()
     process.join(SECONDS)
-    process.kill()
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"it takes more than {SECONDS} s")
     return process.exitcode
 
 
@@ -40,11 +50,18 @@ def script(code: str, folder: Path) -> CompletedProcess[str]:
 
 def _captured(folder: Path, job: Callable[..., Any], *args: Any) -> CompletedProcess[str]:
     streams = [folder / f".{name}_{time.monotonic_ns()}" for name in ("stdout", "stderr")]
-    code = start(_there, folder, streams, dict(os.environ), job, args)
-    texts = [stream.read_text(encoding="utf-8") for stream in streams]
     for stream in streams:
-        stream.unlink()
-    return CompletedProcess(args, -1 if code is None else code, *texts)
+        stream.touch()
+    try:
+        code = start(_there, folder, streams, dict(os.environ), job, args)
+        texts = [stream.read_text(encoding="utf-8") for stream in streams]
+    except TimeoutError as error:
+        error.add_note(streams[1].read_text(encoding="utf-8"))
+        raise
+    finally:
+        for stream in streams:
+            stream.unlink()
+    return CompletedProcess(args, code, *texts)
 
 
 def _there(
