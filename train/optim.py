@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from train.muon import Muon
 from train.sections import OptimSection
 
 NO_DECAY = ("*positional*", "*_bias", "*logit_scale*", "*class_embedding*", "*cls_token*", "*pos_embed*")
@@ -85,7 +86,7 @@ class Optimizers(NamedTuple):
             betas = section.beta1, section.beta2
             made.append(torch.optim.AdamW(plain.as_list(), betas=betas, eps=section.eps, foreach=False))
         if matrices:
-            made.append(torch.optim.Muon(matrices.as_list(), adjust_lr_fn="match_rms_adamw"))
+            made.append(Muon(matrices.as_list()))
         return cls(made, parts)
 
     def set_rate(self, factor: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import zoo
 from mmoe.moe import moe_layers
+from train.muon import Muon
 from train.optim import Optimizers, schedule
 from train.sections import OptimSection
 
@@ -59,10 +61,45 @@ def test_a_mixture_moves_with_muon_as_its_experts_would_alone():
     for matrix, grad in zip(alone, packed.grad, strict=True):
         matrix.grad = grad.clone()
     step(optimizers)
-    reference = torch.optim.Muon(alone, lr=1e-3, weight_decay=MUON.muon_weight_decay, adjust_lr_fn="match_rms_adamw")
-    reference.step()
+    Muon(alone, lr=1e-3, weight_decay=MUON.muon_weight_decay).step()
     for moved, expected in zip(packed, alone, strict=True):
         assert torch.equal(moved, expected)
+
+
+SHAPES = [(8, 8), (8, 24), (24, 8), (8, 24), (3, 50)]
+
+
+def orthogonal(grad: torch.Tensor, coefficients: tuple[float, ...], steps: int, eps: float) -> torch.Tensor:
+    """What torch's Muon does in bf16, in fp64."""
+    a, b, c = coefficients
+    wide = grad.double() if grad.size(0) <= grad.size(1) else grad.double().t()
+    wide = wide / wide.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = wide @ wide.t()
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return (wide if grad.size(0) <= grad.size(1) else wide.t()).to(grad.dtype)
+
+
+@pytest.mark.parametrize("together", [2**23, 1])
+def test_muon_moves_as_that_of_torch(monkeypatch, together):
+    """Where that is as exact; and goes on from its state, as runs of before do."""
+    monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", orthogonal)
+    monkeypatch.setattr("train.muon._TOGETHER", together)
+    begun = [torch.randn(shape) for shape in SHAPES]
+    pairs = [[torch.nn.Parameter(matrix.clone()) for matrix in begun] for _ in range(2)]
+    theirs = torch.optim.Muon(pairs[0], lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    ours = Muon(pairs[1], lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        grads = [torch.randn(shape) if shape != (3, 50) else None for shape in SHAPES]
+        for matrices in pairs:
+            for matrix, grad in zip(matrices, grads, strict=True):
+                matrix.grad = None if grad is None else grad.clone()
+        theirs.step()
+        ours.step()
+        for matrix, expected in zip(*reversed(pairs), strict=True):
+            torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=1e-5)
+        ours.load_state_dict(deepcopy(theirs.state_dict()))
+    assert torch.equal(pairs[1][-1], begun[-1]), "one without a gradient does not even decay"
 
 
 def test_muon_takes_the_matrices_of_the_blocks():

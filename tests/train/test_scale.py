@@ -44,26 +44,10 @@ def recipe(tmp_path: Path, **sections) -> Path:
     return path
 
 
-def whole_precision() -> None:
-    """Lets Muon orthogonalise in fp64 in this process: in its bf16, what two sums round differently grows to 0.1."""
-
-    def orthogonal(grad: torch.Tensor, coefficients: tuple[float, ...], steps: int, eps: float) -> torch.Tensor:
-        a, b, c = coefficients
-        wide = grad.double() if grad.size(0) <= grad.size(1) else grad.double().t()
-        wide = wide / wide.norm().clamp(min=eps)
-        for _ in range(steps):
-            gram = wide @ wide.t()
-            wide = a * wide + (b * gram + c * gram @ gram) @ wide
-        return (wide if grad.size(0) <= grad.size(1) else wide.t()).to(grad.dtype)
-
-    torch.optim._muon._zeropower_via_newtonschulz = orthogonal
-
-
 def job(rank: int, world: int, path: Path, out: Path, resume: bool, stop: int) -> tuple[int, int]:
     """A run that may be asked to stop; returns how many parameters are sharded, and the size of this process' part."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # asked for, not used: there is a group
-    whole_precision()
     found = []
     inner, agree = StageRun.train, StageRun._agree
 
@@ -146,10 +130,7 @@ PARTS_OF_OTHERS = {"ddp", "fsdp", "fsdp, evaluated", "experts"}
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=[pytest.mark.slow] * (name in PARTS_OF_OTHERS)) for name in CASES]
 )
-def test_two_processes_train_as_one(tmp_path, case, monkeypatch):
-    muon = torch.optim._muon
-    monkeypatch.setattr(muon, "_zeropower_via_newtonschulz", muon._zeropower_via_newtonschulz)  # put back behind
-    whole_precision()
+def test_two_processes_train_as_one(tmp_path, case):
     sections, scale = CASES[case], CASES[case].get("scale", {})
     one = recipe(tmp_path, **{name: told for name, told in sections.items() if name != "scale"})
     begun = (
