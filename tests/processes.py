@@ -43,11 +43,6 @@ def command(words: Sequence[str], folder: Path) -> CompletedProcess[str]:
     return _captured(folder, _mmoe, list(words))
 
 
-def script(code: str, folder: Path) -> CompletedProcess[str]:
-    """Runs Python code in a folder, in a new process."""
-    return _captured(folder, exec, code, {"__name__": "__main__"})
-
-
 def _captured(folder: Path, job: Callable[..., Any], *args: Any) -> CompletedProcess[str]:
     streams = [folder / f".{name}_{time.monotonic_ns()}" for name in ("stdout", "stderr")]
     for stream in streams:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,11 @@ import pytest
 from tests import processes
 
 
-def test_what_a_script_writes_and_its_exit_code(tmp_path: Path) -> None:
-    code = "import os, sys; print(os.getcwd()); print('oh', file=sys.stderr); sys.exit(3)"
-    done = processes.script(code, tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (3, f"{tmp_path}\n", "oh\n")
+def test_what_a_command_writes_and_its_exit_code(tmp_path: Path) -> None:
+    done = processes.command(["info", "clip_moe_tiny", "--json"], tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["name"] == "clip_moe_tiny" and not done.stderr
+    done = processes.command(["info", "clip_moe_tin"], tmp_path)
+    assert done.returncode == 2 and not done.stdout and done.stderr.startswith("error: ")
     assert not list(tmp_path.iterdir())
 
 
@@ -23,11 +27,16 @@ def test_one_that_is_killed_at_its_start(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_one_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "SECONDS", 5)
-    code = "import sys, time; print('waits', file=sys.stderr, flush=True); time.sleep(60)"
+    monkeypatch.setattr(processes, "_mmoe", waits)
     with pytest.raises(TimeoutError, match="more than 5 s") as error:
-        processes.script(code, tmp_path)
+        processes.command(["list"], tmp_path)
     assert error.value.__notes__ == ["waits\n"] and not list(tmp_path.iterdir())
 
 
 def dies(*_: object) -> None:
     raise SystemExit(5)
+
+
+def waits(*_: object) -> None:
+    print("waits", file=sys.stderr, flush=True)
+    time.sleep(60)

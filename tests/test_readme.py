@@ -23,10 +23,15 @@ COMMANDS = [line for language, text in BLOCKS if not language for line in text.s
 HEAVY = "open_clip:ViT-B-32"  # 300 million parameters; tests/zoo converts a small one the same way
 
 
+def in_python(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=240)
+
+
 @pytest.mark.parametrize("index", range(len(PYTHON)))
 def test_python_examples_run(index, tmp_path):
+    """Each by itself, with what it imports."""
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    done = processes.script(PYTHON[index], tmp_path)
+    done = in_python("-c", PYTHON[index], folder=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -39,9 +44,7 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_proc
 def test_the_parallel_example_runs(launcher, tmp_path):
     (example,) = [text for language, text in BLOCKS if language == "python torchrun"]
     (tmp_path / "train.py").write_text(example)
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
+    done = in_python("-m", *launcher, "train.py", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "parallel" / ".metadata").exists()
 

@@ -24,6 +24,7 @@ import torch
 from mmoe.errors import BadInput, CorruptFile
 
 STATE, MANIFEST, WEIGHTS = "state.pt", "manifest.json", "weights"
+FREE_SPACE = "free space, then the same command with --resume"
 
 
 @dataclass
@@ -100,9 +101,7 @@ class Checkpoints:
                 raise
             kept = ", ".join(map(str, self.steps())) or "none"
             wrong = f"{cause.strerror or cause}; checkpoints that are there: {kept}"
-            raise BadInput(
-                f"cannot write '{target}'", wrong, "free space, then the same command with --resume"
-            ) from error
+            raise BadInput(f"cannot write '{target}'", wrong, FREE_SPACE) from error
         self.wait()
         return target
 

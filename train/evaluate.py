@@ -41,8 +41,13 @@ class Task(ABC):
     of_model: ClassVar[str] = ""
     progress: bool = False
 
-    def check(self, model: Any, data: DataSet) -> None:
+    def check(self, model: Any, data: DataSet, option: str = "--on") -> None:
         """Makes sure that a model does what is measured; weights are not looked at.
+
+        Args:
+            model: that is measured.
+            data: of its classes.
+            option: how data are chosen, "data.name" or "--on".
 
         Raises:
             Refused: its card says that it does something else. BadInput: it and the data have other classes.
@@ -51,7 +56,7 @@ class Task(ABC):
         if self.of_model and card is not None and self.of_model not in card.tasks:
             asked = f"measure {tasks.name_of(self)} of {card.name}"
             wrong = f"it does {', '.join(card.tasks)}; data {data_sets.name_of(data)!r} is for other models"
-            raise Refused(asked, wrong, suggested_data(card.tasks))
+            raise Refused(asked, wrong, suggested_data(card.tasks, option))
 
     @abstractmethod
     def measure(self, model: Any, data: DataSet) -> dict[str, float]:
@@ -90,14 +95,15 @@ class Task(ABC):
             raise BadInput("measure a model", "the data has no samples to evaluate on", "data.held_out=0.1")
 
 
-def suggested_data(of_model: Sequence[str]) -> str:
-    """Data that models of some tasks are measured on, as a suggestion."""
+def suggested_data(of_model: Sequence[str], option: str = "--on") -> str:
+    """Data that models of some tasks are measured on, as a suggestion for "--on" or "data.name"."""
+    form, with_path = ("--on {}", "--on {}:FOLDER") if option == "--on" else ("{1}={0}", "{1}={0} data.path=FOLDER")
     found = []
     for name in data_sets.names():
         kind: Any = data_sets.get(name)
         task: Any = tasks.get(kind.task)
         if task.of_model in of_model:
-            found.append(f"--on {name}{':FOLDER' if kind.needs_path else ''}")
+            found.append((with_path if kind.needs_path else form).format(name, option))
     return " or ".join(found) or "mmoe recipe data"
 
 
@@ -291,9 +297,9 @@ class Segmentation(_Answers):
     fields = ("image", "mask")
     of_model = "segmentation"
 
-    def check(self, model: Any, data: DataSet) -> None:
+    def check(self, model: Any, data: DataSet, option: str = "--on") -> None:
         """The classes of the data are those of the model, where both have names."""
-        super().check(model, data)
+        super().check(model, data, option)
         own, given = (list(getattr(one, "classes", None) or ()) for one in (getattr(model, "config", None), data))
         if own and given and own != given:
             wrong = f"the model knows {', '.join(own)}; the data has {', '.join(given)}"

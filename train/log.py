@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from mmoe.atomic import atomic_path
 from mmoe.errors import BadInput
+from train.checkpoint import FREE_SPACE
 from train.health import LayerHealth
 
 
@@ -112,8 +113,7 @@ def _writing(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "free space, then the same command with --resume"
-        raise BadInput(f"cannot write {what}", error.strerror or str(error), fix) from error
+        raise BadInput(f"cannot write {what}", error.strerror or str(error), FREE_SPACE) from error
 
 
 def _whole(line: str) -> dict[str, Any] | None:

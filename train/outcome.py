@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from mmoe.errors import BadInput
 from train import tune
+from train.checkpoint import FREE_SPACE
 
 if TYPE_CHECKING:
     from train.engine import StageRun
@@ -19,6 +21,9 @@ def write_model(run: StageRun, folder: Path) -> None:
     Args:
         run: the stage.
         folder: of the model.
+
+    Raises:
+        BadInput: it cannot be written, as on a full disk; the checkpoints stay.
     """
     model: Any = run.trained
     if run.sharded:
@@ -29,11 +34,17 @@ def write_model(run: StageRun, folder: Path) -> None:
             model = type(run.model)(run.model.config)
             model.card, model.preprocessing = run.model.card, run.model.preprocessing
             model.load_state_dict(whole)
-        if run.stage.tune.method == "lora":
-            base = run.stage.start or run.stage.model.name
-            tune.save_adapters(model, folder, str(base), merge=run.stage.tune.merge)
-        else:
-            stage = run.stage
-            told = {"verb": "train", "source": stage.model.name, "stage": stage.name, "data": stage.data.name}
-            model.save(folder, made_by={**told, "steps": run.state.step, "seed": stage.run.seed})
+        try:
+            _save(model, run, folder)
+        except BadInput as error:
+            raise BadInput(error.asked, error.wrong, FREE_SPACE) from error
     run.accelerator.wait_for_everyone()
+
+
+def _save(model: Any, run: StageRun, folder: Path) -> None:
+    stage = run.stage
+    if stage.tune.method == "lora":
+        tune.save_adapters(model, folder, str(stage.start or stage.model.name), merge=stage.tune.merge)
+    else:
+        told = {"verb": "train", "source": stage.model.name, "stage": stage.name, "data": stage.data.name}
+        model.save(folder, made_by={**told, "steps": run.state.step, "seed": stage.run.seed})

@@ -70,7 +70,7 @@ def _check_stage(stage: Stage, earlier: Mapping[str, Stage], processes: int) -> 
     yield from (f"data {note}" for note in data["train"].notes)
     task = tasks.build(stage.data.task or data["eval"].task)
     check_fields(task, data["eval"], "data.task")
-    task.check(model, data["eval"])
+    task.check(model, data["eval"], "data.name")
     _check_steps(stage, data["train"], model, processes)
     _check_best(stage, task)
     yield f"task {tasks.name_of(task)}" if len(data["eval"]) else "nothing is measured"

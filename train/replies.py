@@ -33,9 +33,9 @@ class _Replies(Task):
 
     of_model = "chat"
 
-    def check(self, model: Any, data: DataSet) -> None:
+    def check(self, model: Any, data: DataSet, option: str = "--on") -> None:
         """It has to tell likelihoods."""
-        super().check(model, data)
+        super().check(model, data, option)
         if not hasattr(model, "reply_likelihoods"):
             wrong = f"a {type(model).__name__} tells no likelihoods of replies"
             raise Refused(f"measure {tasks.name_of(self)}", wrong, "mmoe list --task chat")
@@ -124,10 +124,10 @@ class Parts(Task):
     def __init__(self, *, options: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self.options = dict(options or {})
 
-    def check(self, model: Any, data: DataSet) -> None:
+    def check(self, model: Any, data: DataSet, option: str = "--on") -> None:
         """As the tasks of the parts do."""
         for task, part in self._tasks(data).values():
-            task.check(model, part)
+            task.check(model, part, option)
 
     def measure(self, model: Any, data: DataSet) -> dict[str, float]:
         """Metrics of all parts that have samples."""

@@ -39,9 +39,9 @@ class Specialisation(Task):
         check_int("samples", samples, 1)
         self.samples = samples
 
-    def check(self, model: Any, data: DataSet) -> None:
+    def check(self, model: Any, data: DataSet, option: str = "--on") -> None:
         """It has to have mixtures."""
-        super().check(model, data)
+        super().check(model, data, option)
         if not moe_layers(model):
             raise Refused("measure how experts specialise", "the model has no mixtures", "mmoe list --task chat")
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from mmoe.errors import MmoeError
+from mmoe.errors import BadInput, MmoeError
 
 T = TypeVar("T")
 
@@ -22,9 +22,14 @@ def home() -> Path:
     """The folder: $MMOE_HOME, or ~/.cache/mmoe.
 
     Raises:
-        RuntimeError: there is neither that variable nor a home, as for a number without a name in a container.
+        BadInput: there is neither that variable nor a home, as for a number without a name in a container.
     """
-    return Path(os.environ.get("MMOE_HOME") or "~/.cache/mmoe").expanduser()
+    named = os.environ.get("MMOE_HOME") or "~/.cache/mmoe"
+    try:
+        return Path(named).expanduser()
+    except RuntimeError as error:
+        fix = "MMOE_HOME=FOLDER in front of the command"
+        raise BadInput(f"find the folder '{named}'", "there is no such user with a home", fix) from error
 
 
 def kept(kind: str, source: bytes, make: Callable[[bytes], T]) -> T:
@@ -39,7 +44,7 @@ def kept(kind: str, source: bytes, make: Callable[[bytes], T]) -> T:
     """
     try:
         file = home() / "kept" / kind / f"{hashlib.sha256(source).hexdigest()}.kept"
-    except RuntimeError:
+    except BadInput:
         return make(source)
     with suppress(OSError, ValueError):
         checksum, text = file.read_bytes().split(b"\n", 1)

@@ -14,7 +14,7 @@ from typing import Literal
 
 import typer
 
-from mmoe.errors import MmoeError
+from mmoe.errors import BadInput, MmoeError
 from zoo.cli import Json, print_json
 from zoo.registry import list_models
 from zoo.table import columns
@@ -136,7 +136,12 @@ def _caches() -> Iterator[Check]:
 
     from zoo.cache import home
 
-    for name, folder in (("files cache", home()), ("hub cache", Path(constants.HF_HUB_CACHE))):
+    for name, find in (("files cache", home), ("hub cache", lambda: Path(constants.HF_HUB_CACHE))):
+        try:
+            folder = find()
+        except BadInput as error:
+            yield Check(name=name, detail=f"{error.asked}: {error.wrong}", status="broken", fix=error.fix)
+            continue
         detail = f"{folder} ({_size(folder) / 1e6:,.1f} MB)" if folder.is_dir() else f"{folder} (not there yet)"
         parent = next(above for above in (folder, *folder.parents) if above.exists())
         writable = os.access(parent, os.W_OK)

@@ -145,6 +145,9 @@ def test_segmentation(tmp_path):
     image(tmp_path / "masks" / "a.png")
     with pytest.raises(BadInput, match="its mode is RGB"):
         load("segmentation", tmp_path, held_out=0.0).read(0)
+    Image.fromarray(np.zeros((8, 20), np.uint8)).save(tmp_path / "masks" / "a.png")
+    with pytest.raises(BadInput, match=r"a\.jpg\n  its mask has 20 x 8 pixels, the picture 20 x 16"):
+        load("segmentation", tmp_path, held_out=0.0).read(0)
 
 
 def test_masks_lie_as_their_pictures_do(tmp_path):

@@ -195,6 +195,26 @@ def test_pictures_are_made_once_and_whole(monkeypatch):
     assert load("eval").read(5)["image"] == before
 
 
+@pytest.mark.parametrize("left", [0, 100, 5000])
+def test_a_damaged_file_is_made_again(left):
+    data = load("eval")
+    file = _kept(data.samples_of[0][0], SIZE)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:left])
+    load("eval")
+    assert file.read_bytes() == whole
+
+
+def test_pictures_of_another_version_are_told():
+    other = home() / "distorted_photos" / f"{SIZE}-00000000"
+    other.mkdir(parents=True)
+    try:
+        assert load("eval").notes[-1].endswith(f"are not used: rm -r '{other}'")
+    finally:
+        other.rmdir()
+    assert not any("are not used" in note for note in load("eval").notes)
+
+
 def test_scales_bend_the_labels_of_a_third_each():
     data, plain = load(scales=True), load()
     sets = {}

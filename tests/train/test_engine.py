@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -284,6 +285,21 @@ def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
         signal.signal(signal.SIGXFSZ, before[0])
     assert checkpoints.steps() == [1] and checkpoints.newest()[2] == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch):
+    tiny = recipe(tmp_path, "run.steps=2", "run.save_every=1")
+
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zoo.model.save_file", full)
+        with pytest.raises(BadInput, match=r"No space left on device\n  try: free space, .* with --resume"):
+            train.run(tiny, tmp_path / "a", progress=False)
+    train.run(tiny, tmp_path / "a", resume=True, progress=False)
+    train.run(tiny, tmp_path / "b", progress=False)
+    assert_same(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"state.pt": 3}'])

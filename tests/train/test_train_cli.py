@@ -383,7 +383,13 @@ def test_a_wrong_recipe_starts_nothing(change, capsys, folder, monkeypatch):
             "--on",
             "emoji",
         ): "measure emoji_retrieval of earth_adapter_tiny\n  it does",
-        ("train", "tiny.yaml", "model.name=earth_adapter_tiny", "model.overrides={}"): "it does segmentation; data",
+        (
+            "train",
+            "tiny.yaml",
+            "model.name=earth_adapter_tiny",
+            "model.overrides={}",
+        ): "it does segmentation; data 'pairs' is for other models\n"
+        "  try: data.name=blue_marble or data.name=segmentation data.path=FOLDER",
         ("eval", "runs/nowhere"): "there is no such folder",
         ("eval", "clip_moe_tiny", "--on", "emoji", "--task", "zero_shot"): "try: --task emoji_retrieval",
         ("train", "runs/nowhere", "--resume"): "there is no such folder",

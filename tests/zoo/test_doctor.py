@@ -61,6 +61,16 @@ def test_a_sound_installation(checks: Any, run: Any, tmp_path: Path, monkeypatch
     assert done.code == 0 and done.out.endswith("\nall is well\n")
 
 
+@pytest.mark.parametrize("words", [["doctor"], ["recipe", "fetch", "gamma_tiny"]])
+def test_without_a_home(run: Any, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a number without a name in a container."""
+    monkeypatch.setenv("MMOE_HOME", "~nobody_of_this_name/mmoe")
+    done = run(*words)
+    assert done.code == 2 if words[0] == "recipe" else 1
+    assert "find the folder '~nobody_of_this_name/mmoe'" in (told := done.out + done.err)
+    assert "there is no such user with a home" in told and "MMOE_HOME=FOLDER in front of the command" in told
+
+
 def test_the_network_is_asked_once_and_soon(checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

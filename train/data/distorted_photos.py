@@ -179,6 +179,12 @@ def _folder(size: int) -> Path:
     return home() / "distorted_photos" / f"{size}-{hashlib.sha256(code).hexdigest()[:8]}"
 
 
+def _of_other_code(size: int) -> list[Path]:
+    """Folders of other versions, which may be gigabytes."""
+    own = _folder(size)
+    return sorted(folder for folder in own.parent.glob("*-*") if folder.name[-8:] != own.name[-8:])
+
+
 def _kept(view: View, size: int) -> Path:
     quarter = f"-{view.quarter}" if view.quarter else ""
     return _folder(size) / f"{view.photo.id}-{str(view.photo.file.sha256)[:8]}{quarter}.npy"
@@ -188,6 +194,13 @@ def _kept(view: View, size: int) -> Path:
 def _opened(file: Path) -> np.ndarray:
     """The kept pictures of one view (n, S, S, 3), on the disk until they are asked for."""
     return np.load(file, mmap_mode="r")
+
+
+def _is_whole(view: View, size: int) -> bool:
+    try:
+        return len(np.load(_kept(view, size), mmap_mode="r")) == len(cells_of(view.photo))
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def make(wanted: Sequence[View], size: int) -> None:
@@ -200,7 +213,7 @@ def make(wanted: Sequence[View], size: int) -> None:
     Raises:
         BadInput: a photograph is not on this machine, or the disk is full.
     """
-    if all(_kept(view, size).is_file() for view in wanted):
+    if all(_is_whole(view, size) for view in wanted):
         return
     from filelock import FileLock
 
@@ -211,7 +224,7 @@ def make(wanted: Sequence[View], size: int) -> None:
         raise BadInput("keep distorted pictures", f"'{_folder(size)}': {error.strerror}", fix) from error
     with FileLock(_folder(size) / ".lock"), Progress("distorting", len(wanted), unit="photos") as bar:
         for number, view in enumerate(wanted, 1):
-            if not _kept(view, size).is_file():
+            if not _is_whole(view, size):
                 pristine = view.open(size)
                 made = [np.asarray(pristine)]
                 made += [spoil(pristine, view.photo, kind, level) for kind, level, _ in cells_of(view.photo)[1:]]
@@ -276,6 +289,9 @@ class DistortedPhotos(DataSet):
         found = [(view, cell) for view in views for cell in cells_of(view.photo) if _wanted(cell, split, without)]
         self.samples_of = found if limit is None else random.Random(0).sample(found, min(limit, len(found)))
         self.notes.append("the labels are pseudo-labels: nobody rated these pictures")
+        if unused := _of_other_code(size):
+            told = " ".join(f"'{folder}'" for folder in unused)
+            self.notes.append(f"pictures that another version of the code made are not used: rm -r {told}")
 
     @classmethod
     def files(cls, options: Mapping[str, Any]) -> tuple[PackagedFile, ...]:

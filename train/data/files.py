@@ -353,3 +353,12 @@ class Segmentation(Files):
     def _records(self) -> Iterator[dict[str, Any]]:
         images, masks = ("image", self.path / "images", IMAGES), ("mask", self.path / "masks", (".png",))
         yield from self._pairs(images, masks, "mask")
+
+    def read(self, index: int) -> Sample:
+        """A picture and its mask."""
+        sample = super().read(index)
+        sides, (height, width) = sample["image"].size, sample["mask"].shape
+        if sides != (width, height):
+            wrong = f"its mask has {width} x {height} pixels, the picture {sides[0]} x {sides[1]}"
+            raise BadInput(f"cannot use {self.name(index)}", wrong, "a mask of the size of its picture")
+        return sample
