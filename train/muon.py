@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
 from torch import Tensor
 
 _TOGETHER = 2**23  # numbers that are orthogonalised at a time
@@ -44,6 +43,8 @@ class Muon(torch.optim.Muon):
 
     def _move(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         """A step of matrices of one shape, (n, O, I) together."""
+        from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
+
         ahead = []
         for matrix in matrices:
             grad, state = matrix.grad, self.state[matrix]

@@ -113,11 +113,11 @@ def test_a_library_that_is_missing_or_too_old(checks: Any, run: Any, monkeypatch
     python = Path(sys.executable).name
     assert code == 1
     assert (found["timm"]["status"], found["timm"]["detail"]) == ("broken", "not installed")
-    assert found["timm"]["fix"] == f"{python} -m pip install --upgrade 'timm>=1.0.17'"
+    assert found["timm"]["fix"] == f"{python} -m pip install --upgrade 'timm>=1.0.21'"
     assert found["peft"]["detail"] == "0.1, but >=0.18 is needed"
     done = run("doctor")
     assert done.code == 1
-    assert f"\ntimm: not installed\n  try: {python} -m pip install --upgrade 'timm>=1.0.17'\n" in done.out
+    assert f"\ntimm: not installed\n  try: {python} -m pip install --upgrade 'timm>=1.0.21'\n" in done.out
     assert done.out.endswith("\n2 broken\n") and done.err == ""
 
 
