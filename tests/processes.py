@@ -34,6 +34,7 @@ def start(job: Callable[..., Any], *args: Any) -> int:
     process.join(SECONDS)
     if process.is_alive():
         process.kill()
+        process.join()
         raise TimeoutError(f"it takes more than {SECONDS} s")
     return process.exitcode
 

@@ -97,7 +97,9 @@ class Task(ABC):
 
 def suggested_data(of_model: Sequence[str], option: str = "--on") -> str:
     """Data that models of some tasks are measured on, as a suggestion for "--on" or "data.name"."""
-    form, with_path = ("--on {}", "--on {}:FOLDER") if option == "--on" else ("{1}={0}", "{1}={0} data.path=FOLDER")
+    form, with_path = (
+        ("--on {}", "--on {}:FOLDER") if option == "--on" else ("{1}={0} data.path=null", "{1}={0} data.path=FOLDER")
+    )
     found = []
     for name in data_sets.names():
         kind: Any = data_sets.get(name)

@@ -8,7 +8,7 @@ Shapes: W (O, I).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,7 +21,15 @@ class Muon(torch.optim.Muon):
     """torch's Muon with the step sizes of AdamW (Liu et al. 2025, arXiv 2502.16982), and the same state.
 
     Matrices of one shape are orthogonalised together; on CPUs in fp32, since few of them multiply in bf16.
+
+    Args:
+        params: matrices, or groups of them with "lr" and "weight_decay".
+        lr: learning rate.
+        weight_decay: times the learning rate.
     """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.1) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # decorated there
@@ -31,11 +39,11 @@ class Muon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike = defaultdict[torch.Size, list[Tensor]](list)
+            alike = defaultdict[tuple[torch.Size, torch.device], list[Tensor]](list)
             for matrix in group["params"]:
-                if matrix.grad is not None:
-                    alike[matrix.shape].append(matrix)
-            for shape, matrices in alike.items():
+                if matrix.grad is not None and matrix.numel():
+                    alike[matrix.shape, matrix.device].append(matrix)
+            for (shape, _), matrices in alike.items():
                 most = max(1, _TOGETHER // shape.numel())
                 for first in range(0, len(matrices), most):
                     self._move(matrices[first : first + most], group)
@@ -48,7 +56,9 @@ class Muon(torch.optim.Muon):
         ahead = []
         for matrix in matrices:
             grad, state = matrix.grad, self.state[matrix]
-            mean = state.setdefault("momentum_buffer", torch.zeros_like(grad))
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(grad)
+            mean = state["momentum_buffer"]
             mean.lerp_(grad, 1 - group["momentum"])
             ahead.append(grad.lerp(mean, group["momentum"]))
         orthogonal = zeropower_via_newtonschulz(

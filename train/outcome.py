@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from mmoe.errors import BadInput
 from train import tune
-from train.checkpoint import FREE_SPACE
 
 if TYPE_CHECKING:
     from train.engine import StageRun
+
+_AGAIN = "free space or mend what is said above, then the same command with --resume"
 
 
 def write_model(run: StageRun, folder: Path) -> None:
@@ -23,7 +25,7 @@ def write_model(run: StageRun, folder: Path) -> None:
         folder: of the model.
 
     Raises:
-        BadInput: it cannot be written, as on a full disk; the checkpoints stay.
+        BadInput: the disk is full, or the folder cannot be written to; the checkpoints stay.
     """
     model: Any = run.trained
     if run.sharded:
@@ -36,8 +38,12 @@ def write_model(run: StageRun, folder: Path) -> None:
             model.load_state_dict(whole)
         try:
             _save(model, run, folder)
+        except (OSError, SafetensorError) as error:  # of peft
+            raise BadInput(
+                f"cannot write '{folder}'", getattr(error, "strerror", None) or str(error), _AGAIN
+            ) from error
         except BadInput as error:
-            raise BadInput(error.asked, error.wrong, FREE_SPACE) from error
+            raise BadInput(error.asked, error.wrong, _AGAIN) from error
     run.accelerator.wait_for_everyone()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections import Counter, defaultdict
 
@@ -195,25 +196,46 @@ def test_pictures_are_made_once_and_whole(monkeypatch):
     assert load("eval").read(5)["image"] == before
 
 
-@pytest.mark.parametrize("left", [0, 100, 5000])
-def test_a_damaged_file_is_made_again(left):
+def saved(pictures):
+    file = io.BytesIO()
+    np.save(file, pictures)
+    return file.getvalue()
+
+
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "half a header": lambda whole: whole[:100],
+    "cut": lambda whole: whole[:5000],
+    "no header": lambda whole: whole[:10] + bytes(40) + whole[50:],
+    "another file": lambda whole: b"PK\x03\x04" + whole[4:],
+    "another shape": lambda whole: saved(np.zeros(len(np.load(io.BytesIO(whole))), np.uint8)),
+    "a number": lambda whole: saved(np.uint8(3)),
+    "another type": lambda whole: whole.replace(b"|u1", b"|i1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_made_again(damage):
     data = load("eval")
     file = _kept(data.samples_of[0][0], SIZE)
     whole = file.read_bytes()
     file.unlink()  # what is mapped into memory stays whole
-    file.write_bytes(whole[:left])
+    file.write_bytes(DAMAGES[damage](whole))
     load("eval")
     assert file.read_bytes() == whole
 
 
 def test_pictures_of_another_version_are_told():
-    other = home() / "distorted_photos" / f"{SIZE}-00000000"
-    other.mkdir(parents=True)
+    load("eval")
+    mine, other = (home() / "distorted_photos" / name for name in ("my-own", f"{SIZE}-00000000"))
+    mine.mkdir()
+    assert not any("are not used" in note for note in load("eval").notes)
+    other.mkdir()
     try:
-        assert load("eval").notes[-1].endswith(f"are not used: rm -r '{other}'")
+        assert load("eval").notes[-1].endswith(f"are not used by this one: rm -r {other}")
     finally:
         other.rmdir()
-    assert not any("are not used" in note for note in load("eval").notes)
+        mine.rmdir()
 
 
 def test_scales_bend_the_labels_of_a_third_each():

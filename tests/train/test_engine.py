@@ -287,15 +287,18 @@ def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch):
-    tiny = recipe(tmp_path, "run.steps=2", "run.save_every=1")
+@pytest.mark.parametrize(
+    ("method", "writer"), [("full", "zoo.model.save_file"), ("lora", "peft.peft_model.safe_save_file")]
+)
+def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, method, writer):
+    tiny = recipe(tmp_path, "run.steps=2", "run.save_every=1", f"tune.method={method}")
 
     def full(*_args, **_options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("zoo.model.save_file", full)
-        with pytest.raises(BadInput, match=r"No space left on device\n  try: free space, .* with --resume"):
+        patch.setattr(writer, full)
+        with pytest.raises(BadInput, match=r"No space left on device\n  try: free space .* with --resume"):
             train.run(tiny, tmp_path / "a", progress=False)
     train.run(tiny, tmp_path / "a", resume=True, progress=False)
     train.run(tiny, tmp_path / "b", progress=False)

@@ -99,6 +99,7 @@ def test_muon_moves_as_that_of_torch(monkeypatch, together):
         for matrix, expected in zip(*reversed(pairs), strict=True):
             torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=1e-5)
         ours.load_state_dict(deepcopy(theirs.state_dict()))
+        theirs.load_state_dict(deepcopy(ours.state_dict()))
     assert torch.equal(pairs[1][-1], begun[-1]), "one without a gradient does not even decay"
 
 

@@ -389,7 +389,7 @@ def test_a_wrong_recipe_starts_nothing(change, capsys, folder, monkeypatch):
             "model.name=earth_adapter_tiny",
             "model.overrides={}",
         ): "it does segmentation; data 'pairs' is for other models\n"
-        "  try: data.name=blue_marble or data.name=segmentation data.path=FOLDER",
+        "  try: data.name=blue_marble data.path=null or data.name=segmentation data.path=FOLDER",
         ("eval", "runs/nowhere"): "there is no such folder",
         ("eval", "clip_moe_tiny", "--on", "emoji", "--task", "zero_shot"): "try: --task emoji_retrieval",
         ("train", "runs/nowhere", "--resume"): "there is no such folder",

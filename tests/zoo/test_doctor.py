@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import socket
 import re
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -68,7 +68,7 @@ def test_without_a_home(run: Any, words: list[str], monkeypatch: pytest.MonkeyPa
     """As for a number without a name in a container."""
     monkeypatch.setenv("MMOE_HOME", "~nobody_of_this_name/mmoe")
     done = run(*words)
-    assert done.code == 2 if words[0] == "recipe" else 1
+    assert done.code == (2 if words[0] == "recipe" else 1)
     assert "find the folder '~nobody_of_this_name/mmoe'" in (told := done.out + done.err)
     assert "there is no such user with a home" in told and "MMOE_HOME=FOLDER in front of the command" in told
 

@@ -13,9 +13,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import random
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,7 +185,8 @@ def _folder(size: int) -> Path:
 def _of_other_code(size: int) -> list[Path]:
     """Folders of other versions, which may be gigabytes."""
     own = _folder(size)
-    return sorted(folder for folder in own.parent.glob("*-*") if folder.name[-8:] != own.name[-8:])
+    found = [one for one in own.parent.glob("*") if re.fullmatch(r"\d+-[0-9a-f]{8}", one.name) and one.is_dir()]
+    return sorted(folder for folder in found if folder.name[-8:] != own.name[-8:])
 
 
 def _kept(view: View, size: int) -> Path:
@@ -198,9 +202,10 @@ def _opened(file: Path) -> np.ndarray:
 
 def _is_whole(view: View, size: int) -> bool:
     try:
-        return len(np.load(_kept(view, size), mmap_mode="r")) == len(cells_of(view.photo))
-    except (OSError, ValueError, EOFError):
+        kept = np.lib.format.open_memmap(_kept(view, size), mode="r")
+    except (OSError, ValueError, EOFError, TypeError, TokenError):  # what numpy raises for damaged headers
         return False
+    return kept.shape == (len(cells_of(view.photo)), size, size, 3) and kept.dtype == np.uint8
 
 
 def make(wanted: Sequence[View], size: int) -> None:
@@ -290,8 +295,8 @@ class DistortedPhotos(DataSet):
         self.samples_of = found if limit is None else random.Random(0).sample(found, min(limit, len(found)))
         self.notes.append("the labels are pseudo-labels: nobody rated these pictures")
         if unused := _of_other_code(size):
-            told = " ".join(f"'{folder}'" for folder in unused)
-            self.notes.append(f"pictures that another version of the code made are not used: rm -r {told}")
+            told = shlex.join(["rm", "-r", *map(str, unused)])
+            self.notes.append(f"pictures of other versions of the code are not used by this one: {told}")
 
     @classmethod
     def files(cls, options: Mapping[str, Any]) -> tuple[PackagedFile, ...]:

@@ -66,7 +66,11 @@ def assembled_state(
     for name in own:
         if name not in models[0] and not name.startswith(places):
             wrong = f"the first model has no {name}, so that it would be random"
-            raise Refused("assemble a mixture of other parts", wrong, "the media and moe_layers of the models")
+            raise Refused(
+                "assemble a mixture of other parts",
+                wrong,
+                "model.overrides without other media and with the moe_layers of the models",
+            )
     found = {name: value for name, value in models[0].items() if name in own and not name.startswith(places)}
     for place in places:
         layers_of = [_feed_forward(one, place) for one in models]
