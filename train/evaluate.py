@@ -97,15 +97,15 @@ class Task(ABC):
 
 def suggested_data(of_model: Sequence[str], option: str = "--on") -> str:
     """Data that models of some tasks are measured on, as a suggestion for "--on" or "data.name"."""
-    form, with_path = (
-        ("--on {}", "--on {}:FOLDER") if option == "--on" else ("{1}={0} data.path=null", "{1}={0} data.path=FOLDER")
-    )
     found = []
     for name in data_sets.names():
         kind: Any = data_sets.get(name)
         task: Any = tasks.get(kind.task)
         if task.of_model in of_model:
-            found.append((with_path if kind.needs_path else form).format(name, option))
+            if option == "--on":
+                found.append(f"--on {name}{':FOLDER' if kind.needs_path else ''}")
+            else:
+                found.append(f"{option}={name} data.path={'FOLDER' if kind.needs_path else 'null'}")
     return " or ".join(found) or "mmoe recipe data"
 
 

@@ -39,9 +39,8 @@ def write_model(run: StageRun, folder: Path) -> None:
         try:
             _save(model, run, folder)
         except (OSError, SafetensorError) as error:  # of peft
-            raise BadInput(
-                f"cannot write '{folder}'", getattr(error, "strerror", None) or str(error), _AGAIN
-            ) from error
+            wrong = getattr(error, "strerror", None) or str(error)
+            raise BadInput(f"cannot write '{folder}'", wrong, _AGAIN) from error
         except BadInput as error:
             raise BadInput(error.asked, error.wrong, _AGAIN) from error
     run.accelerator.wait_for_everyone()

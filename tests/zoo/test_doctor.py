@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
+import shutil
 import socket
 import sys
 import time
@@ -47,13 +47,14 @@ def _pinned_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_sound_installation(checks: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    zoo.list_models()  # the first reading in a process keeps the cards in the folder
+    shutil.rmtree(tmp_path / "mmoe_home", ignore_errors=True)
     found, code = checks()
     assert code == 0, [check for check in found.values() if check["status"] == "broken"]
     assert found["torch"]["detail"] == importlib.metadata.version("torch")
     assert found["Python"]["detail"].startswith(".".join(map(str, sys.version_info[:3])))
     assert "cpu (" in found["devices"]["detail"] and "threads used by torch: " in found["devices"]["detail"]
-    size = "not there yet|[0-9.]+ MB"  # cards are kept there by the first test of a process that reads them
-    assert re.fullmatch(rf"{re.escape(str(tmp_path / 'mmoe_home'))} \(({size})\)", found["files cache"]["detail"])
+    assert found["files cache"]["detail"] == f"{tmp_path / 'mmoe_home'} (not there yet)"
     tag, _ = zoo.card("clip_moe_tiny").find_weights()
     assert found[f"clip_moe_tiny.{tag}"]["detail"] == "there, checksum right"
     assert found["imports"]["status"] == "ok"
