@@ -45,6 +45,7 @@ install: $(STAMP)  ## install everything into .venv
 
 # The stamp is written last, so an interrupted install is taken up again. A package that was being unpacked when the
 # install was killed has no INSTALLER file yet; without its .dist-info pip sees that it has to be installed again.
+# Byte code is compiled on all cores, which pip does on one; some packages have files that are no Python 3.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	{ echo "error: '$(PYTHON)' is missing or older than Python 3.11; try: make PYTHON=python3.12" >&2; exit 1; }
@@ -55,7 +56,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@[ -d $(VENV) ] || $(PYTHON) -m venv $(VENV)
 	@for info in $(VENV)/lib/python*/site-packages/*.dist-info; do \
 	[ -e "$$info/INSTALLER" ] || rm -rf "$$info"; done
-	@$(BIN)/python -m pip install $(if $(wildcard $(STAMP)),-q) -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install $(if $(wildcard $(STAMP)),-q) --no-compile -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $(STAMP)
 
 constraints: $(STAMP)  ## write the releases in .venv to constraints.txt

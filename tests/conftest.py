@@ -34,6 +34,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     pytest.skip(reason)
 
 
+def pytest_collection_finish() -> None:
+    import tests.frozen  # noqa: F401  (what it does, it does when it is imported)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """The same random numbers for each test, whatever ran before. A test that needs no torch does not pay for it."""

@@ -19,7 +19,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["mmoe.parallel", "zoo.clip_moe.model", "train.stages", "peft"])
+CONTEXT.set_forkserver_preload(["mmoe.parallel", "zoo.clip_moe.model", "train.stages", "peft", "tests.frozen"])
 SECONDS = 240
 
 
@@ -95,6 +95,7 @@ def run(world: int, job: Callable[..., Any], folder: Path, *args: Any) -> list[A
     hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
+        process.join()
     assert not hung, f"processes {hung} hang"
     import torch
 

@@ -30,7 +30,7 @@ from train.evaluate import Task
 from train.health import RouterHealth
 from train.log import RunLog
 from train.optim import Optimizers, schedule
-from train.outcome import write_model
+from train.outcome import is_finite, write_model
 from train.progress import Progress, interrupts_held, interrupts_raise
 from train.recipe import course
 from train.sections import ScaleSection, Stage
@@ -125,6 +125,8 @@ class StageRun:
     def run(self) -> dict[str, Any]:
         """Trains to the end, evaluates, saves, and tells what came out."""
         self.train()
+        _, diverged = self._agree(0.0, not is_finite(self.trained))  # no loss tells what the last step did
+        self._check(not diverged, f"some weights after step {self.state.step} are no numbers")
         with interrupts_held() as interrupted:
             self.save()
         if interrupted():
@@ -152,7 +154,7 @@ class StageRun:
                     logs = (self.state.step + 1) % run.log_every == 0 or self.state.step + 1 == self.steps
                     loss, told = self._step(model, each, parts, logs)
                     loss, stop = self._agree(loss, interrupted())
-                    self._check_loss(loss)
+                    self._check(math.isfinite(loss), f"the loss of step {self.state.step + 1} is {loss}")
                     self.state.losses = [*self.state.losses, loss][-run.log_every :]
                     self.state.step += 1
                     self.state.seconds = before + time.monotonic() - begun
@@ -223,9 +225,8 @@ class StageRun:
         self.accelerator.unscale_gradients(each)
         return float(nn.utils.clip_grad_norm_(parameters, most))
 
-    def _check_loss(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            wrong = f"the loss of step {self.state.step + 1} is {loss}"
+    def _check(self, finite: bool, wrong: str) -> None:
+        if not finite:
             clip = "" if self.stage.optim.clip else " optim.clip=1.0"
             fix = f"optim.lr={min(1e-3, self.stage.optim.lr / 10):.1g}{clip}, into another folder by --out"
             raise BadInput(f"go on with {self._name}", wrong, fix)

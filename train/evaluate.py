@@ -8,6 +8,7 @@ Shapes: n samples, C embedding.
 from __future__ import annotations
 
 import inspect
+import shlex
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -127,7 +128,8 @@ def check_metric(name: str, task: Task, model: Any, data: DataSet) -> None:
     with torch.no_grad(), torch.random.fork_rng():
         metrics = task.measure(model, data)
     if plain not in metrics:
-        raise BadInput(asked, did_you_mean(plain, metrics), f"run.best={next(iter(metrics))}")
+        first = min(metrics, key=lambda metric: ("/" in metric, " " in metric))  # of all samples, and plain
+        raise BadInput(asked, did_you_mean(plain, metrics), shlex.quote(f"run.best={first}"))
 
 
 def check_fields(task: Task, data: DataSet, option: str) -> None:

@@ -41,6 +41,8 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             alike = defaultdict[tuple[torch.Size, torch.device], list[Tensor]](list)
             for matrix in group["params"]:
+                if matrix.grad is not None and matrix.grad.is_sparse:
+                    raise RuntimeError("Muon does not support sparse gradients")
                 if matrix.grad is not None and matrix.numel():
                     alike[matrix.shape, matrix.device].append(matrix)
             for (shape, _), matrices in alike.items():
@@ -60,7 +62,7 @@ class Muon(torch.optim.Muon):
                 state["momentum_buffer"] = torch.zeros_like(grad)
             mean = state["momentum_buffer"]
             mean.lerp_(grad, 1 - group["momentum"])
-            ahead.append(grad.lerp(mean, group["momentum"]))
+            ahead.append(grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean)
         orthogonal = zeropower_via_newtonschulz(
             torch.stack(ahead),
             group["ns_steps"],
@@ -68,6 +70,6 @@ class Muon(torch.optim.Muon):
             eps=group["eps"],
             dtype=torch.float32 if ahead[0].device.type == "cpu" else torch.bfloat16,
         )
-        size = group["lr"] * get_lr_scale(orthogonal.shape[1:], "match_rms_adamw")
+        size = group["lr"] * get_lr_scale(orthogonal.shape[1:], group["adjust_lr_fn"] or "original")
         for matrix, direction in zip(matrices, orthogonal, strict=True):
             matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.to(matrix.dtype), alpha=-size)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from mmoe.errors import BadInput
 from train import tune
@@ -17,6 +19,13 @@ if TYPE_CHECKING:
 _AGAIN = "free space or mend what is said above, then the same command with --resume"
 
 
+def is_finite(model: nn.Module) -> bool:
+    """Whether the trained weights are numbers, of sharded ones the part of this process."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = (parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in trained)
+    return all(bool(values.isfinite().all()) for values in own)
+
+
 def write_model(run: StageRun, folder: Path) -> None:
     """Writes the model of a stage as it is now; every process has to call it.
 
@@ -25,7 +34,7 @@ def write_model(run: StageRun, folder: Path) -> None:
         folder: of the model.
 
     Raises:
-        BadInput: the disk is full, or the folder cannot be written to; the checkpoints stay.
+        BadInput: the disk is full, or the folder cannot be written to; the checkpoints and an older model stay.
     """
     model: Any = run.trained
     if run.sharded:
@@ -38,7 +47,7 @@ def write_model(run: StageRun, folder: Path) -> None:
             model.load_state_dict(whole)
         try:
             _save(model, run, folder)
-        except (OSError, SafetensorError) as error:  # of peft
+        except (OSError, SafetensorError) as error:  # peft lets what its files meet through
             wrong = getattr(error, "strerror", None) or str(error)
             raise BadInput(f"cannot write '{folder}'", wrong, _AGAIN) from error
         except BadInput as error:

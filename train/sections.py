@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LearningRate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]  # in fp32, which ends at 3e38, with room
 
 
 class Section(BaseModel):
@@ -131,8 +132,8 @@ class OptimSection(Section):
     """
 
     name: Literal["adamw", "sgd", "muon"] = "adamw"
-    lr: Positive
-    muon_lr: Positive | None = None
+    lr: LearningRate
+    muon_lr: LearningRate | None = None
     weight_decay: Rate = 0.01
     muon_weight_decay: Rate = 0.05
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

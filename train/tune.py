@@ -6,11 +6,13 @@ import copy
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmoe.atomic import atomic_paths
 from mmoe.errors import BadInput, nearest
 from mmoe.moe import moe_layers
 from mmoe.trace import trace
@@ -216,7 +218,7 @@ ADAPTERS = "adapters"  # folder of adapters inside that of the model that has th
 
 
 def save_adapters(model: Any, folder: Path, base: str, *, merge: bool) -> None:
-    """Writes adapters as peft does: adapter_config.json and adapter_model.safetensors.
+    """Writes adapters as peft does: adapter_config.json and adapter_model.safetensors; all or, if it fails, nothing.
 
     Args:
         model: a `peft.PeftModel`.
@@ -226,10 +228,15 @@ def save_adapters(model: Any, folder: Path, base: str, *, merge: bool) -> None:
     """
     model.peft_config["default"].base_model_name_or_path = base
     target = folder / ADAPTERS if merge else folder
-    model.save_pretrained(target, save_embedding_layers=False)  # peft would ask the hub whether the base has others
-    (target / "README.md").unlink(missing_ok=True)  # an empty form
-    if merge:
-        copy.deepcopy(model).merge_and_unload().save(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=target) as made:
+        model.save_pretrained(made, save_embedding_layers=False)  # peft would ask the hub whether the base has others
+        files = [file for file in sorted(Path(made).iterdir()) if file.name != "README.md"]  # an empty form
+        with atomic_paths(*(target / file.name for file in files)) as temporaries:
+            for file, temporary in zip(files, temporaries, strict=True):
+                file.replace(temporary)
+            if merge:
+                copy.deepcopy(model).merge_and_unload().save(folder)
 
 
 def load_adapters(model: nn.Module, folder: str | Path, *, merge: bool = False) -> Any:

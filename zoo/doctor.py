@@ -144,11 +144,13 @@ def _caches() -> Iterator[Check]:
             continue
         detail = f"{folder} ({_size(folder) / 1e6:,.1f} MB)" if folder.is_dir() else f"{folder} (not there yet)"
         parent = next(above for above in (folder, *folder.parents) if above.exists())
-        writable = os.access(parent, os.W_OK)
-        fix = "" if writable else f"give yourself the right to write to {parent}, or set MMOE_HOME and HF_HOME"
-        if not writable:
+        fix = ""
+        if not parent.is_dir():
+            detail, fix = f"{folder}: {parent} is a file", "set MMOE_HOME and HF_HOME to folders"
+        elif not os.access(parent, os.W_OK):
             detail += ", not writable"
-        yield Check(name=name, detail=detail, status="ok" if writable else "broken", fix=fix)
+            fix = f"give yourself the right to write to {parent}, or set MMOE_HOME and HF_HOME"
+        yield Check(name=name, detail=detail, status="broken" if fix else "ok", fix=fix)
 
 
 def _size(folder: Path) -> int:

@@ -91,6 +91,13 @@ def server(model: UniMoE, cards: None, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies of 24 tokens."""
+    monkeypatch.setattr(uni_moe, "MOST_TOKENS", 24)
+    monkeypatch.setitem(UniMoE.predict.__kwdefaults__, "max_new_tokens", 24)
+
+
+@pytest.fixture
 def page(server: SimpleNamespace) -> uni_moe.Page:
     return uni_moe.Page(zoo.list_models(family="uni_moe"), server.store)
 
@@ -115,7 +122,7 @@ def said(chat: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def test_replies_equal_the_python_api(client: Client, model: UniMoE, photo: Path, tone: Path) -> None:
+def test_replies_equal_the_python_api(client: Client, model: UniMoE, photo: Path, tone: Path, brief: None) -> None:
     error, chat, turns, _, told = client.predict(
         MODEL, "What is it?", handle_file(photo), handle_file(tone), "sound", [], api_name="/uni_moe_chat"
     )
@@ -345,7 +352,7 @@ def test_errors_of_steps_become_cards() -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_visit(
-    server: SimpleNamespace, model: UniMoE, browser: Any, shots: Path, photo: Path, tone: Path, width: int
+    server: SimpleNamespace, model: UniMoE, browser: Any, shots: Path, photo: Path, tone: Path, width: int, brief: None
 ) -> None:
     visit = Visit(browser, server.url, width, shots, "#uni_moe-run")
     page = visit.page

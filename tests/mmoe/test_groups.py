@@ -15,7 +15,7 @@ from mmoe.groups import entropy_bits, group_counts, mutual_information
 
 def routing(experts: list[list[int]], num_experts: int = 3, **options: object) -> Routing:
     ids = torch.tensor(experts)
-    return Routing(experts=ids, weights=torch.rand(ids.shape), num_experts=num_experts, **options)  # type: ignore[arg-type]  # any
+    return Routing(experts=ids, weights=torch.rand(ids.shape), num_experts=num_experts, **options)  # type: ignore[arg-type]  # options are of several types
 
 
 def test_every_counted_slot_is_in_one_cell() -> None:

@@ -23,7 +23,7 @@ from mmoe import parallel
 from mmoe.errors import BadInput, BadOverride, CorruptFile, LoadMismatch, MmoeError, Refused
 from tests.processes import SECONDS, run
 
-D, F, E, K, ROWS, STEPS = 16, 24, 8, 2, 7, 20
+D, F, E, K, ROWS, STEPS = 16, 24, 8, 2, 7, 9
 
 
 class Block(nn.Module):

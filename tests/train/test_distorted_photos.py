@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections import Counter, defaultdict
 
@@ -211,6 +212,11 @@ DAMAGES = {
     "another shape": lambda whole: saved(np.zeros(len(np.load(io.BytesIO(whole))), np.uint8)),
     "a number": lambda whole: saved(np.uint8(3)),
     "another type": lambda whole: whole.replace(b"|u1", b"|i1"),
+    "a negative side": lambda whole: whole.replace(b"32, 3)", b"32,-3)"),
+    "no type": lambda whole: whole.replace(b"'|u1'", b"()   "),
+    "half a type": lambda whole: whole.replace(b"'|u1'", b"',u1'"),
+    "another order": lambda whole: whole.replace(b"False", b"True "),
+    "too long": lambda whole: whole + b"more",
 }
 
 
@@ -221,6 +227,25 @@ def test_a_damaged_file_is_made_again(damage):
     whole = file.read_bytes()
     file.unlink()  # what is mapped into memory stays whole
     file.write_bytes(DAMAGES[damage](whole))
+    assert file.read_bytes() != whole
+    load("eval")
+    assert file.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_to_is_told():
+    data = load("eval")
+    file, lock = _kept(data.samples_of[0][0], SIZE), _kept(data.samples_of[0][0], SIZE).parent / ".lock"
+    whole = file.read_bytes()
+    file.unlink()
+    wrong = {file: f"cannot write '{file}': it is a folder", lock: "Is a directory"}
+    for path, told in wrong.items():
+        path.unlink(missing_ok=True)
+        path.mkdir()
+        with pytest.raises(BadInput, match=re.escape(told)) as error:
+            load("eval")
+        assert f"keep distorted pictures in '{file.parent}'" in str(error.value)
+        assert error.value.fix == "free space, or MMOE_HOME=FOLDER before the command"
+        path.rmdir()
     load("eval")
     assert file.read_bytes() == whole
 

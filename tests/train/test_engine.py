@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import pydoc
 import resource
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train
@@ -305,6 +307,33 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, method, wri
     assert_same(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), SafetensorError("full")])
+@pytest.mark.parametrize("place", ["peft.peft_model.safe_save_file", "zoo.model.save_file"])
+def test_a_full_disk_leaves_the_adapters_of_before_with_their_model(tmp_path, monkeypatch, place, error):
+    tiny = recipe(tmp_path, "run.steps=3", "tune.method=lora", 'run.best="R@1"', "run.eval_every=1")
+    found = []
+    inner = StageRun._evaluate
+
+    def rising(self):
+        found.append({str(file): file.read_bytes() for file in tmp_path.rglob("best/**/*") if file.is_file()})
+        return {**inner(self), "R@1": float(self.state.step)}
+
+    write = pydoc.locate(place)
+
+    def full(values, file, **options):
+        if len(found) < 2:
+            return write(values, file, **options)
+        Path(file).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(StageRun, "_evaluate", rising)
+    monkeypatch.setattr(place, full)
+    with pytest.raises(BadInput, match=r"full\n  try: free space"):
+        train.run(tiny, tmp_path / "a", progress=False)
+    now = {str(file): file.read_bytes() for file in tmp_path.rglob("best/**/*") if file.is_file()}
+    assert len(found) == 2 and now == found[1] and len(now) >= 4
+
+
 @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"state.pt": 3}'])
 def test_a_manifest_that_is_none_is_a_damaged_checkpoint(tmp_path, text):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
@@ -433,6 +462,21 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     tiny = recipe(tmp_path, "optim.lr=1e30", "optim.clip=null")
     with pytest.raises(BadInput, match="the loss of step"):
         train.run(tiny, tmp_path / "a", progress=False)
+
+
+def test_weights_that_are_no_numbers_behind_the_last_step_are_not_saved(tmp_path, monkeypatch):
+    inner = StageRun._step
+
+    def step(self, *args):
+        told = inner(self, *args)
+        if self.state.step == 7:
+            next(p for p in self.trained.parameters() if p.requires_grad).data.view(-1)[0] = math.nan
+        return told
+
+    monkeypatch.setattr(StageRun, "_step", step)
+    with pytest.raises(BadInput, match=r"some weights after step 8 are no numbers\n  try: optim.lr=0.0001, into"):
+        train.run(recipe(tmp_path), tmp_path / "a", progress=False)
+    assert not (tmp_path / "a" / "model").exists()
 
 
 def test_bf16_trains_as_fp32_does(tmp_path):

@@ -13,7 +13,7 @@ import zoo
 from mmoe.errors import BadInput, Refused
 from train.cli import _tables
 from train.data.base import DataSet
-from train.evaluate import features, overlap, tasks
+from train.evaluate import check_metric, features, overlap, tasks
 from train.recall import recall
 
 
@@ -208,6 +208,21 @@ def test_quality_of_groups_and_of_levels():
     again = tasks.build("quality").measure(Rates(0.9, 0.5, 0.2, 0.2, 0.5, 0.9, 1.0), Listed(others))
     assert again.pop("SRCC human") == -found["SRCC"] and again.pop("SRCC metrics") == found["SRCC"]
     assert again == found
+
+
+@pytest.mark.parametrize(
+    ("metrics", "fix"),
+    [
+        (["blur/SRCC", "SRCC human", "SRCC"], "run.best=SRCC"),
+        (["SRCC human", "blur/SRCC"], "'run.best=SRCC human'"),
+        (["pictures/choice", "pictures/exact match"], "run.best=pictures/choice"),
+    ],
+)
+def test_a_metric_that_there_is_is_suggested(metrics, fix):
+    task = SimpleNamespace(measure=lambda model, data: dict.fromkeys(metrics, 0.5))
+    with pytest.raises(BadInput, match="keep the model with the best 'R@1'") as error:
+        check_metric("R@1", task, None, Listed([{}]))
+    assert error.value.fix == fix
 
 
 def test_metrics_of_parts_are_shown_as_a_table():

@@ -80,15 +80,23 @@ def orthogonal(grad: torch.Tensor, coefficients: tuple[float, ...], steps: int, 
     return (wide if grad.size(0) <= grad.size(1) else wide.t()).to(grad.dtype)
 
 
-@pytest.mark.parametrize("together", [2**23, 1])
-def test_muon_moves_as_that_of_torch(monkeypatch, together):
-    """Where that is as exact; and goes on from its state, as runs of before do."""
+MATCH = {"adjust_lr_fn": "match_rms_adamw"}
+
+
+@pytest.mark.parametrize(
+    ("together", "options"),
+    [(2**23, MATCH), (1, MATCH), (1, {**MATCH, "nesterov": False}), (1, {"adjust_lr_fn": "original"}), (1, {})],
+)
+def test_muon_moves_as_that_of_torch(monkeypatch, together, options):
+    """Where that is as exact, with all that a state of torch's may ask for; states go both ways."""
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", orthogonal)
     monkeypatch.setattr("train.muon._TOGETHER", together)
     begun = [torch.randn(shape) for shape in SHAPES]
     pairs = [[torch.nn.Parameter(matrix.clone()) for matrix in begun] for _ in range(2)]
-    theirs = torch.optim.Muon(pairs[0], lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(pairs[0], lr=0.1, weight_decay=0.5, **options)
     ours = Muon(pairs[1], lr=0.1, weight_decay=0.5)
+    assert ours.state_dict()["param_groups"] == [{**theirs.state_dict()["param_groups"][0], **MATCH, "nesterov": True}]
+    ours.load_state_dict(deepcopy(theirs.state_dict()))
     for _ in range(3):
         grads = [torch.randn(shape) if shape != (3, 50) else None for shape in SHAPES]
         for matrices in pairs:
@@ -98,9 +106,23 @@ def test_muon_moves_as_that_of_torch(monkeypatch, together):
         ours.step()
         for matrix, expected in zip(*reversed(pairs), strict=True):
             torch.testing.assert_close(matrix, expected, atol=1e-5, rtol=1e-5)
-        ours.load_state_dict(deepcopy(theirs.state_dict()))
-        theirs.load_state_dict(deepcopy(ours.state_dict()))
+        states = [one.state_dict() for one in (ours, theirs)]
+        assert states[0]["param_groups"] == states[1]["param_groups"]
+        for state in states:
+            assert {n: list(one) for n, one in state["state"].items()} == {n: ["momentum_buffer"] for n in range(4)}
+        theirs.load_state_dict(deepcopy(states[0]))
+        ours.load_state_dict(deepcopy(states[1]))
     assert torch.equal(pairs[1][-1], begun[-1]), "one without a gradient does not even decay"
+
+
+def test_muon_leaves_matrices_without_numbers():
+    nothing, some = (torch.nn.Parameter(torch.ones(shape)) for shape in ((0, 5), (2, 5)))
+    nothing.grad, some.grad = torch.ones(0, 5), torch.ones(2, 5)
+    Muon([nothing, some], lr=0.1).step()
+    assert nothing.shape == (0, 5) and not torch.equal(some, torch.ones(2, 5))
+    some.grad = torch.ones(2, 5).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        Muon([some]).step()
 
 
 def test_muon_takes_the_matrices_of_the_blocks():

@@ -18,7 +18,7 @@ import train
 import zoo
 from mmoe import parallel
 from mmoe.errors import BadInput, MmoeError, Refused
-from tests.processes import run
+from tests.processes import command, run
 from train.engine import StageRun, Stopped
 from train.health import RouterHealth
 from train.recipe import Recipe
@@ -226,14 +226,20 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "train"]
 
 
+def launched(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """What `python -m` with these words does in a folder; `mmoe`, which starts other processes, is a forked one."""
+    if words[0] == "mmoe":
+        return command(words[1:], folder)
+    alone = [sys.executable, "-m", *words]
+    return subprocess.run(alone, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+
+
 @pytest.mark.parametrize(
     "launcher", [["mmoe", "train", "--launch", "2"], ACCELERATE], ids=["mmoe --launch", "accelerate launch"]
 )
 def test_launchers_start_as_many_processes_as_were_asked_for(tmp_path, launcher):
     path = recipe(tmp_path, scale={"processes": 2}, run={"steps": 1})
-    command = [sys.executable, "-m", *launcher, str(path), "data.limit=32", "--out", str(tmp_path / "a")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    ended = launched([*launcher, str(path), "data.limit=32", "--out", "a"], tmp_path)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.count("1 steps, loss") == 1, "one process tells"
     assert (tmp_path / "a" / "results.json").exists()
@@ -241,19 +247,17 @@ def test_launchers_start_as_many_processes_as_were_asked_for(tmp_path, launcher)
 
 def test_a_launch_ends_with_what_its_processes_say(tmp_path):
     path = recipe(tmp_path, optim={"lr": 1e30, "clip": None}, run={"steps": 9})
-    command = [sys.executable, "-m", "mmoe", "train", "--launch", "2", str(path), "--out", str(tmp_path / "a")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    words = ["mmoe", "train", "--launch", "2", str(path), "--out", "a"]
+    ended = launched(words, tmp_path)
     assert ended.returncode == 2, ended.stderr
     assert "the loss of step" in ended.stderr and "Traceback" not in ended.stderr
-    ended = subprocess.run([*command, "optim.lr=-1"], capture_output=True, text=True, timeout=240, check=False)
+    ended = launched([*words, "optim.lr=-1"], tmp_path)
     assert ended.returncode == 2 and ended.stderr.count("error: ") == 1
 
 
 def test_one_process_that_launchers_start_in_place_of_two_is_told(tmp_path):
     path = recipe(tmp_path, scale={"processes": 2})
     words = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "train", str(path)]
-    ended = subprocess.run(
-        [sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-    )
+    ended = launched(words, tmp_path)
     assert ended.returncode != 0
     assert "train with 2 processes\n  1 was started\n  try: mmoe train ... --launch 2" in ended.stderr

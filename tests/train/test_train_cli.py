@@ -321,6 +321,7 @@ WRONG = {
     "tune={method: modules, modules: ['*.mpl.*']}": "no parameter has such a name",
     "tune={method: lora, modules: ['*.atn']}": "no linear layer, router or other matrix has such a name",
     "optim.lr=-1": "should be greater than 0",
+    "optim.lr=1e38": "should be less than or equal to 1e+30",
     "optim.name=muon": "muon_lr belong together",
     "optim.schedule=cosin": "should be 'cosine', 'linear' or 'constant'",
     "run.precision=fp16": "there is no GPU",

@@ -17,16 +17,18 @@ from train.engine import StageRun
 from train.recipe import Recipe
 from zoo.assets import asset
 from zoo.hosts.decoder import PROJECTIONS, pack_ffns
+from zoo.uni_moe.model import UniMoE
 
 EXPERTS = ("seer", "listener", "hearer", "talker")
 CHAIN = ("base", "connectors", *EXPERTS, "uni_moe")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _evaluated_once() -> Iterator[None]:
-    """The mixture alone is evaluated: models that are not trained write until there is no place left."""
+def _evaluated_briefly() -> Iterator[None]:
+    """The mixture alone, with short replies: models that are not trained write until there is no place left."""
     inner = StageRun._evaluate
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(UniMoE.predict.__kwdefaults__, "max_new_tokens", 4)
         patch.setattr(StageRun, "_evaluate", lambda self: inner(self) if self.stage.name == "uni_moe" else {})
         yield
 

@@ -103,6 +103,15 @@ def test_caches_are_measured(checks: Any, tmp_path: Path) -> None:
     assert checks()[0]["files cache"]["detail"] == f"{tmp_path / 'mmoe_home'} (2.5 MB)"
 
 
+def test_a_cache_that_is_a_file(checks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
+        monkeypatch.setenv("MMOE_HOME", str(folder))
+        check = checks()[0]["files cache"]
+        assert (check["status"], check["detail"]) == ("broken", f"{folder}: {tmp_path / 'file'} is a file")
+        assert check["fix"] == "set MMOE_HOME and HF_HOME to folders"
+
+
 def test_a_library_that_is_missing_or_too_old(checks: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.version
 

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
+import math
+import os
 import random
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -201,11 +204,28 @@ def _opened(file: Path) -> np.ndarray:
 
 
 def _is_whole(view: View, size: int) -> bool:
+    """Whether a file is there with the right header and length; bytes that changed in between are not seen."""
+    shape = (len(cells_of(view.photo)), size, size, 3)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     try:
-        kept = np.lib.format.open_memmap(_kept(view, size), mode="r")
-    except (OSError, ValueError, EOFError, TypeError, TokenError):  # what numpy raises for damaged headers
+        with _kept(view, size).open("rb") as file:
+            begins = file.read(header.tell()) == header.getvalue()
+            return begins and os.fstat(file.fileno()).st_size == header.tell() + math.prod(shape)
+    except OSError:
         return False
-    return kept.shape == (len(cells_of(view.photo)), size, size, 3) and kept.dtype == np.uint8
+
+
+@contextmanager
+def _written(size: int) -> Iterator[None]:
+    """What goes wrong with the folder of kept pictures is told with what helps."""
+    asked, fix = f"keep distorted pictures in '{_folder(size)}'", "free space, or MMOE_HOME=FOLDER before the command"
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(asked, f"{error.asked}: {error.wrong}", fix) from error
+    except OSError as error:
+        raise BadInput(asked, str(error.strerror), fix) from error
 
 
 def make(wanted: Sequence[View], size: int) -> None:
@@ -222,18 +242,17 @@ def make(wanted: Sequence[View], size: int) -> None:
         return
     from filelock import FileLock
 
-    try:
-        _folder(size).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fix = "MMOE_HOME=FOLDER in front of the command"
-        raise BadInput("keep distorted pictures", f"'{_folder(size)}': {error.strerror}", fix) from error
-    with FileLock(_folder(size) / ".lock"), Progress("distorting", len(wanted), unit="photos") as bar:
+    with ExitStack() as stack:
+        with _written(size):
+            _folder(size).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(_folder(size) / ".lock"))
+        bar = stack.enter_context(Progress("distorting", len(wanted), unit="photos"))
         for number, view in enumerate(wanted, 1):
             if not _is_whole(view, size):
                 pristine = view.open(size)
                 made = [np.asarray(pristine)]
                 made += [spoil(pristine, view.photo, kind, level) for kind, level, _ in cells_of(view.photo)[1:]]
-                with open_atomic(_kept(view, size)) as file:
+                with _written(size), open_atomic(_kept(view, size)) as file:
                     np.save(file, np.stack(made))  # (n, S, S, 3)
             bar.update(number)
 
