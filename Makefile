@@ -24,7 +24,8 @@ bench: $(STAMP)  ## measure the models on this machine
 	@$(BIN)/mmoe bench $(ARGS)
 
 test: $(STAMP)  ## run the tests; ARGS="-m slow" runs the slow ones
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile \
+	--no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## check format, style and types
 	@$(BIN)/ruff check .

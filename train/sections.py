@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-LearningRate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]  # in fp32, which ends at 3e38, with room
+LearningRate = Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)]  # with room, as torch's overflow near 3e38
 
 
 class Section(BaseModel):

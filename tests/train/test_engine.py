@@ -459,7 +459,7 @@ def test_the_balance_loss_changes_the_gradient_where_its_coefficient_is_above_0(
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    tiny = recipe(tmp_path, "optim.lr=1e30", "optim.clip=null")
+    tiny = recipe(tmp_path, "optim.lr=1e10", "optim.clip=null")
     with pytest.raises(BadInput, match="the loss of step"):
         train.run(tiny, tmp_path / "a", progress=False)
 

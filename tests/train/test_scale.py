@@ -246,7 +246,7 @@ def test_launchers_start_as_many_processes_as_were_asked_for(tmp_path, launcher)
 
 
 def test_a_launch_ends_with_what_its_processes_say(tmp_path):
-    path = recipe(tmp_path, optim={"lr": 1e30, "clip": None}, run={"steps": 9})
+    path = recipe(tmp_path, optim={"lr": 1e10, "clip": None}, run={"steps": 9})
     words = ["mmoe", "train", "--launch", "2", str(path), "--out", "a"]
     ended = launched(words, tmp_path)
     assert ended.returncode == 2, ended.stderr
