@@ -125,9 +125,8 @@ class StageRun:
     def run(self) -> dict[str, Any]:
         """Trains to the end, evaluates, saves, and tells what came out."""
         self.train()
-        _, diverged = self._agree(0.0, not is_finite(self.trained))  # no loss tells what the last step did
-        self._check(not diverged, f"some weights after step {self.state.step} are no numbers")
         with interrupts_held() as interrupted:
+            self._check(self._sound(), f"some weights after step {self.state.step} are no numbers")
             self.save()
         if interrupted():
             raise Stopped
@@ -225,6 +224,10 @@ class StageRun:
         self.accelerator.unscale_gradients(each)
         return float(nn.utils.clip_grad_norm_(parameters, most))
 
+    def _sound(self) -> bool:
+        """Whether all weights are numbers; no loss tells what the newest step did."""
+        return not self._agree(0.0, not is_finite(self.trained))[1]
+
     def _check(self, finite: bool, wrong: str) -> None:
         if not finite:
             clip = "" if self.stage.optim.clip else " optim.clip=1.0"
@@ -271,7 +274,7 @@ class StageRun:
             return
         sign, name = (-1.0, name[1:]) if name.startswith("-") else (1.0, name)
         value = sign * metrics[name]
-        if math.isfinite(value) and (self.state.best is None or value > self.state.best[0]):
+        if math.isfinite(value) and (self.state.best is None or value > self.state.best[0]) and self._sound():
             self.state.best, self.state.best_metrics = (value, self.state.step), dict(metrics)
             write_model(self, self.folder / "best")
 
@@ -379,13 +382,10 @@ class StageRun:
         metrics = self._evaluate()
         if self.eval_data is None:
             self.log.heatmap(self.state.step)
+        whole, trained = self.parameters, sum(trained for _, trained, _ in self.table)
         return {
             "stage": self.stage.name,
-            "parameters": {
-                "total": self.parameters.total,
-                "active": self.parameters.active,
-                "trained": sum(trained for _, trained, _ in self.table),
-            },
+            "parameters": {"total": whole.total, "active": whole.active, "trained": trained},
             "steps": self.steps,
             "seconds": round(self.state.seconds, 1),
             "loss": sum(self.state.losses) / len(self.state.losses),

@@ -129,7 +129,8 @@ def check_metric(name: str, task: Task, model: Any, data: DataSet) -> None:
         metrics = task.measure(model, data)
     if plain not in metrics:
         first = min(metrics, key=lambda metric: ("/" in metric, " " in metric))  # of all samples, and plain
-        raise BadInput(asked, did_you_mean(plain, metrics), shlex.quote(f"run.best={first}"))
+        sign = "-" if first.rpartition("/")[2] in ("WER", "CER", "perplexity") else ""
+        raise BadInput(asked, did_you_mean(plain, metrics), shlex.quote(f"run.best={sign}{first}"))
 
 
 def check_fields(task: Task, data: DataSet, option: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_SCALES = {None: "original", "spectral_unclamped": "rms_to_rms"}  # names of torch -> of timm, where they differ
 _TOGETHER = 2**23  # numbers that are orthogonalised at a time
 
 
@@ -70,6 +71,7 @@ class Muon(torch.optim.Muon):
             eps=group["eps"],
             dtype=torch.float32 if ahead[0].device.type == "cpu" else torch.bfloat16,
         )
-        size = group["lr"] * get_lr_scale(orthogonal.shape[1:], group["adjust_lr_fn"] or "original")
+        scale = _SCALES.get(group["adjust_lr_fn"], group["adjust_lr_fn"])
+        size = group["lr"] * get_lr_scale(orthogonal.shape[1:], scale)
         for matrix, direction in zip(matrices, orthogonal, strict=True):
             matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.to(matrix.dtype), alpha=-size)

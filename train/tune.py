@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -231,10 +232,13 @@ def save_adapters(model: Any, folder: Path, base: str, *, merge: bool) -> None:
     target.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", dir=target) as made:
         model.save_pretrained(made, save_embedding_layers=False)  # peft would ask the hub whether the base has others
-        files = [file for file in sorted(Path(made).iterdir()) if file.name != "README.md"]  # an empty form
+        # The configuration takes its name last: it tells that there are adapters.
+        files = [Path(made) / name for name in ("adapter_model.safetensors", "adapter_config.json")]
         with atomic_paths(*(target / file.name for file in files)) as temporaries:
             for file, temporary in zip(files, temporaries, strict=True):
                 file.replace(temporary)
+                with temporary.open("rb") as written:
+                    os.fsync(written.fileno())
             if merge:
                 copy.deepcopy(model).merge_and_unload().save(folder)
 

@@ -312,11 +312,11 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, method, wri
 def test_a_full_disk_leaves_the_adapters_of_before_with_their_model(tmp_path, monkeypatch, place, error):
     tiny = recipe(tmp_path, "run.steps=3", "tune.method=lora", 'run.best="R@1"', "run.eval_every=1")
     found = []
-    inner = StageRun._evaluate
+    keep = StageRun._keep_best
 
-    def rising(self):
+    def rising(self, metrics):
         found.append({str(file): file.read_bytes() for file in tmp_path.rglob("best/**/*") if file.is_file()})
-        return {**inner(self), "R@1": float(self.state.step)}
+        keep(self, {**metrics, "R@1": float(self.state.step)})
 
     write = pydoc.locate(place)
 
@@ -326,9 +326,9 @@ def test_a_full_disk_leaves_the_adapters_of_before_with_their_model(tmp_path, mo
         Path(file).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(StageRun, "_evaluate", rising)
+    monkeypatch.setattr(StageRun, "_keep_best", rising)
     monkeypatch.setattr(place, full)
-    with pytest.raises(BadInput, match=r"full\n  try: free space"):
+    with pytest.raises(BadInput, match=r"best.*\n  full\n  try: free space"):
         train.run(tiny, tmp_path / "a", progress=False)
     now = {str(file): file.read_bytes() for file in tmp_path.rglob("best/**/*") if file.is_file()}
     assert len(found) == 2 and now == found[1] and len(now) >= 4
@@ -464,19 +464,22 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         train.run(tiny, tmp_path / "a", progress=False)
 
 
-def test_weights_that_are_no_numbers_behind_the_last_step_are_not_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("last", "told"), [(8, "some weights after step 8 are"), (4, "the loss of step 5 is nan")])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch, last, told):
     inner = StageRun._step
 
     def step(self, *args):
         told = inner(self, *args)
-        if self.state.step == 7:
+        if self.state.step == last - 1:
             next(p for p in self.trained.parameters() if p.requires_grad).data.view(-1)[0] = math.nan
         return told
 
     monkeypatch.setattr(StageRun, "_step", step)
-    with pytest.raises(BadInput, match=r"some weights after step 8 are no numbers\n  try: optim.lr=0.0001, into"):
-        train.run(recipe(tmp_path), tmp_path / "a", progress=False)
+    tiny = recipe(tmp_path, "run.eval_every=4", "run.best=-R@1", "run.save_every=null")
+    with pytest.raises(BadInput, match=rf"{told}.*\n  try: optim.lr=0.0001, into"):
+        train.run(tiny, tmp_path / "a", progress=False)
     assert not (tmp_path / "a" / "model").exists()
+    assert (tmp_path / "a" / "best").exists() == (last == 8)
 
 
 def test_bf16_trains_as_fp32_does(tmp_path):

@@ -216,6 +216,8 @@ def test_quality_of_groups_and_of_levels():
         (["blur/SRCC", "SRCC human", "SRCC"], "run.best=SRCC"),
         (["SRCC human", "blur/SRCC"], "'run.best=SRCC human'"),
         (["pictures/choice", "pictures/exact match"], "run.best=pictures/choice"),
+        (["WER", "CER"], "run.best=-WER"),
+        (["dialogues/perplexity"], "run.best=-dialogues/perplexity"),
     ],
 )
 def test_a_metric_that_there_is_is_suggested(metrics, fix):

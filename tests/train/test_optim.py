@@ -85,7 +85,8 @@ MATCH = {"adjust_lr_fn": "match_rms_adamw"}
 
 @pytest.mark.parametrize(
     ("together", "options"),
-    [(2**23, MATCH), (1, MATCH), (1, {**MATCH, "nesterov": False}), (1, {"adjust_lr_fn": "original"}), (1, {})],
+    [(2**23, MATCH), (1, MATCH), (1, {**MATCH, "nesterov": False}), (1, {})]
+    + [(1, {"adjust_lr_fn": name}) for name in ("original", "spectral_unclamped")],
 )
 def test_muon_moves_as_that_of_torch(monkeypatch, together, options):
     """Where that is as exact, with all that a state of torch's may ask for; states go both ways."""
