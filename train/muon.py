@@ -42,10 +42,11 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             alike = defaultdict[tuple[torch.Size, torch.device], list[Tensor]](list)
             for matrix in group["params"]:
-                if matrix.grad is not None and matrix.grad.is_sparse:
+                if matrix.grad is None or not matrix.numel():
+                    continue
+                if matrix.grad.is_sparse:
                     raise RuntimeError("Muon does not support sparse gradients")
-                if matrix.grad is not None and matrix.numel():
-                    alike[matrix.shape, matrix.device].append(matrix)
+                alike[matrix.shape, matrix.device].append(matrix)
             for (shape, _), matrices in alike.items():
                 most = max(1, _TOGETHER // shape.numel())
                 for first in range(0, len(matrices), most):

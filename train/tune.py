@@ -238,7 +238,7 @@ def save_adapters(model: Any, folder: Path, base: str, *, merge: bool) -> None:
             for file, temporary in zip(files, temporaries, strict=True):
                 file.replace(temporary)
                 with temporary.open("rb") as written:
-                    os.fsync(written.fileno())
+                    os.fsync(written.fileno())  # before the model takes its name, so that only renaming is left
             if merge:
                 copy.deepcopy(model).merge_and_unload().save(folder)
 

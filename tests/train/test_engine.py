@@ -469,10 +469,10 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch, last, 
     inner = StageRun._step
 
     def step(self, *args):
-        told = inner(self, *args)
+        found = inner(self, *args)
         if self.state.step == last - 1:
             next(p for p in self.trained.parameters() if p.requires_grad).data.view(-1)[0] = math.nan
-        return told
+        return found
 
     monkeypatch.setattr(StageRun, "_step", step)
     tiny = recipe(tmp_path, "run.eval_every=4", "run.best=-R@1", "run.save_every=null")
